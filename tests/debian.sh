@@ -1,7 +1,7 @@
 # shellcheck shell=bash disable=SC2154 # $work, $packages, $root and $copy are those of the scripts that source it
-# A Debian 12 whose systemd runs the units, in systemd-nspawn, with its own network, and documents whose commands are run in
-# it. For tests/packages and tests/first-router, which set $work, the directory of what is kept, and call end when they end;
-# it removes $copy.
+# A Debian 12 whose systemd runs the units, in systemd-nspawn, with its own network; commands of documents are run in it. For
+# tests/packages and tests/first-router, which set $work, the directory for kept files, and call end when they end; it
+# removes $copy.
 
 machine=wgkex-test-$$
 gateway=gw01.example.org
@@ -18,12 +18,12 @@ make_debian() {
     mv "$work/making" "$work/base"
 }
 
-# Boots the Debian in directory $root, with more options of systemd-nspawn. It is called $gateway.
+# Boots the Debian in directory $root, with more options of systemd-nspawn. Its host name is $gateway.
 boot() {
     say "booting it"
     echo "$gateway" >"$root/etc/hostname"
     echo "127.0.0.1 localhost $gateway broker.example.org" >"$root/etc/hosts"
-    # Without a machine manager: that of this machine may not run.
+    # Without registration at systemd-machined, which may not run on this machine.
     systemd-nspawn --quiet --directory "$root" --machine "$machine" --register=no --keep-unit --private-network "$@" \
         --console=passive --boot </dev/null &>"$work/console.log" &
     nspawn=$!
@@ -32,7 +32,7 @@ boot() {
 }
 
 first_process() {
-    # There is no end of a line in it. Before it is systemd's, it is that of a helper.
+    # The file has no newline at its end. Before systemd starts, the child is a helper of nspawn.
     read -r first _ <"/proc/$nspawn/task/$nspawn/children" || true
     [[ $first && $(<"/proc/$first/comm") == systemd ]]
 } 2>/dev/null
@@ -43,7 +43,7 @@ inside() {
         env -i HOME=/root PATH=/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8 "$@"
 }
 
-# Prints a fenced block of a document: its language, the section, and which of these there.
+# Prints a fenced block of a document: its language, document, section, and number in the section.
 block() {
     awk -v language="$1" -v section="$3" -v number="${4-1}" '
         !fenced && /^#+ / { here = $0; sub(/^#+ /, "", here); found = 0 }
@@ -53,8 +53,8 @@ block() {
     ' "$2" | grep . || fail "$2, $3: there is no ${4-1}. block of $1"
 }
 
-# Runs the commands of a block in directory $packages of the Debian, in one shell, as they stand there: document, section, which
-# of its blocks, and pairs of a placeholder and what stands for it.
+# Runs the commands of a block unchanged in directory $packages of the Debian, in one shell: document, section, number of the
+# block in the section, and pairs of a placeholder and its value.
 run_block() {
     local commands line script
     commands=$(block sh "$1" "$2" "$3")
@@ -67,7 +67,7 @@ run_block() {
     while IFS= read -r line; do
         [[ $line != '#'* ]] || continue
         script+=$'\n'"printf '\$ %s\n' ${line@Q}; status=0"
-        # That one would not end.
+        # This command does not end by itself.
         [[ $line != *" --watch"* ]] || line="timeout 5 $line"
         script+=$'\n'"{ $line"$'\n'"} || status=\$?; must_be_well ${line@Q} \$status"
     done <<<"$commands"
@@ -77,7 +77,7 @@ run_block() {
 must_be_well() {
     case "$2 $1" in
     '0 '*) ;;
-    # Warnings, such as that of a clock that nobody sets.
+    # Warnings, such as that of an unsynchronized clock.
     '1 '*' doctor'*) ;;
     '124 '*' --watch'*) ;;
     *)
@@ -87,7 +87,7 @@ must_be_well() {
     esac
 }
 
-# Extends a unit by a block, as "systemctl edit" does: unit, document, section, which of its blocks.
+# Extends a unit by a block, as "systemctl edit" does: unit, document, section, number of the block in the section.
 extend_unit() {
     inside mkdir -p "/etc/systemd/system/$1.service.d"
     block ini "${@:2}" | inside tee "/etc/systemd/system/$1.service.d/$4.conf" >/dev/null

@@ -1,7 +1,7 @@
 #!/bin/sh
-# What a router does: sends its public key, and sets up the tunnel to the gateway that it is told.
-# Needs wget (curl or uclient-fetch serve as well), wg and ip. Run it once a minute: a router that is not answered 200, or
-# whose last handshake is older than 3 minutes, sends its key again.
+# The part of a router: sends its public key, and sets up the tunnel to the gateway in the answer.
+# Needs wget (curl or uclient-fetch serve as well), wg and ip. Run it once a minute: a router that does not get 200, or whose
+# last handshake is older than 3 minutes, sends its key again.
 set -eu
 
 if [ $# -ne 4 ]; then

@@ -20,7 +20,7 @@ const CONNECTIONS: u32 = 64;
 
 /// Answers a second.
 struct Rate {
-    /// By the clock on the wall, routers and all on the same machine.
+    /// Per second of wall-clock time, with the routers on the same machine.
     time: f64,
     /// By the server's CPU time.
     cpu: f64,
@@ -28,7 +28,7 @@ struct Rate {
     memory: u32,
 }
 
-/// Measures each for so many seconds.
+/// Measures each server for so many seconds.
 pub fn measure(report: Report, seconds: u32) {
     let time = Duration::from_secs(seconds.into());
     let bare = bare(time);
@@ -68,7 +68,7 @@ fn bare(time: Duration) -> Rate {
     rate(address, V1, &server, time)
 }
 
-/// What an answer costs at least that waits for the MQTT server.
+/// The least cost of an answer that waits for the MQTT server's acknowledgement.
 fn publishing(time: Duration) -> Rate {
     let stack = Stack::prepare(Plan::new(Bus::Mosquitto).domains([DOMAIN]));
     let _mosquitto = start_mosquitto(&stack);
@@ -79,7 +79,7 @@ fn publishing(time: Duration) -> Rate {
 }
 
 fn broker(bus: Bus, path: &'static str, worker: &str, time: Duration) -> Rate {
-    // Slowness is to be measured, not to be answered 503, nor haste with 429.
+    // A slow broker is to be measured, not to answer 503, and the rate of requests is not to be limited by 429.
     let limits = "limits: {per_client: {burst: 0}, per_domain: {burst: 0}, global: {burst: 0}}";
     let plan = Plan::new(bus).domains([DOMAIN]).config("confirm_timeout: 20\nconfirm_budget: 20").config(limits);
     let mut stack = Stack::prepare(plan);

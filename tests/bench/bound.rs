@@ -1,5 +1,5 @@
-//! Row `bound`: how long a router with a new key waits where there are as many peers without a handshake as are allowed,
-//! beside how long it waits while there are fewer.
+//! Row `bound`: time from a router's POST of a new key to its answer, with as many peers without a handshake as are
+//! allowed, beside the same with fewer peers.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use crate::measure::percentile;
 use crate::post::post;
 use crate::table::{Report, milliseconds, ratio};
 
-/// POSTs of new keys below the bound, one after the other; at it as many at least.
+/// POSTs of new keys below the bound, one after the other; at least as many at the bound.
 const POSTS: u32 = 600;
 
 /// Measures with a small bound and with this one.
@@ -31,7 +31,7 @@ fn measure_one(report: Report, bound: u32) {
     wait_for_domain(gateway.stack.mqtt, DOMAIN, 1);
 
     let below = post(&gateway, bound - POSTS, POSTS);
-    // So many that room is made more than once.
+    // So many that the worker evicts more than once.
     let at = post(&gateway, bound, POSTS.max(bound / 8));
     let _ = gateway.stack.stop_broker();
     let figures = |mut times: Vec<Duration>| [50, 90, 99, 100].map(|share| percentile(&mut times, share));

@@ -1,5 +1,5 @@
-//! Row `bulk`: many keys at once over Mosquitto into the kernel, beside what the same keys cost the C tools: receiving
-//! them (`mosquitto_sub`) and setting them (`wg`, `ip`, `bridge`).
+//! Row `bulk`: many keys at once over Mosquitto into the kernel, beside the cost of the same keys with the C tools:
+//! receiving them (`mosquitto_sub`) and setting them (`wg`, `ip`, `bridge`).
 
 use std::io::{BufRead as _, BufReader};
 use std::path::PathBuf;
@@ -17,7 +17,7 @@ use crate::table::{Place, Report, ratio, seconds};
 /// How often each number of keys is measured.
 const ROUNDS: usize = 3;
 
-/// How often to look whether the keys are in. Looking costs the worker CPU time.
+/// How often to poll whether the keys are in. Polling costs the worker CPU time.
 const LOOK: Duration = Duration::from_millis(10);
 
 struct Round {
@@ -77,7 +77,7 @@ fn round(gateway: &mut Gateway, keys: &[PublicKey]) -> Round {
     gateway.renew();
     gateway.start_bus();
     gateway.start_worker();
-    // On a new connection it first waits for what brokers say of lists.
+    // On a new connection the worker first waits for the brokers' revocation list.
     announce(&gateway.stack, DOMAIN, [key(u32::MAX)]);
     gateway.wait_for_keys(1, LOOK);
     let number = number + 1;
@@ -91,7 +91,7 @@ fn round(gateway: &mut Gateway, keys: &[PublicKey]) -> Round {
     Round { c_tools, worker }
 }
 
-/// What `mosquitto_sub` takes for so many keys.
+/// The cost of receiving so many keys with `mosquitto_sub`.
 fn receive(stack: &Stack, keys: usize) -> Cost {
     run(&format!("mosquitto_pub -h {} -p {} -t ready -r -m ready", stack.mqtt.ip(), stack.mqtt.port()));
     let mut subscriber = client("sub", stack)

@@ -14,10 +14,10 @@ use wgkex_tests::process::Process;
 use wgkex_tests::stack::Stack;
 use wgkex_tests::wait_until;
 
-/// What is said on the bus is heard everywhere after this time.
+/// After this time all subscribers have received a published message.
 const HEARD: Duration = Duration::from_millis(500);
 
-/// Starts Mosquitto where `stack` expects the bus. It forgets nothing for want of room, for whoever receives.
+/// Starts Mosquitto where `stack` expects the bus. Its queues have no bound, so it drops no message for a subscriber.
 pub fn start_mosquitto(stack: &Stack) -> Process {
     let (file, address) = (stack.dir().join("bench.conf"), stack.mqtt);
     let config = "user root\nallow_anonymous true\nmax_queued_messages 0\n";
@@ -35,7 +35,7 @@ pub fn announce(stack: &Stack, domain: &str, keys: impl IntoIterator<Item = Publ
     assert!(publish(stack, domain, &lines).status().unwrap().success(), "mosquitto_pub fails");
 }
 
-/// Waits until so many gateways say that routers can use `domain` there, and brokers have heard it.
+/// Waits until so many gateways have announced `domain` for routers, and brokers have received that.
 pub fn wait_for_domain(mqtt: SocketAddr, domain: &str, gateways: usize) {
     let counts = format!("wireguard-metrics/{domain}/+/connected_peers");
     let probe = Probe::connect(mqtt, Role::new("bench-domain", &[&counts]).at_most_once());
@@ -46,7 +46,8 @@ pub fn wait_for_domain(mqtt: SocketAddr, domain: &str, gateways: usize) {
     sleep(HEARD);
 }
 
-/// What publishes the lines of a file as keys of `domain`. Given more at once, `mosquitto_pub -l` loses some of them.
+/// The command that publishes the lines of a file as keys of `domain`. Given more at once, `mosquitto_pub -l` loses
+/// some of them.
 pub fn publish(stack: &Stack, domain: &str, lines: &Path) -> Command {
     let (host, port) = (stack.mqtt.ip(), stack.mqtt.port());
     let publish = format!("mosquitto_pub -h {host} -p {port} -t wireguard/{domain}/all -q 1 -l");

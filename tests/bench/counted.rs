@@ -1,4 +1,4 @@
-//! A kernel in memory that takes the time it is told to, and counts the keys that are whole in it.
+//! An in-memory kernel with configured delays, which counts the keys whose objects are complete in it.
 
 use std::collections::HashSet;
 use std::net::Ipv6Addr;
@@ -9,7 +9,7 @@ use wgkex_common::Domain;
 use wgkex_kernel::memory::{Delays, MemoryKernel};
 use wgkex_kernel::{Change, Device, Interface, Kernel, KernelError, Outcomes};
 
-/// The in-memory kernel of `wgkex-worker`, watched.
+/// The in-memory kernel of `wgkex-worker`, with a count of flood entries.
 pub struct Counted {
     memory: MemoryKernel,
     flooded: HashSet<(Interface, Ipv6Addr)>,
@@ -24,7 +24,7 @@ impl Counted {
         Self { memory, flooded: HashSet::new(), count: Arc::default() }
     }
 
-    /// How many entries the flood lists have; they are what a worker sets last of a key.
+    /// The number of entries in the flood lists; the flood entry is the last object that a worker sets for a key.
     pub fn count(&self) -> Arc<AtomicU32> {
         self.count.clone()
     }
@@ -37,7 +37,7 @@ impl Kernel for Counted {
 
     async fn apply(&mut self, interface: &Interface, changes: Vec<Change>) -> Outcomes {
         let outcomes = self.memory.apply(interface, changes).await;
-        // It would remember them all.
+        // The in-memory kernel would keep all of them.
         let _ = self.memory.take_applies();
         for outcome in &outcomes {
             if let (Change::AddFdb(address), Ok(())) = outcome {

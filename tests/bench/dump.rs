@@ -1,5 +1,5 @@
-//! Row `dump`: what it costs to read and to classify all peers: the plan alone on tables in memory, and with the real
-//! kernel's tables beside the C tools that show the same.
+//! Row `dump`: the cost of reading and classifying all peers: the plan alone on tables in memory, and with the real
+//! kernel's tables beside the C tools that show the same tables.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -17,10 +17,10 @@ use crate::gateway::{Gateway, SHOW, cost, domain, install, keys};
 use crate::measure::{Cost, median, thread_cpu};
 use crate::table::{Place, Report, milliseconds, ratio};
 
-/// How often each is measured.
+/// How often each of them is measured.
 const TIMES: usize = 5;
 
-/// Measures with up to `peers` of the kernel's, and up to five times as many in memory.
+/// Measures with up to `peers` in the kernel, and up to five times as many in memory.
 pub fn measure(report: Report, peers: u32) {
     let runtime = Runtime::new().unwrap();
     if report.place == Place::Native {
@@ -45,7 +45,7 @@ pub fn measure(report: Report, peers: u32) {
     print(report, "read and classified", "`wg`, `ip`, `bridge` show", &kernel);
 }
 
-/// Prints what so many peers took, and what the same took that is the `reference`.
+/// Prints the times for so many peers, and those of the `reference`.
 fn print(report: Report, what: &str, reference: &str, sizes: &[(u32, Duration, Duration)]) {
     for (size, time, other) in sizes {
         let per_peer = time.as_secs_f64() * 1e6 / f64::from(*size);
@@ -66,8 +66,8 @@ fn print(report: Report, what: &str, reference: &str, sizes: &[(u32, Duration, D
     }
 }
 
-/// The CPU time of the plan for tables of so many peers, again and again read as a worker does that runs; and that of
-/// a copy of these tables, which leaves the caches as soon as they do.
+/// The CPU time of the plan for tables of so many peers, read again and again as by a running worker; and that of a
+/// copy of these tables, which leaves the caches as soon as they do.
 fn in_memory(runtime: &Runtime, peers: u32) -> (u32, Duration, Duration) {
     let (domain, keys) = (domain(), keys(0..peers));
     let mut memory = MemoryKernel::with(std::slice::from_ref(&domain));
@@ -86,7 +86,7 @@ fn in_memory(runtime: &Runtime, peers: u32) -> (u32, Duration, Duration) {
     (peers, classified, median((0..TIMES).map(|_| thread_cpu(|| drop(device.clone())))))
 }
 
-/// What a read of the kernel's tables and the plan take.
+/// The time of one read of the kernel's tables with the plan.
 fn real(runtime: &Runtime) -> Duration {
     let (interface, mut known) = (Interface::from(&domain()), known_peers());
     runtime.block_on(async {
@@ -106,7 +106,7 @@ fn known_peers() -> KnownPeers {
     KnownPeers::new(Arc::new(Mesh), Policy::default())
 }
 
-/// Everything that is concluded from one read.
+/// Runs all steps of the plan on one read.
 fn classify(known: &mut KnownPeers, device: &Device) {
     let now = Clocks { monotonic: Instant::now(), wall: SystemTime::now() };
     let reserved = Reserved::default();

@@ -1,5 +1,6 @@
 //! Row `fleet`: 50 workers with kernels in memory, 5 brokers and a million live keys on one Mosquitto, all on this
-//! machine; and what breaks first. Ten domains, each served by five of the workers; every broker knows all keys.
+//! machine; and which of them fails first. Ten domains, each served by five of the workers; every broker knows all
+//! keys.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -15,18 +16,18 @@ use crate::play;
 use crate::storm::worker_config;
 use crate::table::{Report, mebibytes, seconds};
 
-/// The domains.
+/// Ten domains of the fleet.
 const DOMAINS: [&str; 10] =
     ["ffx_d0", "ffx_d1", "ffx_d2", "ffx_d3", "ffx_d4", "ffx_d5", "ffx_d6", "ffx_d7", "ffx_d8", "ffx_d9"];
 /// Workers of each domain, in one process.
 const WORKERS: u16 = 5;
 /// Brokers, each in a process.
 const BROKERS: usize = 5;
-/// How long it is waited for.
+/// How long to wait for the fleet.
 const LIMIT: Duration = Duration::from_secs(600);
-/// How often to look how far they are.
+/// How often to poll its progress.
 const LOOK: Duration = Duration::from_millis(500);
-/// With less memory left, in KiB, the machine is what breaks.
+/// With less memory left, in KiB, the machine counts as failed.
 const RESERVE: u32 = 1_500_000;
 
 struct Fleet {
@@ -79,7 +80,7 @@ impl Fleet {
         let room = format!("peers: {{max: {most}, unproven: {most}}}");
         let plan = |n: usize| {
             let mut plan = Plan::new(Bus::Mosquitto).domains(DOMAINS).config(&config);
-            // A broker is called what its machine is called.
+            // A broker has the name of its machine.
             let named = format!("hostname broker{n} && exec \"$@\"");
             plan.wrapper = ["unshare", "--uts", "sh", "-c", &named, "sh"].map(str::to_owned).to_vec();
             plan
@@ -123,7 +124,7 @@ impl Fleet {
         DOMAINS.into_iter().zip((0..).map(|n| n * each)).map(publish).collect()
     }
 
-    /// What of it has ended, or is about to.
+    /// The first part of the fleet that has ended, or a machine that is about to run out of memory.
     fn broken(&mut self) -> Option<String> {
         let left = memory_left();
         let ended = |process: &mut Process| !process.is_running();
@@ -138,12 +139,12 @@ impl Fleet {
         (brokers + workers > 0).then(|| format!("{brokers} brokers and {workers} processes of workers ended"))
     }
 
-    /// How many keys the worker has that has the fewest.
+    /// The number of keys at the worker with the fewest.
     fn least(&self) -> u32 {
         self.workers.iter().map(play::has).min().unwrap_or_default()
     }
 
-    /// How many live keys the broker knows that knows the fewest.
+    /// The number of live keys at the broker with the fewest.
     fn known(&self) -> f64 {
         let known = |broker: &Stack| -> f64 {
             let metrics = broker.get("/metrics").body;
@@ -153,7 +154,7 @@ impl Fleet {
         self.brokers.iter().map(known).fold(f64::INFINITY, f64::min)
     }
 
-    /// What the programs warned of.
+    /// The warnings that the programs logged.
     fn warnings(&mut self) -> String {
         let brokers = self.brokers.iter_mut().map(|broker| broker.broker().log());
         let logs: Vec<_> = brokers.chain(self.workers.iter().map(Process::log)).collect();

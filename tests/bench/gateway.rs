@@ -23,14 +23,14 @@ use wgkex_worker::profiles::mesh;
 use crate::bus;
 use crate::measure::{self, Cost, children};
 
-/// The domain that is served.
+/// The served domain.
 pub const DOMAIN: &str = "ffx_mesh";
 
 const METRICS: &str = "127.0.0.1:9586";
 
 /// A worker with empty or filled tables, and a bus.
 pub struct Gateway {
-    /// The bus, and the broker if it runs.
+    /// The bus, and the broker if it is started.
     pub stack: Stack,
     mosquitto: Option<Process>,
     worker: Option<Process>,
@@ -44,7 +44,7 @@ impl Gateway {
 
     /// The same, with more in the config.
     pub fn with(bus: Bus, more: &str) -> Self {
-        // Slowness is to be measured, not to be answered 503.
+        // A slow broker is to be measured, not to answer 503.
         let patience = "confirm_timeout: 20\nconfirm_budget: 20";
         let config = format!("{patience}\nsetup: {{key_dir: /run/keys}}\nworker_listen: \"{METRICS}\"\n{more}");
         let stack = Stack::prepare(Plan::new(bus).domains([DOMAIN]).config(&config));
@@ -53,15 +53,15 @@ impl Gateway {
         gateway
     }
 
-    /// A new network and new interfaces in it, without peers; nothing runs, and nothing is remembered. The old ones
-    /// stay as they are: taking many peers away costs the kernel minutes, and what is measured next.
+    /// A new network with new interfaces, without peers; no program runs, and the state is deleted. The old interfaces
+    /// stay as they are: deleting many peers takes the kernel minutes, and disturbs the next measurement.
     pub fn renew(&mut self) {
-        // There is none at first.
+        // At first there is none.
         let _ = fs::remove_dir_all(self.stack.state_dir());
         self.reboot();
     }
 
-    /// The same, with what the programs keep on disk.
+    /// The same, but the programs keep their state on disk.
     pub fn reboot(&mut self) {
         (self.mosquitto, self.worker) = (None, None);
         enter_new_network();
@@ -82,7 +82,7 @@ impl Gateway {
         self.stack.wait_until_ready();
     }
 
-    /// Starts the worker, and waits until it hears keys and has read its tables.
+    /// Starts the worker, and waits until it receives keys and has read its tables.
     pub fn start_worker(&mut self) {
         let (status, online) = (format!("wireguard-worker/{}/status", host_name()), b"1");
         let probe = self.stack.probe(Role::new("bench", &[&status]));
@@ -96,7 +96,7 @@ impl Gateway {
         self.worker = Some(self.stack.program("wgkex-worker", &[]));
     }
 
-    /// Waits until the worker says that so many keys are newly in.
+    /// Waits until the worker reports so many newly installed keys.
     pub fn wait_for_keys(&self, keys: u32, every: Duration) {
         let found = || metric("keys_installed_total").filter(|installed| *installed >= keys);
         let all = measure::look(every, Duration::from_secs(300), found);
@@ -115,7 +115,7 @@ impl Gateway {
         assert!(worker.end_by(Signal::SIGTERM).success(), "{}", worker.log());
     }
 
-    /// Has the C tools put keys in, all of a kind at once, and gives what each of them took.
+    /// Has the C tools install keys, all of a kind at once; returns the cost of each tool.
     pub fn by_c_tools(&self, keys: &[PublicKey]) -> [(&'static str, Cost); 3] {
         let file = |name: &str, line: &dyn Fn(&PublicKey) -> String| {
             let path = self.stack.dir().join(name);
@@ -133,7 +133,7 @@ impl Gateway {
     }
 }
 
-/// Has the C tools put one key in, each called for it alone.
+/// Has the C tools install one key, each called for it alone.
 pub fn one_by_c_tools(key: &PublicKey) -> Cost {
     let peer = format!("wg set wg-mesh peer {key} allowed-ips {}/128", key.link_local());
     cost(&format!("{peer} && ip -6 {} && bridge {}", route(key), flood_entry(key)))
@@ -151,7 +151,7 @@ fn flood_entry(key: &PublicKey) -> String {
 pub const SHOW: [&str; 3] =
     ["wg show wg-mesh dump", "ip -6 route show dev wg-mesh proto static", "bridge fdb show dev vx-mesh"];
 
-/// A number of the worker's for the domain.
+/// A figure of the worker's metrics for the domain.
 pub fn metric(name: &str) -> Option<u32> {
     let server: SocketAddr = METRICS.parse().ok()?;
     let text = Http::try_connect(server).ok()?.get("/metrics").body;
@@ -166,23 +166,23 @@ pub fn assert_holds(keys: u32) {
     }
 }
 
-/// The domain that is served, as the worker knows it.
+/// The served domain, in the worker's type.
 pub fn domain() -> Domain {
     Domain::new(DOMAIN, &["ffx_".into()]).unwrap()
 }
 
-/// These of very many keys, no two the same, in no order.
+/// Keys of these numbers, no two the same, in no order.
 pub fn keys(numbers: Range<u32>) -> Vec<PublicKey> {
     numbers.map(key).collect()
 }
 
-/// What the kernel does to install `keys`.
+/// The changes by which the kernel installs `keys`.
 pub fn install(keys: impl IntoIterator<Item = PublicKey>) -> Vec<Change> {
     let steps: Vec<_> = keys.into_iter().map(mesh::desired).map(Step::install).collect();
     plan::changes(&steps)
 }
 
-/// One of very many keys.
+/// The key of a number.
 pub fn key(number: u32) -> PublicKey {
     // An odd factor maps no two numbers to one.
     wgkex_tests::key(number.wrapping_mul(0x9E37_79B1)).parse().unwrap()
@@ -193,15 +193,16 @@ pub fn write(path: &Path, keys: &[PublicKey], line: impl Fn(&PublicKey) -> Strin
     fs::write(path, keys.iter().map(line).collect::<Vec<_>>().concat()).unwrap();
 }
 
-/// Has this thread, and what it starts from now on, be in a network with only a loopback interface, and a `/run` of
-/// its own for the control sockets of a userspace WireGuard.
+/// Moves this thread, and processes that it starts from now on, to a network with only a loopback interface, and a
+/// `/run` of its own for the control sockets of a userspace WireGuard.
 pub fn enter_new_network() {
     unshare(CloneFlags::CLONE_NEWNET).expect("needs root");
     run("mount -t tmpfs none /run && mkdir -p /run/wireguard && ip link set lo up");
     keep_network();
 }
 
-/// Has the network of this thread outlive this process, so that its end, slow with many peers, disturbs nobody.
+/// Keeps the network of this thread beyond the end of this process, so that its removal, slow with many peers, disturbs
+/// no measurement.
 #[expect(clippy::zombie_processes, reason = "it never ends while this process runs")]
 pub fn keep_network() {
     let mut sleep = Command::new("sleep");
@@ -209,7 +210,7 @@ pub fn keep_network() {
     sleep.process_group(0).spawn().expect("sleep runs");
 }
 
-/// What a command takes that must succeed.
+/// The cost of a command that must succeed.
 pub fn cost(command: &str) -> Cost {
     children(|| drop(run(command)))
 }

@@ -1,5 +1,5 @@
-//! Row `leases`: how many clients a second get an address from the registry while many have one, beside how many got one while there
-//! were few; what a gateway's poll costs; and whether a router waits longer meanwhile, and while members of tenants join.
+//! Row `leases`: clients per second that get an address from the registry with many leases, beside the same with few;
+//! the cost of a gateway's poll; and whether a router waits longer meanwhile, and while members of tenants join.
 
 use std::fs;
 use std::net::SocketAddr;
@@ -20,11 +20,11 @@ use crate::tenants::keep_joining;
 
 /// Callers at the same time.
 const CALLERS: u32 = 16;
-/// Leases by which a rate is measured.
+/// Leases per measurement of a rate.
 const PART: u32 = 5_000;
-/// Clients that leave and come again.
+/// Clients that are deleted and added again.
 const CHURN: u32 = 500;
-/// Routers that ask, one after the other.
+/// Requests of routers, one after the other.
 const ROUTERS: u32 = 500;
 /// `admin:s3cret`.
 const LOGIN: &str = "Authorization: Basic YWRtaW46czNjcmV0";
@@ -51,7 +51,7 @@ pub fn measure(report: Report, leases: u32) {
     let _ = stack.stop_broker();
 }
 
-/// A broker, a gateway for routers, and one that is the server `s1` and so is told of all its clients.
+/// A broker, a gateway for routers, and one that is the server `s1` and so receives all changes of its clients.
 fn start() -> (Stack, Worker, Probe) {
     let mut stack = Stack::prepare(Plan::new(Bus::Embedded));
     let file = stack.dir().join("password");
@@ -86,7 +86,7 @@ fn lease(http: &mut Http, number: u32) {
     assert_eq!(added.status, 201, "{added:?}");
 }
 
-/// Adds these clients, and returns how long that took.
+/// Adds clients of these numbers, and returns how long that took.
 fn add(server: SocketAddr, numbers: std::ops::Range<u32>) -> Duration {
     let (begun, next) = (Instant::now(), AtomicU32::new(numbers.start));
     thread::scope(|scope| {
@@ -106,7 +106,8 @@ fn add(server: SocketAddr, numbers: std::ops::Range<u32>) -> Duration {
     begun.elapsed()
 }
 
-/// How fast the clients with the lowest addresses leave, and others get these. A new client needed `added` for as many.
+/// The rate at which the clients with the lowest addresses leave, and others get these. `added` is the time in which as
+/// many new clients were added.
 fn churn(report: Report, server: SocketAddr, added: Duration) {
     let mut http = Http::connect(server);
     let begun = Instant::now();
@@ -122,7 +123,7 @@ fn churn(report: Report, server: SocketAddr, added: Duration) {
         .print();
 }
 
-/// What a gateway's poll takes: the whole list, and that it has not changed.
+/// The time of a gateway's poll: with the whole list, and with an unchanged one.
 fn poll(report: Report, server: SocketAddr, leases: u32) {
     let mut http = Http::connect(server);
     let ask = |http: &mut Http, known: &str| {
@@ -134,7 +135,7 @@ fn poll(report: Report, server: SocketAddr, leases: u32) {
     assert_eq!((answer.status, answer.json()["peers"].as_array().unwrap().len()), (200, leases as usize));
     let known = format!("If-None-Match: {}", answer.header("etag").unwrap());
     let unchanged = median((0..100).map(|_| {
-        // A 304 has no body, and says so by its status alone (RFC 9110 section 15.4.5).
+        // A 304 has no body by its status alone (RFC 9110 section 15.4.5).
         let begun = Instant::now();
         let answer = http.request("HEAD", "/api/v1/server/config?server_name=s1", &[LOGIN, &known], b"");
         assert_eq!(answer.status, 304);
@@ -146,7 +147,7 @@ fn poll(report: Report, server: SocketAddr, leases: u32) {
         .print();
 }
 
-/// How long routers wait while clients are added as fast as that goes, and while members of tenants join.
+/// The time that routers wait while clients are added as fast as possible, and while members of tenants join.
 fn routers(report: Report, stack: &Stack, first: u32) {
     let quiet = ask(stack, 1 << 30);
     let (is_over, next) = (AtomicBool::new(false), AtomicU32::new(first));

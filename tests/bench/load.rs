@@ -1,4 +1,4 @@
-//! Routers that POST keys: as many as the broker answers on connections that stay, or so many in a given time, each on
+//! Routers that POST keys: as many as the broker answers on persistent connections, or so many in a given time, each on
 //! a connection of its own.
 
 use std::net::SocketAddr;
@@ -16,26 +16,27 @@ use wgkex_tests::many_routers;
 
 use crate::gateway::key;
 
-/// How long a router waits for its answer.
+/// A router's timeout for its answer.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// When a router asks again that was not answered with 200, as routers' own scripts do; and how often.
+/// The pause after which a router repeats a request without a 200, as routers' own scripts do; and how often it repeats
+/// it.
 const AGAIN: Duration = Duration::from_secs(60);
 const TIMES: usize = 2;
 
-/// What became of the POSTs.
+/// The outcomes of the POSTs.
 #[derive(Debug, Default)]
 pub struct Answers {
-    /// Those answered with 200.
+    /// POSTs answered with 200.
     pub good: u32,
-    /// Those answered with 200 when they came again.
+    /// POSTs answered with 200 when repeated.
     pub later: u32,
     /// All others.
     pub bad: u32,
-    /// How long each of the first answers took that came.
+    /// The time of each first answer.
     pub times: Vec<Duration>,
 }
 
-/// Where a router asks, and for which domain.
+/// The broker, path and domain of a router's request.
 #[derive(Debug, Clone, Copy)]
 pub struct Target {
     /// The broker.
@@ -46,7 +47,7 @@ pub struct Target {
     pub domain: &'static str,
 }
 
-/// POSTs one new key after the other on each of so many connections for `time`.
+/// POSTs new keys one after the other on each of so many connections for `time`.
 pub fn closed(target: Target, connections: u32, time: Duration) -> Answers {
     let runtime = Builder::new_current_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async {
@@ -74,7 +75,7 @@ pub fn closed(target: Target, connections: u32, time: Duration) -> Answers {
     })
 }
 
-/// POSTs `keys`, evenly spread over `time`, each on a new connection; routers that are refused come again.
+/// POSTs `keys`, evenly spread over `time`, each on a new connection; refused routers repeat their request.
 pub fn open(target: Target, keys: Range<u32>, time: Duration) -> Answers {
     let runtime = Builder::new_current_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async {
@@ -109,7 +110,7 @@ pub fn open(target: Target, keys: Range<u32>, time: Duration) -> Answers {
     })
 }
 
-/// The status of an answer that comes before the router is out of patience.
+/// The status of the answer; none after the router's timeout.
 async fn ask_once(target: Target, number: u32) -> Option<u16> {
     let answer = async { post(&mut connect(target.server).await?, target, number).await };
     timeout(PATIENCE, answer).await.ok()?.ok()
@@ -127,7 +128,7 @@ async fn connect(server: SocketAddr) -> std::io::Result<TcpStream> {
     Ok(stream)
 }
 
-/// POSTs a key; returns the status when the answer is read.
+/// POSTs a key; returns the status once the whole answer is read.
 async fn post(stream: &mut TcpStream, target: Target, number: u32) -> std::io::Result<u16> {
     many_routers::post(stream, target.path, "", &ask(target.domain, &key(number).to_string())).await
 }

@@ -1,4 +1,4 @@
-//! Measures wgkex beside what it stands next to, and prints a table. `tests/bench/run` builds and starts it.
+//! Measures wgkex beside its references, and prints a table. `tests/bench/run` builds and starts it.
 
 #![expect(clippy::print_stdout, reason = "its output is what it is for")]
 #![expect(clippy::unwrap_used, reason = "what fails ends the measurement")]
@@ -32,11 +32,11 @@ use nix::unistd::Pid;
 
 use crate::table::{Place, Report};
 
-/// One of the things that are measured.
+/// One of the measurements.
 struct Row {
     name: &'static str,
     about: &'static str,
-    /// What its number is, and the number unless it is divided.
+    /// The meaning of its number, and the number unless it is divided.
     scale: (&'static str, u32),
     places: &'static [Place],
     measure: fn(Report, u32),
@@ -44,7 +44,7 @@ struct Row {
 
 const BOTH: &[Place] = &[Place::Native, Place::Vm];
 
-/// The storm comes last in the virtual machine: its kernels' end disturbs whatever follows.
+/// In the virtual machine the storm is the last row: the removal of its kernels disturbs any row after it.
 const ROWS: [Row; 11] = [
     row("post", "a POST until its key is in the kernel", ("peers there", 20_000), BOTH, post::measure),
     row("bound", "a POST where no more peers may be", ("peers without a handshake", 30_000), BOTH, bound::measure),
@@ -70,7 +70,7 @@ const fn row(
 }
 
 fn main() -> ExitCode {
-    // Thousands of routers are as many connections, and their descriptors are inherited by who serves them.
+    // Thousands of routers are as many connections; the servers inherit the limit of descriptors.
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).expect("a limit of open files");
     setrlimit(Resource::RLIMIT_NOFILE, most, most).expect("as many open files as are allowed");
     let words: Vec<_> = std::env::args().skip(1).collect();
@@ -96,7 +96,7 @@ fn print_help() {
     }
 }
 
-/// Says in which places the wanted rows are measured.
+/// Prints the places in which the wanted rows are measured.
 fn print_places(wanted: &[&str]) -> ExitCode {
     for place in BOTH {
         match rows(*place, wanted) {
@@ -141,7 +141,7 @@ fn measure_all(place: Place, wanted: &[&str]) -> ExitCode {
         let mut child = command.process_group(0).spawn().expect("setpriv runs");
         let group = Pid::from_raw(child.id().try_into().unwrap());
         let good = child.wait().is_ok_and(|status| status.success());
-        // What it left behind. There may be nothing.
+        // Processes that the row left behind, if any.
         let _ = killpg(group, Signal::SIGKILL);
         if !good {
             println!("| {word} | {} | failed: see above | | | | | NO |", place.name());
@@ -151,8 +151,8 @@ fn measure_all(place: Place, wanted: &[&str]) -> ExitCode {
     if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }
 
-/// Here all processes of a row end with it. In the virtual machine some hold its networks beyond that, as
-/// [`gateway::keep_network`] says.
+/// Here all processes of a row end with it. In the virtual machine some processes keep the networks beyond that: see
+/// [`gateway::keep_network`].
 fn isolated(place: Place) -> Command {
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "KILL", "unshare", "--mount", "--net"]);

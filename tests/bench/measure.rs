@@ -1,4 +1,4 @@
-//! What time, CPU time and memory programs take, and statistics of it.
+//! Time, CPU time and memory of programs, and statistics of them.
 
 use std::fs;
 use std::ops::Add;
@@ -8,10 +8,10 @@ use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike as _;
 use nix::time::{ClockId, clock_gettime};
 
-/// What something took.
+/// The cost of a piece of work.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Cost {
-    /// By the clock on the wall.
+    /// Wall-clock time.
     pub time: Duration,
     /// In user space and in the kernel, over all its threads.
     pub cpu: Duration,
@@ -31,14 +31,14 @@ impl std::iter::Sum for Cost {
     }
 }
 
-/// What `work` took, its CPU time being that of the children that it started and awaited.
+/// The cost of `work`; its CPU time is that of the children that it started and awaited.
 pub fn children(work: impl FnOnce()) -> Cost {
     let (began, cpu) = (Instant::now(), children_cpu());
     work();
     Cost { time: began.elapsed(), cpu: children_cpu().saturating_sub(cpu) }
 }
 
-/// The CPU time that `work` took on this thread, whatever else the machine does.
+/// The CPU time of `work` on this thread, whatever else the machine does.
 pub fn thread_cpu(work: impl FnOnce()) -> Duration {
     let now = || Duration::from(clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).expect("a clock of the thread"));
     let before = now();
@@ -77,20 +77,20 @@ fn kibibytes(table: &str, name: &str) -> u32 {
     value.unwrap_or_default()
 }
 
-/// The one in the middle.
+/// The middle value.
 pub fn median<T: Ord + Copy>(values: impl IntoIterator<Item = T>) -> T {
     let mut values: Vec<_> = values.into_iter().collect();
     values.sort_unstable();
     values[values.len() / 2]
 }
 
-/// The value that so many of a hundred do not exceed.
+/// The percentile: the value that `share` of a hundred values do not exceed.
 pub fn percentile<T: Ord + Copy>(values: &mut [T], share: usize) -> T {
     values.sort_unstable();
     values[(values.len() * share / 100).min(values.len() - 1)]
 }
 
-/// Looks every so often until `found` finds something; none if that takes longer than `limit`.
+/// Polls `found` every so often until it returns something; none if that takes longer than `limit`.
 pub fn look<T>(every: Duration, limit: Duration, mut found: impl FnMut() -> Option<T>) -> Option<T> {
     let began = Instant::now();
     while began.elapsed() < limit {

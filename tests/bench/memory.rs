@@ -1,4 +1,4 @@
-//! Row `memory`: what the broker needs for each live key, and the worker for each peer; and that a flood of random keys
+//! Row `memory`: the memory of the broker per live key, and of the worker per peer; and that a flood of random keys
 //! does not make the broker grow.
 
 use std::thread::sleep;
@@ -11,15 +11,15 @@ use crate::gateway::{DOMAIN, Gateway, keys};
 use crate::measure::{look, memory};
 use crate::table::{Report, mebibytes};
 
-/// What is under way comes to rest.
+/// After this time no work is pending.
 const REST: Duration = Duration::from_secs(5);
 /// A worker reads all tables once a minute, and needs the most memory then.
 const READ: Duration = Duration::from_secs(65);
-/// How long the broker may take for what is published, once the bus has it.
+/// How long the broker may take to process published keys, once the bus has them.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// Measures with up to so many peers of a worker, and ten times as many live keys of a broker,
-/// which is what it remembers at most by default.
+/// Measures with up to so many peers of a worker, and ten times as many live keys of a broker, which is the default
+/// limit of live keys.
 pub fn measure(report: Report, peers: u32) {
     broker(report, peers * 10);
     worker(report, peers);
@@ -42,7 +42,7 @@ fn broker(report: Report, most: u32) {
         }
         full = print(report, "broker", "live keys", pid, live, 30);
     }
-    // Once every key was replaced by another, what is kept is as scattered in memory as it gets.
+    // Once every key was replaced by another, the keys that are kept are as scattered in memory as they get.
     let mut before = full;
     for (flood, wanted) in [(most, 1.5), (most * 5, 1.1)] {
         for part in 0..10 {
@@ -62,7 +62,7 @@ fn broker(report: Report, most: u32) {
     }
 }
 
-/// How many live keys the broker knows, if they do not become so many in time.
+/// The number of live keys at the broker, if it does not reach `wanted` in time.
 fn lacking(stack: &Stack, wanted: f64) -> Option<f64> {
     let series = format!("wgkex_broker_live_keys{{domain=\"{DOMAIN}\",state=\"unproven\"}}");
     let known = || stack.metric(&series).unwrap_or_default();
@@ -88,7 +88,7 @@ fn worker(report: Report, most: u32) {
     print(report, "worker, started anew", "peers", gateway.worker(), most, 20);
 }
 
-/// Prints the memory of a process that may have so many megabytes and 300 bytes for each; returns it, in KiB.
+/// Prints the memory of a process whose limit is so many megabytes and 300 bytes for each; returns it, in KiB.
 fn print(report: Report, who: &str, what: &str, pid: u32, number: u32, base: u32) -> u32 {
     sleep(REST);
     let [now, peak] = memory(pid);

@@ -1,5 +1,5 @@
-//! The parts that this program itself plays, each in a process of its own: a bare HTTP server, a worker that has no
-//! kernel, and real workers on kernels in memory.
+//! Roles of this program, each in a process of its own: a bare HTTP server, a worker without a kernel, and real workers
+//! on kernels in memory.
 
 use std::collections::VecDeque;
 use std::fs;
@@ -30,19 +30,19 @@ use wgkex_tests::stack::V1;
 
 use crate::counted::Counted;
 
-/// Keys of one word of a worker that has no kernel.
+/// Keys per confirmation of a worker without a kernel.
 const BATCH: usize = 1_000;
 
-/// How often workers look how far they are.
+/// How often workers poll their progress.
 const LOOK: Duration = Duration::from_millis(20);
 
-/// This program in another part, with these words.
+/// Starts this program in another role, with these arguments.
 pub fn start(part: &str, words: &[&str]) -> Process {
     let this = std::env::current_exe().expect("the path of this program");
     Process::start(part, Command::new(this).args(["play", part]).args(words))
 }
 
-/// Plays the part that `words` name, for ever.
+/// Runs the role that `words` name, for ever.
 pub fn play(words: &[String]) {
     let words: Vec<_> = words.iter().map(String::as_str).collect();
     match words[..] {
@@ -65,14 +65,14 @@ pub fn play(words: &[String]) {
     }
 }
 
-/// What a router asks.
+/// A router's request.
 #[derive(Deserialize)]
 struct Ask {
     domain: String,
     public_key: String,
 }
 
-/// An HTTP server that parses what a router asks, and answers.
+/// An HTTP server that parses a router's request, and answers.
 fn bare(address: &str) {
     let answer = |ask: Json<Ask>| async move {
         assert!(!ask.domain.is_empty() && ask.public_key.len() == 44);
@@ -91,7 +91,8 @@ where
     actix_web::rt::System::new().block_on(server).expect("it serves");
 }
 
-/// The same, whose answer waits until the MQTT server has acknowledged the key: rumqttc as it comes, and nothing else.
+/// The same, whose answer waits until the MQTT server has acknowledged the key: rumqttc with its defaults, and nothing
+/// else.
 fn publishing(address: &str, server: &str) {
     let server: SocketAddr = server.parse().expect("an address");
     let mut options = MqttOptions::new("publishing", server.ip().to_string(), server.port());
@@ -127,7 +128,7 @@ fn publishing(address: &str, server: &str) {
     serve(address, answer);
 }
 
-/// A worker that has every key at once, and says so if it is one that confirms.
+/// A worker that has every key at once, and confirms it if `confirms`.
 async fn worker(file: &str, name: &str, confirms: bool) {
     let config = Config::parse(file, &fs::read_to_string(file).unwrap(), name).unwrap();
     let domain = config.domains.first().expect("a domain").name().to_owned();
@@ -142,7 +143,7 @@ async fn worker(file: &str, name: &str, confirms: bool) {
     let (sender, mut keys) = mpsc::unbounded_channel();
     let hand_on = move |event| {
         if let Event::Message(publish) = event {
-            // Once nobody takes them, the process ends.
+            // Once the receiver is dropped, the process ends.
             let _ = sender.send(publish);
         }
     };
@@ -174,8 +175,9 @@ fn applied(domain: &str, keys: &[Publish]) -> String {
     format!(r#"{{"domain":"{domain}","installed":[{}],"failed":{{}}}}"#, keys.join(","))
 }
 
-/// Real workers of these names, each with a kernel in memory. Says how far the last of them is whenever that changes,
-/// and `full` once all have all the keys that are wanted. In the config file `@name@` and `@port@` are each worker's own.
+/// Real workers of these names, each with a kernel in memory. Prints the number of keys of the slowest worker whenever
+/// it changes, and `full` once all have all wanted keys. In the config file `@name@` and `@port@` stand for each
+/// worker's name and port.
 async fn workers(file: &str, wanted: u32, delays: Delays, first: u16, names: &[&str]) {
     let yaml = fs::read_to_string(file).unwrap();
     let mut counts = Vec::new();
@@ -202,7 +204,7 @@ async fn workers(file: &str, wanted: u32, delays: Delays, first: u16, names: &[&
     }
 }
 
-/// Delays as a word.
+/// Delays as one argument.
 pub fn word(delays: Delays) -> String {
     [delays.read, delays.apply, delays.change].map(|delay| delay.as_micros().to_string()).join(",")
 }
@@ -212,7 +214,7 @@ fn parse(word: &str) -> Delays {
     Delays { read: delays[0], apply: delays[1], change: delays[2] }
 }
 
-/// How many keys the last of the workers of a process has that plays `workers`; all of them is the most there is.
+/// The last number of keys that a process with role `workers` has printed; `full` is the maximum.
 pub fn has(workers: &Process) -> u32 {
     let log = workers.log();
     let last = log.lines().rev().find_map(|line| match line.strip_prefix("has ") {

@@ -1,5 +1,5 @@
-//! Row `post`: how long a router waits for its answer, which comes when its key is in the kernel; beside the C tools,
-//! called for one key.
+//! Row `post`: time from a router's POST to its answer, which is sent when its key is in the kernel; beside the C
+//! tools, called for one key.
 
 use std::time::{Duration, Instant};
 
@@ -13,10 +13,10 @@ use crate::table::{Place, Report, milliseconds, ratio};
 
 /// POSTs of new keys, one after the other.
 const POSTS: u32 = 1_000;
-/// Keys that the C tools put in.
+/// Keys that the C tools install.
 const BY_C_TOOLS: u32 = 30;
 
-/// Measures with both kinds of bus and 0 to `peers` peers there.
+/// Measures with both kinds of bus and 0 to `peers` existing peers.
 pub fn measure(report: Report, peers: u32) {
     for bus in [Bus::Embedded, Bus::Mosquitto] {
         for peers in [0, peers / 20, peers] {
@@ -42,12 +42,12 @@ fn measure_one(report: Report, bus: Bus, peers: u32) {
     let line = report.line(format!("{bus:?}, {peers} peers there: p50, p90, p99, max"), shown);
     let line = line.against(format!("`wg`, `ip`, `bridge`: {}", milliseconds(reference)), ratio(p50, reference));
     let holds = p50 < Duration::from_millis(5) && p99 < Duration::from_millis(50);
-    // What is emulated is slow by nature.
+    // An emulated kernel is too slow for absolute figures.
     let line = if report.place == Place::Native { line.wanted("p50 < 5 ms, p99 < 50 ms", holds) } else { line };
     line.print();
 }
 
-/// How long each answer took to so many keys from this one on, sent one after the other over one connection.
+/// The time of each answer to so many keys from this one on, sent one after the other over one connection.
 pub fn post(gateway: &Gateway, first: u32, number: u32) -> Vec<Duration> {
     let mut router = gateway.stack.connect();
     let post = |key: wgkex_common::PublicKey| {

@@ -1,5 +1,5 @@
-//! Row `rebuild`: a gateway that lost all its peers, from what a broker knows, and from its own state file with no
-//! broker and no bus at hand; beside the C tools' batches for the same keys.
+//! Row `rebuild`: a gateway that lost all its peers restores them from a broker, and from its own state file without
+//! broker and bus; beside the C tools' batches for the same keys.
 
 use std::time::{Duration, Instant};
 
@@ -10,7 +10,7 @@ use crate::gateway::{DOMAIN, Gateway, assert_holds, keys};
 use crate::measure::{Cost, cpu, look};
 use crate::table::{Place, Report, ratio, seconds};
 
-/// How often to look whether the keys are in.
+/// How often to poll whether the keys are in.
 const LOOK: Duration = Duration::from_millis(50);
 
 /// Measures with so many live keys.
@@ -34,7 +34,7 @@ pub fn measure(report: Report, number: u32) {
     gateway.stop_worker();
 }
 
-/// What the worker takes from its start until so many keys are in.
+/// The cost of the worker from its start until so many keys are in.
 fn fill(gateway: &mut Gateway, number: u32) -> Cost {
     let began = Instant::now();
     gateway.launch_worker();

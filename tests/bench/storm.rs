@@ -1,5 +1,5 @@
-//! Row `storm`: thousands of routers ask within seconds, as after a power cut, and four gateways take them all. Here
-//! with kernels in memory that take the time of a real one, in the virtual machine with four real ones.
+//! Row `storm`: thousands of routers request within seconds, as after a power cut, and four gateways install all keys.
+//! Here with kernels in memory that take the time of a real one, in the virtual machine with four real ones.
 
 use std::fs;
 use std::path::Path;
@@ -22,15 +22,15 @@ use crate::measure::{cpu, look, median, percentile};
 use crate::play;
 use crate::table::{Place, Report, milliseconds, ratio, seconds};
 
-/// How long the routers take to ask.
+/// The time over which the requests are spread.
 const LASTS: Duration = Duration::from_secs(10);
 /// How long the gateways may take, from the first POST.
 const WANTED: Duration = Duration::from_secs(15);
-/// How long is waited for them: until the routers have come again, and then again.
+/// How long to wait for the gateways: two repeats of the routers' requests.
 const LIMIT: Duration = Duration::from_secs(180);
-/// How often to look whether a gateway has all.
+/// How often to poll whether a gateway has all keys.
 const LOOK: Duration = Duration::from_millis(50);
-/// The same in the virtual machine, where a look costs as much as some keys.
+/// The same in the virtual machine, where a poll costs as much as some keys.
 const LOOK_INSIDE: Duration = Duration::from_millis(500);
 /// The gateways.
 const GATEWAYS: u16 = 4;
@@ -80,7 +80,7 @@ pub fn worker_config(stack: &Stack, domains: &[&str], more: &str, name: &str) ->
     file.display().to_string()
 }
 
-/// What this machine's kernel takes, by netlink as the worker speaks it.
+/// The delays of this machine's kernel, by the worker's netlink code.
 fn cost_of_a_kernel() -> Delays {
     let _gateway = Gateway::new(Bus::Mosquitto);
     let (interface, mut keys) = (Interface::from(&domain()), keys(0..1_200));
@@ -159,14 +159,14 @@ fn gateway(hub: &Host, n: u8) -> (Host, Process) {
     (gateway, worker)
 }
 
-/// How many keys the gateway has that has the fewest.
+/// The number of keys at the gateway with the fewest.
 fn least(gateways: &[(Host, Process)]) -> u32 {
     let installed = "wgkex_worker_keys_installed_total{domain=\"test_a\"}";
     let number = |gateway: &Host| gateway.metric(9586, installed)?.parse().ok();
     gateways.iter().map(|(gateway, _)| number(gateway).unwrap_or_default()).min().unwrap_or_default()
 }
 
-/// Has the routers ask, and waits for the gateways.
+/// Sends the routers' requests, and waits for the gateways.
 fn storm(
     routers: u32,
     has: impl Fn() -> u32,

@@ -1,19 +1,19 @@
-//! The table that a run prints: a line for each thing that was measured, beside its reference.
+//! The table that a run prints: a line for each measurement, beside its reference.
 
 use std::fmt::Display;
 use std::io::Write as _;
 use std::time::Duration;
 
-/// What a row prints its lines by.
+/// The row and place with which lines are printed.
 #[derive(Debug, Clone, Copy)]
 pub struct Report {
     /// The row's name.
     pub row: &'static str,
-    /// Where it is measured: `native` or `vm`.
+    /// The place of the measurement: `native` or `vm`.
     pub place: Place,
 }
 
-/// Which kernel is measured.
+/// The measured kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Place {
     /// This machine's, with a userspace WireGuard where it has none.
@@ -22,7 +22,7 @@ pub enum Place {
     Vm,
 }
 
-/// One measured thing.
+/// One line of the table.
 pub struct Line {
     report: Report,
     what: String,
@@ -44,7 +44,7 @@ impl Place {
 }
 
 impl Report {
-    /// A line about `what`, which took or gave `measured`.
+    /// A line about `what`, with the result `measured`.
     pub fn line(self, what: impl Display, measured: impl Display) -> Line {
         Line {
             report: self,
@@ -59,14 +59,14 @@ impl Report {
 }
 
 impl Line {
-    /// Beside this reference, to which the measured thing has this ratio.
+    /// Adds the reference, and the ratio of the result to it.
     pub fn against(mut self, reference: impl Display, ratio: f64) -> Self {
         self.reference = reference.to_string();
         self.ratio = format!("{ratio:.2}");
         self
     }
 
-    /// What the design asks for, and whether it holds here.
+    /// Adds the requirement of the design, and whether it holds here.
     pub fn wanted(mut self, wanted: impl Display, holds: bool) -> Self {
         self.wanted = wanted.to_string();
         self.holds = if holds { "yes" } else { "NO" };
@@ -78,7 +78,7 @@ impl Line {
         let Self { report, what, measured, reference, ratio, wanted, holds } = self;
         let place = report.place.name();
         println!("| {} | {place} | {what} | {measured} | {reference} | {ratio} | {wanted} | {holds} |", report.row);
-        // Who waits for a run of an hour wants to see it come.
+        // A run takes an hour: each line is shown at once.
         let _ = std::io::stdout().flush();
     }
 }
@@ -104,7 +104,7 @@ pub fn mebibytes(kibibytes: u32) -> String {
     format!("{:.1} MiB", f64::from(kibibytes) / 1024.0)
 }
 
-/// How often `part` goes into `whole`.
+/// The ratio of `part` to `whole`.
 pub fn ratio(part: Duration, whole: Duration) -> f64 {
     part.as_secs_f64() / whole.as_secs_f64()
 }

@@ -1,5 +1,5 @@
-//! Row `tenants`: how long members of tenants wait for the answer to their join, when many join and one of each tenant is
-//! stalled, and beside a large tenant that is busy; how many join a second; and what the broker needs for each member.
+//! Row `tenants`: time from a member's join to its answer, when many join and one of each tenant is stalled, and beside
+//! a large tenant that is busy; joins per second; and the broker's memory per member.
 
 use std::io;
 use std::net::SocketAddr;
@@ -23,9 +23,9 @@ use crate::table::{Report, mebibytes, milliseconds, ratio};
 const EACH: u32 = 10;
 /// Joins per second.
 const RATE: u32 = 200;
-/// Clients that join at the same time, where it is to go as fast as it can.
+/// Clients that join at the same time, where joins are to be as fast as possible.
 const AT_ONCE: u32 = 64;
-/// Members of the large tenant that leave and join again all the time, and how long they stay.
+/// Members of the large tenant that repeatedly leave and join, and how long they stay.
 const BUSY: u32 = 4;
 const STAY: Duration = Duration::from_millis(500);
 /// Members with long names that come and go in each tenant before the others join, with 1.6 KB each: in all more than a stalled
@@ -33,11 +33,11 @@ const STAY: Duration = Duration::from_millis(500);
 const UNREAD: u32 = 100;
 /// The bytes that a stalled member's kernel is to keep for it.
 const STALLED_BUFFER: u32 = 4096;
-/// How often a stalled member shows that it is alive.
+/// How often a stalled member sends a pong.
 const BEAT: Duration = Duration::from_secs(5);
-/// What is wanted of a join.
+/// The limit for a join.
 const JOIN: Duration = Duration::from_millis(100);
-/// What a member may take of the broker's memory, in KiB.
+/// The limit of the broker's memory per member, in KiB.
 const MEMBER: u32 = 64;
 /// A pong of a client, masked with zeros.
 const PONG: &[u8] = b"\x8a\x80\0\0\0\0";
@@ -79,7 +79,7 @@ fn at_a_rate(report: Report, members: u32) {
     line.wanted(format!("<= {MEMBER} KiB"), each <= MEMBER).print();
 }
 
-/// How many join a second when nobody waits for a turn.
+/// Joins per second without pauses.
 fn at_once(report: Report, members: u32) {
     let (stack, runtime) = stack();
     let tenants = tenants(members);
@@ -91,7 +91,7 @@ fn at_once(report: Report, members: u32) {
     report.line(format!("{members} joins, {AT_ONCE} at once, {EACH} members each"), measured).print();
 }
 
-/// Whether members of a large tenant that come and go keep others waiting.
+/// Whether members that join and leave a large tenant delay other joins.
 fn beside_a_large_one(report: Report, members: u32) {
     let (stack, runtime) = stack();
     let server = stack.http;
@@ -122,13 +122,13 @@ fn percentiles(times: &mut [Duration]) -> [Duration; 2] {
     [50, 99].map(|share| percentile(times, share))
 }
 
-/// In how many tenants so many members are.
+/// The number of tenants for so many members.
 fn tenants(members: u32) -> u32 {
     (members / EACH).max(1)
 }
 
-/// Members of so many tenants that are alive and read nothing after their answer, and for whom more waits than their connections
-/// take. The names of the tenants begin with `prefix`.
+/// Members of so many tenants that send pongs and read nothing after their answer, while more messages are queued for
+/// them than their connections take. The names of the tenants begin with `prefix`.
 async fn stall(server: SocketAddr, prefix: &'static str, tenants: u32) {
     for n in 0..tenants {
         let socket = TcpSocket::new_v4().unwrap();
@@ -151,7 +151,7 @@ async fn stall(server: SocketAddr, prefix: &'static str, tenants: u32) {
     assert_eq!(visits, (UNREAD * tenants) as usize, "all came");
 }
 
-/// Shows that a member is alive, which reads nothing.
+/// Sends pongs for a member that reads nothing.
 async fn show_life(mut stream: Connection) -> io::Result<()> {
     loop {
         sleep(BEAT).await;
@@ -159,8 +159,8 @@ async fn show_life(mut stream: Connection) -> io::Result<()> {
     }
 }
 
-/// Members of these numbers join, and stay; returns how long each took, from its message to its answer. The names of their tenants
-/// begin with `prefix`.
+/// Members of these numbers join, and stay; returns the time of each from its message to its answer. The names of their
+/// tenants begin with `prefix`.
 async fn join_all(server: SocketAddr, prefix: &'static str, numbers: Range<u32>) -> Vec<Duration> {
     let mut joins = JoinSet::new();
     let mut ticks = interval(Duration::from_secs(1) / RATE);
@@ -175,7 +175,7 @@ async fn join_all(server: SocketAddr, prefix: &'static str, numbers: Range<u32>)
     times
 }
 
-/// Joins as fast as that goes, and stays. Returns how long each took.
+/// Joins as fast as possible, and stays. Returns the time of each join.
 async fn fill(
     server: SocketAddr,
     members: u32,
@@ -194,7 +194,8 @@ async fn join_and_stay(server: SocketAddr, tenant: &str, n: u32) -> io::Result<D
     Ok(time)
 }
 
-/// Does `work` with each number below `count`, [`AT_ONCE`] at the same time. Returns what came of those that succeeded.
+/// Runs `work` with each number below `count`, [`AT_ONCE`] at the same time. Returns the results of those that
+/// succeeded.
 async fn each<T, F>(count: u32, work: impl Fn(u32) -> F + Clone + Send + 'static) -> Vec<T>
 where
     T: Send + 'static,
@@ -227,7 +228,7 @@ async fn come_and_go(server: SocketAddr, n: u32, is_over: Arc<AtomicBool>) -> io
     Ok(())
 }
 
-/// Joins at the same rate until it is over; those that joined stay as long.
+/// Joins at the same rate until `is_over`; members stay as long.
 pub fn keep_joining(server: SocketAddr, is_over: &AtomicBool) {
     Runtime::new().unwrap().block_on(async {
         let mut ticks = interval(Duration::from_secs(1) / RATE);
@@ -245,7 +246,7 @@ async fn join(server: SocketAddr, tenant: &str, n: u32) -> io::Result<(Duration,
     join_by(TcpStream::connect(server).await?, tenant, &format!("{n:05}"), &key(n)).await
 }
 
-/// Joins by a connection that is there; `name` as it is in JSON.
+/// Joins on an open connection; `name` as it is in JSON.
 async fn join_by(stream: TcpStream, tenant: &str, name: &str, key: &str) -> io::Result<(Duration, Connection)> {
     stream.set_nodelay(true)?;
     let mut stream = BufReader::new(stream);
@@ -262,7 +263,7 @@ async fn join_by(stream: TcpStream, tenant: &str, name: &str, key: &str) -> io::
     let frame = text_frame(&message)?;
     let begun = Instant::now();
     stream.write_all(&frame).await?;
-    // The answer is a text, perhaps in fragments.
+    // The answer is a text message, perhaps in fragments.
     let mut first = read_frame(&mut stream).await?;
     while first & 0x80 == 0 {
         first = read_frame(&mut stream).await?;
@@ -271,7 +272,7 @@ async fn join_by(stream: TcpStream, tenant: &str, name: &str, key: &str) -> io::
     if first & 0x0f == 8 { Err(io::Error::other("refused")) } else { Ok((time, stream)) }
 }
 
-/// A text of a client, masked with zeros.
+/// A text message of a client, masked with zeros.
 fn text_frame(text: &str) -> io::Result<Vec<u8>> {
     let length = u16::try_from(text.len()).map_err(io::Error::other)?;
     let [high, low] = length.to_be_bytes();
@@ -279,7 +280,7 @@ fn text_frame(text: &str) -> io::Result<Vec<u8>> {
     Ok([&head[..], &[0; 4], text.as_bytes()].concat())
 }
 
-/// Reads what comes, and answers pings.
+/// Reads all frames, and answers pings.
 async fn stay(mut stream: Connection) -> io::Result<()> {
     loop {
         if read_frame(&mut stream).await? & 0x0f == 9 {

@@ -1,4 +1,4 @@
-//! What the kernel answers.
+//! Netlink answers of the kernel.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,4 +1,4 @@
-//! A state file, whatever is in it: it is read, set aside, or of a layout that is not known.
+//! A state file with any content: it is loaded, set aside, or refused for an unknown layout.
 #![no_main]
 
 use std::fs;

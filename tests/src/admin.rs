@@ -11,7 +11,7 @@ use crate::stack::{Stack, free_address};
 
 /// Makes admin calls to a stack, with the token.
 pub struct Operator {
-    /// Where the broker takes admin calls.
+    /// The address at which the broker takes admin calls.
     pub address: SocketAddr,
     /// The token for the calls.
     pub token: String,

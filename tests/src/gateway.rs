@@ -1,5 +1,5 @@
 //! A lab for the programs with a real kernel: hosts in namespaces of their own on this machine, with real WireGuard
-//! interfaces in them, and the C tools as witnesses. Needs root. Everything in a host ends with it.
+//! interfaces, which tests inspect with the C tools. Needs root. Everything in a host ends with it.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -17,8 +17,8 @@ use wgkex_common::PublicKey;
 use crate::http::{Http, Response, ask};
 use crate::process::{Process, binary};
 
-/// What every host's config begins with: two domains, `wg-a` on port 51820 and `wg-b` on 51821; and all routers of a
-/// test ask from one address.
+/// The beginning of every host's config: two domains, `wg-a` on port 51820 and `wg-b` on 51821; no limit per client,
+/// since all routers of a test have one address.
 const CONFIG: &str = "\
 domains: [test_a, test_b]
 domain_prefixes: [test_]
@@ -28,17 +28,17 @@ setup: {key_dir: /run/wgkex}
 state_dir: /run/wgkex/state
 ";
 
-/// The first process of a host: its own /run (the config, the keys, the control sockets of a userspace WireGuard),
-/// its own name, and its process id as others see it.
+/// The first process of a host: mounts its own /run (for the config, the keys, the control sockets of a userspace
+/// WireGuard), sets its host name, and prints its process id in the namespace of the test.
 const HOLD: &str = r#"mount -t tmpfs -o mode=755 none /run && mkdir /run/wireguard /run/wgkex && hostname "$0" &&
     ip link set lo up && read -r pid _ </proc/self/stat && echo "host $pid" && exec sleep infinity"#;
 
-/// Whose WireGuard a host's interfaces have.
+/// The WireGuard implementation of a host's interfaces.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Lane {
     /// wireguard-go, on any kernel.
     Userspace,
-    /// The kernel's, which must have it.
+    /// The kernel's, which must support it.
     Kernel,
 }
 
@@ -51,7 +51,7 @@ pub struct Host {
     _first: Process,
 }
 
-/// What the C tools show of a domain, line by line.
+/// The output of the C tools for a domain, line by line.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tables {
     /// `wg show allowed-ips`.
@@ -64,7 +64,8 @@ pub struct Tables {
 }
 
 impl Host {
-    /// A host of this name, which is its worker's, with nothing but a loopback interface. Its processes die with the thread that makes it.
+    /// A host of this name, which is its worker's, with only a loopback interface. Its processes die with the thread
+    /// that makes it.
     #[must_use]
     pub fn new(name: &str, lane: Lane) -> Self {
         assert!(nix::unistd::geteuid().is_root(), "this test needs root");
@@ -91,23 +92,23 @@ impl Host {
         host
     }
 
-    /// Where one of its files is to be found from outside. Only what is below `/run` is its own.
+    /// The path of one of its files outside of it. Only files below `/run` are its own.
     #[must_use]
     pub fn path(&self, inside: &str) -> PathBuf {
         format!("/proc/{}/root{inside}", self.pid).into()
     }
 
-    /// Writes the config of its programs: the domains, and what `more` says.
+    /// Writes the config of its programs: the domains, and `more`.
     pub fn configure(&self, more: &str) {
         fs::write(self.path("/run/wgkex.yaml"), format!("{CONFIG}{more}")).expect("write the config");
     }
 
-    /// Lays a cable to `other`; returns the addresses at this end and at the other.
+    /// Connects it to `other` with a veth pair; returns the addresses at this end and at the other.
     #[must_use]
     pub fn connect(&self, other: &Self, network: u8) -> (Ipv4Addr, Ipv4Addr) {
         let (here, there) = (Ipv4Addr::new(198, 18, network, 1), Ipv4Addr::new(198, 18, network, 2));
         let cable = format!("cable{network}");
-        // The process id means something only to who sees all processes.
+        // The process id is valid only in a namespace that sees all processes.
         let add = format!("ip link add {cable} type veth peer name {cable} netns {}", other.pid);
         succeed(&add, self.enter_by_command().args(["sh", "-c", &add]));
         for (host, address) in [(self, here), (other, there)] {
@@ -116,13 +117,13 @@ impl Host {
         (here, there)
     }
 
-    /// Runs a shell command in it, which must succeed; returns what it says, without the last newline.
+    /// Runs a shell command in it, which must succeed; returns its output, without the last newline.
     #[expect(clippy::must_use_candidate, reason = "mostly it is run for what it does")]
     pub fn run(&self, command: &str) -> String {
         succeed(command, self.shell(command).env("WGKEX_CONFIG_FILE", "/run/wgkex.yaml"))
     }
 
-    /// Runs a shell command in it, come what may.
+    /// Runs a shell command in it, which may fail.
     #[must_use]
     pub fn try_run(&self, command: &str) -> Output {
         self.shell(command).output().expect("nsenter runs")
@@ -187,7 +188,7 @@ impl Host {
         self.start("broker", &binary("wgkex-broker"), &[], &[])
     }
 
-    /// Starts Mosquitto on port 1883 of all addresses. What is retained does not outlive it.
+    /// Starts Mosquitto on port 1883 of all addresses. Retained messages do not outlive it.
     #[must_use]
     pub fn start_mosquitto(&self) -> Process {
         let config = "listener 1883 0.0.0.0\nallow_anonymous true\npersistence false\nuser root\n";
@@ -215,7 +216,7 @@ impl Host {
         remote
     }
 
-    /// Starts a program in it; `privileges` are options of `setpriv` that take some away.
+    /// Starts a program in it; `privileges` are options of `setpriv` that drop some.
     #[must_use]
     pub fn start(&self, name: &str, program: &Path, args: &[&str], privileges: &[&str]) -> Process {
         let mut command = self.enter_by_command();
@@ -224,7 +225,7 @@ impl Host {
         Process::start(&format!("{}/{name}", self.name), &mut command)
     }
 
-    /// Does `work` on a thread that is in the host; sockets it makes, and threads, are the host's for good.
+    /// Runs `work` on a thread that is in the host; its sockets and threads stay in the host.
     pub fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         thread::scope(|scope| {
             let inside = scope.spawn(|| {
@@ -249,7 +250,7 @@ impl Host {
         self.http(5000).expect("the broker listens").post(&path(version), &ask("test_a", key))
     }
 
-    /// The same, with a client that takes any end; `None` if there was no answer.
+    /// The same, with a client that accepts any end of the connection; `None` if there was no answer.
     #[must_use]
     pub fn try_post(&self, version: u8, key: &str) -> Option<u16> {
         let url = format!("http://127.0.0.1:5000{}", path(version));
@@ -258,7 +259,7 @@ impl Host {
         String::from_utf8_lossy(&status.stdout).parse().ok().filter(|status| *status != 0)
     }
 
-    /// Asks a program on this host for a page.
+    /// GETs a page from a program on this host.
     #[must_use]
     pub fn get(&self, port: u16, path: &str) -> Option<Response> {
         Some(self.http(port).ok()?.get(path))
@@ -268,7 +269,7 @@ impl Host {
         self.inside(|| Http::try_connect(SocketAddr::from((Ipv4Addr::LOCALHOST, port))))
     }
 
-    /// What is in the kernel for domain `test_{rest}`, as the C tools say.
+    /// The kernel's tables for domain `test_{rest}`, as the C tools show them.
     #[must_use]
     pub fn tables(&self, rest: &str) -> Tables {
         let interface = format!("wg-{rest}");
@@ -286,7 +287,7 @@ impl Host {
         Tables { peers, routes, fdb, interface }
     }
 
-    /// Everything that `wg` knows of the interface: keys, endpoints, handshakes, counters.
+    /// All that `wg` shows of the interface: keys, endpoints, handshakes, counters.
     #[must_use]
     pub fn wireguard(&self, interface: &str) -> BTreeSet<String> {
         self.run(&format!("wg show {interface} dump")).lines().map(str::to_owned).collect()
@@ -301,7 +302,7 @@ impl Host {
 }
 
 impl Tables {
-    /// What of the three objects that a key means is not there.
+    /// The missing ones of a key's three objects.
     #[must_use]
     pub fn missing(&self, key: &str) -> Vec<String> {
         let node = link_local(key);
@@ -312,7 +313,7 @@ impl Tables {
         wanted.into_iter().filter_map(|(line, table)| (!table.contains(&line)).then_some(line)).collect()
     }
 
-    /// How many entries each table has: peers, routes, flood list.
+    /// The number of entries of each table: peers, routes, flood list.
     #[must_use]
     pub fn lengths(&self) -> [usize; 3] {
         [self.peers.len(), self.routes.len(), self.fdb.len()]

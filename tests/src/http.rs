@@ -1,4 +1,4 @@
-//! HTTP as a router or an operator speaks it, down to the bytes.
+//! HTTP as a router or an operator sends it, down to the bytes.
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
@@ -31,7 +31,7 @@ impl Http {
         Self::try_connect(server).unwrap_or_else(|error| panic!("connect to {server}: {error}"))
     }
 
-    /// Connects if somebody listens.
+    /// Connects if the server listens.
     pub fn try_connect(server: SocketAddr) -> std::io::Result<Self> {
         let stream = TcpStream::connect_timeout(&server, DEADLINE)?;
         stream.set_read_timeout(Some(DEADLINE))?;
@@ -51,13 +51,13 @@ impl Http {
         self.response(method)
     }
 
-    /// Asks for `path`.
+    /// GETs `path`.
     #[must_use]
     pub fn get(&mut self, path: &str) -> Response {
         self.request("GET", path, &[], b"")
     }
 
-    /// Sends `body` to `path` as a router does: as a form, whatever it is.
+    /// Sends `body` to `path` as a router does: with the content type of a form, whatever it is.
     #[must_use]
     pub fn post(&mut self, path: &str, body: &str) -> Response {
         self.request("POST", path, &["Content-Type: application/x-www-form-urlencoded"], body.as_bytes())
@@ -144,7 +144,7 @@ impl Response {
     }
 }
 
-/// The body with which a router asks.
+/// The body of a router's request.
 #[must_use]
 pub fn ask(domain: &str, key: &str) -> String {
     format!(r#"{{"domain":"{domain}","public_key":"{key}"}}"#)

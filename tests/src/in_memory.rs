@@ -13,11 +13,11 @@ use wgkex_kernel::{Change, Interface, PeerConfig};
 
 use crate::stack::{Stack, free_address};
 
-/// A worker that runs until this is dropped.
+/// A worker that runs until this value is dropped.
 pub struct InMemory {
     /// Its kernel.
     pub kernel: MemoryKernel,
-    /// Where it serves its metrics.
+    /// The address of its metrics.
     pub http: SocketAddr,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
@@ -42,7 +42,7 @@ impl InMemory {
         Self::start_by(stack, name, mqtt, "")
     }
 
-    /// The same as a server of the registry, with its interface; what it is, as a YAML mapping.
+    /// The same as a server of the registry, with its interface; `settings` is the YAML mapping of the server.
     #[must_use]
     pub fn start_server(stack: &Stack, name: &str, server: &str, settings: &str) -> Self {
         Self::start_by(
@@ -106,7 +106,7 @@ impl InMemory {
 impl Drop for InMemory {
     fn drop(&mut self) {
         self.stop = None;
-        // It publishes that it goes, if the server is still there.
+        // The worker publishes its offline status, if the MQTT server still runs.
         let (joined, is_joined) = mpsc::channel();
         if let Some(thread) = self.thread.take() {
             thread::spawn(move || joined.send(thread.join().is_ok()));

@@ -22,7 +22,7 @@ pub mod stack;
 pub mod unread_answers;
 pub mod websocket;
 
-/// How long a test waits for what must happen; long enough for a machine that is busy with other things.
+/// How long a test waits for a condition; long enough for a busy machine.
 pub const DEADLINE: Duration = Duration::from_secs(30);
 
 /// Waits until `found` returns something, and fails after [`DEADLINE`], naming `what`.
@@ -30,7 +30,7 @@ pub fn wait_until<T>(what: &str, found: impl FnMut() -> Option<T>) -> T {
     wait_within(DEADLINE, what, found)
 }
 
-/// The same with a limit of its own.
+/// The same with another limit.
 pub fn wait_within<T>(limit: Duration, what: &str, mut found: impl FnMut() -> Option<T>) -> T {
     let begun = Instant::now();
     loop {
@@ -42,7 +42,7 @@ pub fn wait_within<T>(limit: Duration, what: &str, mut found: impl FnMut() -> Op
     }
 }
 
-/// The `n`th key of a test: valid, and of no other number.
+/// The `n`th key of a test: valid, and different for each number.
 #[must_use]
 pub fn key(n: u32) -> String {
     let mut bytes = [0x42; 32];
@@ -50,7 +50,7 @@ pub fn key(n: u32) -> String {
     wgkex_common::PublicKey::from_bytes(bytes).expect("a valid key").to_string()
 }
 
-/// The name of the programs of this machine: its host name.
+/// The name under which programs of this machine publish: its host name.
 #[must_use]
 pub fn host_name() -> String {
     nix::unistd::gethostname().expect("a host name").to_string_lossy().into_owned()

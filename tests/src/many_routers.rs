@@ -6,7 +6,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpSocket, TcpStream};
 
-/// The `n`th address of loopback that routers may have, apart from that of everything else.
+/// The `n`th loopback address for routers, which no other client or server uses.
 #[must_use]
 pub fn address(n: u32) -> Ipv4Addr {
     Ipv4Addr::from_bits(Ipv4Addr::new(127, 1, 0, 1).to_bits() + n)
@@ -21,7 +21,7 @@ pub async fn connect_from(source: Ipv4Addr, server: SocketAddr) -> io::Result<Tc
     Ok(stream)
 }
 
-/// POSTs `body`, with more headers as whole lines, each with its end; returns the status when the answer is read.
+/// POSTs `body`, with more headers as whole lines with their line ends; returns the status once the answer is read.
 pub async fn post(stream: &mut TcpStream, path: &str, headers: &str, body: &str) -> io::Result<u16> {
     let head = format!("POST {path} HTTP/1.1\r\nHost: broker\r\nContent-Type: application/json\r\n{headers}");
     stream.write_all(format!("{head}Content-Length: {}\r\n\r\n{body}", body.len()).as_bytes()).await?;
@@ -36,7 +36,7 @@ pub async fn post(stream: &mut TcpStream, path: &str, headers: &str, body: &str)
     }
 }
 
-/// The status of an answer that is there whole.
+/// The status of an answer, if all of it is there.
 fn status(answer: &[u8]) -> Option<u16> {
     let text = str::from_utf8(answer).ok()?;
     let (head, body) = text.split_once("\r\n\r\n")?;

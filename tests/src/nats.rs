@@ -1,5 +1,5 @@
-//! Debian's NATS server, alone or as a cluster that keeps MQTT's messages on all nodes, and the one address by which programs
-//! reach it: as a name with several addresses does, it leads to the first node that takes connections.
+//! Debian's NATS server, alone or as a cluster that stores MQTT's messages on all nodes, and one address for programs:
+//! it leads to the first node that accepts connections, as a name with several addresses does.
 
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
@@ -15,13 +15,13 @@ use crate::raw_client::RawClient;
 use crate::stack::free_address;
 use crate::wait_within;
 
-/// How long nodes may take to agree, on a machine that does other things.
+/// How long nodes may take to agree, on a busy machine.
 const AGREED: Duration = Duration::from_secs(120);
 
 /// A cluster that runs.
 pub struct Cluster {
     nodes: Vec<Node>,
-    /// Where programs reach it.
+    /// The address for programs.
     address: SocketAddr,
     _entrance: Proxy,
 }
@@ -44,7 +44,7 @@ impl Cluster {
         cluster
     }
 
-    /// Where programs reach it.
+    /// The address for programs.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
@@ -116,7 +116,7 @@ fn start(node: usize, config: &Path) -> Process {
     Process::start(&format!("nats{node}"), &mut command)
 }
 
-/// Whether a client is let in there, and its subscription granted. A node that has not found the others says no.
+/// Whether the node accepts a client and grants its subscription. A node that has not found the others refuses.
 fn serves(node: SocketAddr, n: usize) -> bool {
     if TcpStream::connect(node).is_err() {
         return false;

@@ -1,4 +1,4 @@
-//! Debian's `PostgreSQL` on a free port of loopback, as a user of its own, gone with the process that started it.
+//! Debian's `PostgreSQL` on a free port of loopback, under its own user; it ends with the process that started it.
 
 use std::fs;
 use std::net::SocketAddr;
@@ -16,7 +16,7 @@ use crate::proxy::{Manner, Proxy};
 use crate::stack::free_address;
 use crate::wait_until;
 
-/// Its user, and the one that the broker is.
+/// The system user of the server, and the database user of the broker.
 const USER: &str = "postgres";
 /// The password of that user.
 pub const PASSWORD: &str = "s3cret of the store";
@@ -36,7 +36,7 @@ pub struct Database {
 }
 
 impl Database {
-    /// The same database by a line of this manner, which stays as long as the second value does.
+    /// The same database behind a proxy with this behaviour, which lives as long as the second value.
     #[must_use]
     pub fn behind(&self, manner: Manner) -> (Self, Proxy) {
         let (scheme_and_user, place) = self.url.split_once('@').expect("a user");
@@ -69,7 +69,7 @@ pub fn database() -> Database {
 }
 
 impl Postgres {
-    /// A new server that answers.
+    /// A new server that accepts connections.
     #[must_use]
     pub fn start() -> Self {
         let dir = tempfile::Builder::new().prefix("wgkex-postgres-").tempdir().expect("a directory");
@@ -100,13 +100,13 @@ impl Postgres {
         self.process.as_mut().expect("a server that runs")
     }
 
-    /// Stops all its processes, or lets them go on.
+    /// Stops all its processes, or continues them.
     pub fn freeze(&mut self, is_frozen: bool) {
         let signal = if is_frozen { Signal::SIGSTOP } else { Signal::SIGCONT };
         let server = self.process().pid();
         self.process().signal(signal);
         for child in children(server) {
-            // It may have ended meanwhile.
+            // The process may have ended meanwhile.
             let _ = kill(Pid::from_raw(child), signal);
         }
     }
@@ -128,7 +128,7 @@ impl Postgres {
     }
 }
 
-/// Makes the files of a server. That takes seconds, so they are copied where a test has made some before.
+/// Makes the files of a server. As that takes seconds, they are copied if a test has made some before.
 fn make_data(dir: &Path) {
     let (data, initdb) = (dir.join("data"), program("initdb"));
     let this = std::env::current_exe().expect("the path of this program");
@@ -186,7 +186,7 @@ fn psql(address: SocketAddr, dir: &Path, database: &str, sql: &str) -> Result<()
     if output.status.success() { Ok(()) } else { Err(String::from_utf8_lossy(&output.stderr).into_owned()) }
 }
 
-/// A command of that user, which dies with the thread that started it.
+/// A command of the server's user, which dies with the thread that started it.
 fn as_user(program: &Path) -> Command {
     let mut command = Command::new("setpriv");
     command.args(["--reuid", USER, "--regid", USER, "--clear-groups", "--pdeathsig", "QUIT", "--"]);
@@ -194,7 +194,7 @@ fn as_user(program: &Path) -> Command {
     command
 }
 
-/// Where Debian has a program of the newest version.
+/// The path of a program in Debian's newest version.
 fn program(name: &str) -> PathBuf {
     let versions = fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
     let program = versions.map(|version| version.path().join("bin").join(name)).filter(|path| path.exists()).max();

@@ -1,4 +1,4 @@
-//! An MQTT client of a test that keeps every message it receives: a witness that only subscribes, or one that plays a
+//! An MQTT client of a test that keeps every message it receives: one that only subscribes, or one in the role of a
 //! worker or a broker.
 
 use std::collections::VecDeque;
@@ -14,7 +14,7 @@ use tokio::sync::oneshot;
 
 use crate::DEADLINE;
 
-/// The largest packet: any there is.
+/// The largest packet that MQTT allows.
 const PACKET_MAX: usize = 268_435_455;
 
 /// A message that was received, or is to be published.
@@ -43,7 +43,7 @@ impl Said {
         String::from_utf8_lossy(&self.payload).into_owned()
     }
 
-    /// A hello without when it was sent, which is its last member; any other message as it is.
+    /// A hello without its time, which is its last member; any other message unchanged.
     #[must_use]
     pub fn undated(self) -> Self {
         let text = self.text();
@@ -62,7 +62,7 @@ impl fmt::Debug for Said {
     }
 }
 
-/// What a client publishes when it receives a message.
+/// The messages that a client publishes when it receives one.
 pub type Answer = Box<dyn FnMut(&Said) -> Vec<Said> + Send>;
 
 /// How a probe connects and behaves.
@@ -102,13 +102,13 @@ impl Role {
         Self { credentials: Some((user.into(), password.into())), ..self }
     }
 
-    /// Publishes this on every connection, once it is subscribed.
+    /// Publishes these messages on every connection, after it has subscribed.
     #[must_use]
     pub fn greeting(self, greeting: Vec<Said>) -> Self {
         Self { greeting, ..self }
     }
 
-    /// Publishes what `answer` returns for each message that is received.
+    /// Publishes the messages that `answer` returns for each received message.
     #[must_use]
     pub fn answer(self, answer: impl FnMut(&Said) -> Vec<Said> + Send + 'static) -> Self {
         Self { answer: Some(Box::new(answer)), ..self }
@@ -127,7 +127,7 @@ impl Role {
     }
 }
 
-/// A client on the bus. It connects again by itself; dropping it disconnects, without a last will.
+/// A client on the bus. It reconnects by itself; dropping it disconnects, without a last will.
 pub struct Probe {
     id: String,
     client: AsyncClient,
@@ -147,23 +147,23 @@ struct State {
     heard: Vec<Said>,
     unread: VecDeque<Said>,
     sessions: usize,
-    /// How many messages went to rumqttc, and how many of them it wrote.
+    /// The number of messages passed to rumqttc, and of those it has written.
     handed_over: usize,
     written: usize,
-    /// How many of them the server has to acknowledge, and how many of these it did.
+    /// The number of them that the server has to acknowledge, and of those it has acknowledged.
     to_acknowledge: usize,
     acknowledged: usize,
     closed: bool,
 }
 
 impl Probe {
-    /// A witness of everything on the bus.
+    /// A client that receives every message on the bus.
     #[must_use]
     pub fn witness(server: SocketAddr) -> Self {
         Self::connect(server, Role::new("witness", &["#"]))
     }
 
-    /// Connects, and returns when all filters are subscribed and the server has the greeting.
+    /// Connects, and returns when all filters are subscribed and the server has acknowledged the greeting.
     #[must_use]
     pub fn connect(server: SocketAddr, role: Role) -> Self {
         let (client, mut eventloop) = AsyncClient::new(role.options(server), 100_000);
@@ -184,12 +184,12 @@ impl Probe {
         probe
     }
 
-    /// Publishes a message, and returns when the server has it.
+    /// Publishes a message, and returns when the server has acknowledged it.
     pub fn say(&self, said: Said) {
         self.say_all([said]);
     }
 
-    /// Publishes all of these, and returns when the server has them.
+    /// Publishes all of these, and returns when the server has acknowledged them.
     pub fn say_all(&self, all: impl IntoIterator<Item = Said>) {
         let mut state = self.shared.lock();
         for said in all {
@@ -208,7 +208,7 @@ impl Probe {
         self.shared.lock().heard.clone()
     }
 
-    /// The next message that `wanted` takes; it will not be returned again. Others before it stay for later.
+    /// The next message that `wanted` accepts; it is returned only once. Earlier messages stay for later calls.
     pub fn next(&self, what: &str, mut wanted: impl FnMut(&Said) -> bool) -> Said {
         self.wait(what, |state| {
             let place = state.unread.iter().position(&mut wanted)?;
@@ -227,7 +227,7 @@ impl Probe {
         self.wait("connected and subscribed", |state| (state.sessions >= number).then_some(()));
     }
 
-    /// How often it has connected and subscribed.
+    /// The number of its connections with a subscription.
     #[must_use]
     pub fn sessions(&self) -> usize {
         self.shared.lock().sessions
@@ -241,7 +241,7 @@ impl Probe {
 
     fn join(&mut self) {
         if let Some(thread) = self.thread.take() {
-            // What made it panic is on the output already.
+            // The panic of the thread is already on the output.
             let _ = thread.join();
         }
     }
@@ -296,7 +296,7 @@ impl State {
     }
 }
 
-/// The side of a probe that runs by itself.
+/// The thread of a probe.
 struct Actor {
     client: AsyncClient,
     role: Role,

@@ -1,4 +1,4 @@
-//! A program under test, or one that it needs: started with its log captured, and gone when the test is over.
+//! A program under test, or one that it needs: started with its output captured, and ended with the test.
 
 use std::fs::{self, File};
 use std::io::Write as _;
@@ -21,10 +21,10 @@ const STARTED: Duration = Duration::from_secs(120);
 pub struct Process {
     name: String,
     child: Child,
-    /// That of the program, which may run below `child`.
+    /// The program's process id; it may be a descendant of `child`.
     pid: u32,
-    /// Both its outputs, without a name. Not a pipe: what it has written can be read at once, so that a test that has
-    /// seen an effect of the program finds the lines that were logged before it.
+    /// Standard output and error, in an unnamed file. Not a pipe: output can be read at once, so that a test that has
+    /// observed an effect of the program finds the lines that were logged before it.
     log: File,
 }
 
@@ -37,7 +37,7 @@ pub fn binary(name: &str) -> PathBuf {
     built.unwrap_or_else(|| panic!("{name} is not built beside {}: run `cargo build --workspace`", this.display()))
 }
 
-/// The process of this program among those that a process started, and those that these started.
+/// The process of this program among the descendants of a process.
 fn find_below(pid: u32, program: &str) -> Option<u32> {
     let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).ok()?;
     children.split_whitespace().filter_map(|child| child.parse().ok()).find_map(|child| {
@@ -46,7 +46,7 @@ fn find_below(pid: u32, program: &str) -> Option<u32> {
     })
 }
 
-/// The memory that a process has of the machine's, in KiB.
+/// The resident memory of a process, in KiB.
 #[must_use]
 pub fn memory(pid: u32) -> u32 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("a process that runs");
@@ -54,7 +54,7 @@ pub fn memory(pid: u32) -> u32 {
     line.and_then(|line| line.trim().strip_suffix(" kB")?.parse().ok()).expect("its memory")
 }
 
-/// The hash of a password, as the broker's command makes it.
+/// The hash of a password, by the broker's command.
 #[must_use]
 pub fn hash(password: &str) -> String {
     let mut command = Command::new(binary("wgkex-broker"));
@@ -69,14 +69,14 @@ pub fn hash(password: &str) -> String {
 }
 
 impl Process {
-    /// Starts `command`, which the output calls `name`.
+    /// Starts `command`, under `name` in the test's output.
     #[must_use]
     pub fn start(name: &str, command: &mut Command) -> Self {
         Self::start_with_log(name, command, tempfile::tempfile().expect("a file for the log"))
     }
 
-    /// Starts `command`, which starts `program` somewhere below itself, ends when that ends, with its exit code, and takes it
-    /// along when it is killed. Signals go to the program. Both write to `log`.
+    /// Starts `command`, which starts `program` as a descendant, ends with it and with its exit code, and ends it when
+    /// killed. Signals are sent to the program. Both write to `log`.
     #[must_use]
     pub fn start_below(name: &str, command: &mut Command, program: &str, log: File) -> Self {
         let mut process = Self::start_with_log(name, command, log);
@@ -115,7 +115,7 @@ impl Process {
         wait_until(&format!("{} ends", self.name), || self.child.try_wait().expect("wait for a child"))
     }
 
-    /// Waits for the end of the program, and not for that of what it may run below.
+    /// Waits for the end of the program, but not of the `command` that started it.
     pub fn wait_for_program(&mut self) {
         wait_until(&format!("the program of {} ends", self.name), || {
             (!self.is_running() || !Path::new(&format!("/proc/{}", self.pid)).exists()).then_some(())
@@ -134,7 +134,7 @@ impl Process {
         self.child.try_wait().expect("wait for a child").is_none()
     }
 
-    /// What it has written so far, to both its outputs.
+    /// Its output so far, standard output and error.
     #[must_use]
     pub fn log(&self) -> String {
         let mut log = vec![0; self.log.metadata().expect("the log").len().try_into().expect("a log that fits")];
@@ -153,7 +153,7 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // It may have ended by itself.
+        // The process may have ended by itself.
         let _ = self.child.kill();
         let _ = self.child.wait();
         if thread::panicking() {
@@ -169,12 +169,12 @@ impl Process {
     }
 }
 
-/// Whether no thread of the process runs: on a busy machine they do for a while after the signal.
+/// Whether no thread of the process runs: on a busy machine threads run on for a while after the signal.
 fn stands_still(process: Pid) -> bool {
     let Ok(threads) = fs::read_dir(format!("/proc/{process}/task")) else { return true };
     threads.flatten().all(|thread| {
         let stat = fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
-        // The name before the state may have blanks and parentheses.
+        // The name before the state may contain blanks and parentheses.
         stat.rsplit_once(") ").is_none_or(|(_, rest)| rest.starts_with(['T', 't', 'Z']))
     })
 }

@@ -1,5 +1,5 @@
-//! A line between a program and a server: slow, one that loses messages without a trace, one that alters what is said, or one
-//! that leads to the first of several servers that takes connections, as a name with several addresses does.
+//! A TCP proxy between a program and a server: slow, losing messages without a trace, altering bytes, or leading to the
+//! first of several servers that accepts connections, as a name with several addresses does.
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -9,30 +9,30 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Pieces that are under way on a slow line at most; more wait where they come from.
+/// The most pieces in transit on a slow line; more wait at their sender.
 const UNDER_WAY: usize = 16;
-/// Their size at most.
+/// The maximum size of a piece.
 const PIECE: usize = 1024;
 
-/// How the line is.
+/// The behaviour of the proxy.
 #[derive(Debug, Clone, Copy)]
 pub enum Manner {
-    /// Nothing is wrong with it.
+    /// Forwards all bytes unchanged.
     Good,
     /// Each connection is slow, in both directions.
     Slow {
-        /// How long each byte is under way at least.
+        /// The least time for which each byte is in transit.
         delay: Duration,
-        /// How many bytes arrive in a second at most.
+        /// The highest rate, in bytes per second.
         rate: u32,
     },
-    /// One of so many keys does not arrive, and the server is told that it did.
+    /// One of so many keys is not delivered, and the server receives an acknowledgement of it.
     Dropping(u32),
-    /// The server hears the second text, of the same length, in the place of the first one.
+    /// The server receives the second text, of the same length, in the place of the first one.
     Altering(&'static str, &'static str),
 }
 
-/// The line. It takes no new connections when it is dropped, and those that stand end with their clients.
+/// The proxy. When it is dropped it takes no new connections; existing ones end with their clients.
 #[derive(Debug)]
 pub struct Proxy {
     shared: Arc<Shared>,
@@ -47,8 +47,8 @@ struct Shared {
 }
 
 impl Proxy {
-    /// A line from `listen` to the first of the servers that takes a connection, in the network namespace of the calling
-    /// thread.
+    /// A proxy from `listen` to the first of the servers that accepts a connection, in the network namespace of the
+    /// calling thread.
     #[must_use]
     pub fn start(listen: SocketAddr, servers: Vec<SocketAddr>, manner: Manner) -> Self {
         let listener = TcpListener::bind(listen).unwrap_or_else(|error| panic!("listen on {listen}: {error}"));
@@ -67,7 +67,7 @@ impl Proxy {
         proxy
     }
 
-    /// How many keys it has dropped.
+    /// The number of keys it has dropped.
     #[must_use]
     pub fn dropped(&self) -> u32 {
         self.shared.dropped.load(Ordering::Relaxed)
@@ -80,7 +80,7 @@ impl Drop for Proxy {
     }
 }
 
-/// Joins both ends until one of them is closed.
+/// Connects client and server until one of them closes.
 fn connect(client: TcpStream, servers: &[SocketAddr], shared: &Arc<Shared>) -> io::Result<()> {
     client.set_nonblocking(false)?;
     let mut reached =
@@ -125,7 +125,7 @@ fn copy(mut from: TcpStream, mut to: TcpStream) {
     let _ = (from.shutdown(Shutdown::Both), to.shutdown(Shutdown::Both));
 }
 
-/// What is altered must come in one piece, as the statement of a database does.
+/// The text must be in one read, as the statement of a database is.
 fn alter(mut from: TcpStream, mut to: TcpStream, said: &str, heard: &str) {
     assert_eq!(said.len(), heard.len(), "the same length");
     let mut piece = vec![0; 64 * PIECE];
@@ -165,7 +165,7 @@ fn slowly(mut from: TcpStream, mut to: TcpStream, delay: Duration, rate: u32) {
     let _ = from.shutdown(Shutdown::Both);
 }
 
-/// Whole packets, so that another one can go in between.
+/// Forwards whole packets, so that an acknowledgement can be inserted between two of them.
 fn forward(mut client: TcpStream, server: &Mutex<TcpStream>) -> io::Result<()> {
     loop {
         let packet = match packet(&mut client) {
@@ -233,7 +233,7 @@ fn is_key(packet: &[u8]) -> bool {
     packet[0] >> 4 == 3 && rest(packet).get(2..).is_some_and(|topic| topic.starts_with(b"wireguard/"))
 }
 
-/// The number by which a PUBLISH is acknowledged, if it is to be.
+/// The packet identifier by which a PUBLISH is acknowledged, if it has to be.
 fn identifier(packet: &[u8]) -> Option<[u8; 2]> {
     let rest = rest(packet);
     let topic = usize::from(u16::from_be_bytes([rest[0], rest[1]]));

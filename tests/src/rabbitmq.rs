@@ -1,4 +1,4 @@
-//! Debian's RabbitMQ with its MQTT plugin, apart from any other on this machine: with ports, a name and files of its own.
+//! Debian's RabbitMQ with its MQTT plugin, separate from any other on this machine: with its own ports, name and files.
 
 use std::fs;
 use std::net::{SocketAddr, TcpStream};
@@ -11,10 +11,10 @@ use crate::process::Process;
 use crate::stack::{Plan, free_address};
 use crate::wait_within;
 
-/// What the package's own command starts; that would change to another user and write to the machine's directories.
+/// The program behind the package's command, which would change to another user and write to the machine's directories.
 const PROGRAM: &str = "/usr/lib/rabbitmq/bin/rabbitmq-server";
 
-/// It starts slowly: for 6 s it only waits for other nodes.
+/// It starts slowly: for 6 s it waits for other nodes.
 const START: Duration = Duration::from_secs(180);
 
 /// A RabbitMQ that serves MQTT, without passwords.
@@ -24,7 +24,7 @@ pub struct RabbitMq {
     epmd_port: u16,
     node_port: u16,
     dir: PathBuf,
-    // Ends before the process that nodes find each other by.
+    // Dropped before epmd, by which nodes find each other.
     server: Process,
     _epmd: Process,
 }
@@ -48,7 +48,7 @@ impl RabbitMq {
         started
     }
 
-    /// Ends it at once, and starts it again with what it has on disk.
+    /// Kills it, and starts it again with its files.
     pub fn kill_and_restart(&mut self) {
         let _ = self.server.end_by(Signal::SIGKILL);
         self.server = server(&self.plan, &self.dir, self.epmd_port, self.node_port);
@@ -68,7 +68,7 @@ fn server(plan: &Plan, dir: &Path, epmd_port: u16, node_port: u16) -> Process {
     command
         .env("HOME", dir)
         .env("ERL_EPMD_PORT", epmd_port.to_string())
-        // Its script becomes the server instead of watching it.
+        // The script then replaces itself by the server instead of watching it.
         .env("RUNNING_UNDER_SYSTEMD", "true")
         .env("RABBITMQ_CONF_ENV_FILE", "/dev/null")
         .env("RABBITMQ_NODENAME", format!("test{node_port}@127.0.0.1"))
@@ -83,7 +83,7 @@ fn server(plan: &Plan, dir: &Path, epmd_port: u16, node_port: u16) -> Process {
     Process::start("rabbitmq", &mut command)
 }
 
-/// It ends with the test, also when that is killed.
+/// A command that ends with the test, also when the test is killed.
 fn program(plan: &Plan, name: &str) -> std::process::Command {
     let mut command = plan.command(Path::new("setpriv"));
     command.args(["--pdeathsig", "KILL", "--", name]);

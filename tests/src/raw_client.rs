@@ -18,13 +18,13 @@ pub struct RawClient {
 }
 
 impl RawClient {
-    /// A TCP connection on which nothing is sent yet.
+    /// A TCP connection on which no packet is sent yet.
     #[must_use]
     pub fn connect_tcp(server: SocketAddr) -> Self {
         Self::of(TcpStream::connect(server).expect("the server takes a connection"))
     }
 
-    /// The same, from this address of loopback: for the server another client than one from 127.0.0.1.
+    /// The same, from this address of loopback: a client other than 127.0.0.1 for the server.
     #[must_use]
     pub fn connect_tcp_from(address: Ipv4Addr, server: SocketAddr) -> Self {
         let runtime = runtime::Builder::new_current_thread().enable_io().build().expect("a runtime");
@@ -52,7 +52,7 @@ impl RawClient {
         raw
     }
 
-    /// A client that sent this CONNECT, and the server's return code; none if the connection just ends.
+    /// A client that sent this CONNECT, and the server's return code; none if the connection ends without one.
     #[must_use]
     pub fn try_connect(server: SocketAddr, connect: &Connect) -> (Self, Option<ConnectReturnCode>) {
         let mut raw = Self::connect_tcp(server);
@@ -60,7 +60,7 @@ impl RawClient {
         (raw, code)
     }
 
-    /// Sends a CONNECT and returns the server's return code; none if the connection just ends.
+    /// Sends a CONNECT and returns the server's return code; none if the connection ends without one.
     pub fn log_in(&mut self, connect: &Connect) -> Option<ConnectReturnCode> {
         self.send(&Packet::Connect(connect.clone()));
         match self.read() {
@@ -70,7 +70,7 @@ impl RawClient {
         }
     }
 
-    /// Whether the server has closed the connection. What it sent before that is lost.
+    /// Whether the server has closed the connection. Discards bytes received before that.
     pub fn has_ended(&mut self) -> bool {
         self.stream.set_nonblocking(true).expect("an option");
         let read = self.stream.read(&mut [0; 1024]);
@@ -90,7 +90,7 @@ impl RawClient {
         let _ = self.stream.write_all(bytes);
     }
 
-    /// Sends as much of these bytes as the socket takes without waiting; the rest goes first the next time.
+    /// Sends as many of these bytes as the socket takes without blocking; the rest is sent first by the next call.
     pub fn send_if_taken(&mut self, bytes: &[u8]) {
         if self.unsent.is_empty() {
             self.unsent.extend(bytes);

@@ -1,5 +1,5 @@
-//! Workers played by a probe, with exactly the bytes of the contract: the original, which publishes nothing about a key,
-//! and one that confirms.
+//! Scripted workers, with exactly the bytes of the contract: the original, which publishes nothing about a key, and one
+//! that confirms.
 
 use std::thread;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use crate::key;
 use crate::probe::{Probe, Role, Said, said};
 use crate::stack::Stack;
 
-/// What a scripted worker does when it receives a key.
+/// The reaction of a scripted worker to a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Manner {
     /// An original: installs it and publishes nothing, because it has no such message.
@@ -19,19 +19,19 @@ pub enum Manner {
     Confirms,
     /// Rejects it.
     Refuses,
-    /// Rejects it as it has no room.
+    /// Rejects it for lack of room.
     Full,
-    /// Announces that it confirms, and does not.
+    /// Announces that it confirms, and does not confirm.
     Silent,
-    /// Confirms it after a while.
+    /// Confirms it after a delay.
     Slow,
     /// Its interface is missing: it publishes -1 for the domain, and rejects each key for that.
     Down,
-    /// Publishes that it is offline, and confirms all the same.
+    /// Publishes that it is offline, and confirms nevertheless.
     OfflineButConfirms,
     /// Publishes that it is offline, and rejects.
     OfflineButRefuses,
-    /// An original whose domain is offline, with the data that is retained from before.
+    /// An original whose domain is offline, with older data retained.
     OriginalDown,
 }
 
@@ -61,7 +61,8 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Comes online with `peers` connected peers in each domain; and again whenever the bus was lost.
+    /// Publishes that it is online with `peers` connected peers in each domain; again on every new connection to the
+    /// bus.
     #[must_use]
     pub fn start(stack: &Stack, name: &str, manner: Manner, peers: u64) -> Self {
         let domains = stack.plan.domains.clone();
@@ -87,7 +88,8 @@ impl Worker {
     }
 }
 
-/// What a worker publishes on every connection. The status comes last, so that a broker that receives it has the rest.
+/// The messages of a worker on every connection. The status is the last, so that a broker that receives it has the
+/// rest.
 fn greeting(name: &str, domains: &[String], manner: Manner, peers: u64) -> Vec<Said> {
     let hello = (!manner.is_original()).then(|| hello(name));
     let peers = if manner.is_domain_down() { "-1".into() } else { peers.to_string() };
@@ -137,7 +139,7 @@ pub fn gateway_key(worker: &str) -> String {
     key(u32::MAX - worker.bytes().fold(0, |sum: u32, byte| (sum * 31 + u32::from(byte)) % 1_000_000))
 }
 
-/// The answer to a router that is assigned this worker.
+/// The answer to a router that gets this worker.
 #[must_use]
 pub fn endpoint(worker: &str) -> serde_json::Value {
     json!({ "Endpoint": {
@@ -154,7 +156,7 @@ pub fn hello(worker: &str) -> Said {
     said(format!("wgkex/worker/{worker}/hello"), r#"{"version":"0.1.0","can":["confirm"]}"#, 1, true)
 }
 
-/// The same, sent at this time, in seconds of Unix time.
+/// The same, with this time of sending, in seconds of Unix time.
 #[must_use]
 pub fn hello_sent(worker: &str, time: u64) -> Said {
     let payload = format!(r#"{{"version":"0.1.0","can":["confirm"],"time":{time}}}"#);

@@ -1,4 +1,4 @@
-//! An MQTT server that misbehaves on command, for what no real one can be made to do when a test wants it.
+//! An MQTT server that misbehaves on command, for faults that a real server does not show on demand.
 
 use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
@@ -14,23 +14,23 @@ use rumqttc::{
 
 use crate::probe::Said;
 
-/// What the server does otherwise than others.
+/// The faults of the server.
 #[derive(Debug, Clone, Default)]
 pub struct Behaviour {
-    /// It refuses the filters that contain one of these.
+    /// It refuses filters that contain one of these texts.
     pub refuses: Vec<String>,
     /// It does not answer a SUBSCRIBE.
     pub is_silent: bool,
-    /// It delivers nothing whose topic contains this.
+    /// It delivers no message whose topic contains this text.
     pub swallows: Option<String>,
-    /// What it retains, and hands out so long after it has answered the SUBSCRIBE.
+    /// Its retained messages, and the delay of their delivery after the SUBACK.
     pub retained: (Duration, Vec<Said>),
 }
 
 /// The server. It lives as long as the process.
 #[derive(Clone)]
 pub struct ScriptedServer {
-    /// Where it is.
+    /// Its address.
     pub address: SocketAddr,
     state: Arc<Mutex<State>>,
 }
@@ -51,7 +51,7 @@ struct Client {
 }
 
 impl ScriptedServer {
-    /// Serves from now on.
+    /// Starts serving.
     #[must_use]
     pub fn start(behaviour: Behaviour) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
@@ -67,24 +67,24 @@ impl ScriptedServer {
         server
     }
 
-    /// Behaves otherwise from now on.
+    /// Changes the faults.
     pub fn behave(&self, behaviour: Behaviour) {
         self.lock().behaviour = behaviour;
     }
 
-    /// The client ids of all connections that there have been.
+    /// The client ids of all connections so far.
     #[must_use]
     pub fn connections(&self) -> Vec<String> {
         self.lock().connected.clone()
     }
 
-    /// How often a filter that contains `text` was asked for.
+    /// The number of subscriptions to a filter that contains `text`.
     #[must_use]
     pub fn subscriptions(&self, text: &str) -> usize {
         self.lock().subscribed.iter().filter(|filter| filter.contains(text)).count()
     }
 
-    /// How many messages with this payload it has swallowed.
+    /// The number of undelivered messages with this payload.
     #[must_use]
     pub fn swallowed(&self, payload: &str) -> usize {
         self.lock().swallowed.iter().filter(|swallowed| *swallowed == payload).count()
@@ -94,7 +94,7 @@ impl ScriptedServer {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Serves one client until it goes.
+    /// Serves one client until it disconnects.
     fn serve(&self, mut stream: TcpStream) {
         let number = {
             let mut state = self.lock();
@@ -182,7 +182,7 @@ impl State {
         let mut bytes = BytesMut::new();
         packet.write(&mut bytes, usize::MAX).expect("a packet");
         if let Some(client) = self.clients.get_mut(&number) {
-            // It may have gone.
+            // The client may have disconnected.
             let _ = client.stream.write_all(&bytes);
         }
     }

@@ -1,5 +1,5 @@
-//! The broker on its bus, each on a free port of loopback: started, ready, and gone when the test is over. Both
-//! kinds of bus serve every test that the bus matters to.
+//! The broker on its bus, each on a free port of loopback: started, ready, and ended with the test. Tests that depend
+//! on the bus run with each kind of it.
 
 use std::fs::{self, File};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
@@ -16,40 +16,41 @@ use crate::process::{Process, binary};
 use crate::rabbitmq::RabbitMq;
 use crate::wait_until;
 
-/// The API that routers use first.
+/// The API that routers request first.
 pub const V2: &str = "/api/v2/wg/key/exchange";
-/// The API that they fall back to.
+/// The API that routers use if the first one fails.
 pub const V1: &str = "/api/v1/wg/key/exchange";
-/// What lets many routers ask from one address, as those of a test do; the limits of all together are the default.
+/// Removes the limit per client, as the routers of a test share one address; the limits of all clients together are the
+/// default.
 pub const ONE_ADDRESS: &str = "limits: {per_client: {burst: 0}}";
-/// The domain that a stack serves unless told otherwise.
+/// The domain of a stack by default.
 pub const DOMAIN: &str = "ffx_a";
 
-/// Where the bus is.
+/// The MQTT server of a stack.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Bus {
-    /// The broker is the MQTT server.
+    /// The broker's own.
     Embedded,
-    /// Debian's Mosquitto is.
+    /// Debian's Mosquitto.
     Mosquitto,
-    /// Debian's RabbitMQ is.
+    /// Debian's RabbitMQ.
     RabbitMq,
 }
 
-/// What a stack is to be like.
+/// The configuration of a stack.
 #[derive(Debug, Clone)]
 pub struct Plan {
-    /// Where the bus is.
+    /// The MQTT server.
     pub bus: Bus,
     /// The domains; all begin with `ffx_`.
     pub domains: Vec<String>,
-    /// More of the config, as YAML. Without `limits` in it those are [`ONE_ADDRESS`].
+    /// More of the config, as YAML. Without `limits` in it, they are [`ONE_ADDRESS`].
     pub config: String,
     /// More of the environment.
     pub variables: Vec<(String, String)>,
-    /// What is put before every program, as `ip netns exec NAME`; nothing if empty.
+    /// The command before every program, such as `ip netns exec NAME`; none if empty.
     pub wrapper: Vec<String>,
-    /// User and password of all programs and probes, if the MQTT server asks.
+    /// User and password of all programs and probes, if the MQTT server requires a login.
     pub credentials: Option<(String, String)>,
     /// More of `mqtt_listen`, as keys of a YAML mapping; nothing if empty.
     pub listen: String,
@@ -60,7 +61,7 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// One domain, [`DOMAIN`], on `bus`, and everything else by default.
+    /// One domain, [`DOMAIN`], on `bus`, and defaults for the rest.
     #[must_use]
     pub fn new(bus: Bus) -> Self {
         Self {
@@ -82,7 +83,7 @@ impl Plan {
         Self { domains: domains.into_iter().map(Into::into).collect(), ..self }
     }
 
-    /// With these lines of YAML, too.
+    /// With these lines of YAML in addition.
     #[must_use]
     pub fn config(mut self, yaml: &str) -> Self {
         self.config += yaml;
@@ -90,7 +91,7 @@ impl Plan {
         self
     }
 
-    /// With this in `mqtt_listen`, too: keys of a YAML mapping.
+    /// With these keys of a YAML mapping in `mqtt_listen`.
     #[must_use]
     pub fn listen(self, keys: &str) -> Self {
         Self { listen: keys.into(), ..self }
@@ -111,7 +112,7 @@ impl Plan {
         self
     }
 
-    /// The command that starts `program` under this plan.
+    /// The command of `program` under this plan.
     #[must_use]
     pub fn command(&self, program: &Path) -> Command {
         let mut words = self.wrapper.iter().map(String::as_str);
@@ -130,11 +131,11 @@ impl Plan {
 
 /// A broker and its bus.
 pub struct Stack {
-    /// What it was made by.
+    /// Its configuration.
     pub plan: Plan,
-    /// Where the broker serves routers.
+    /// The address of the broker's HTTP server for routers.
     pub http: SocketAddr,
-    /// Where the MQTT server is.
+    /// The address of the MQTT server.
     pub mqtt: SocketAddr,
     dir: TempDir,
     broker: Option<Process>,
@@ -157,7 +158,7 @@ impl Stack {
         stack
     }
 
-    /// Ports and files, and nothing that runs.
+    /// A stack with ports and files, whose programs are not started.
     #[must_use]
     pub fn prepare(plan: Plan) -> Self {
         let dir = tempfile::Builder::new().prefix("wgkex-test-").tempdir().expect("a temporary directory");
@@ -167,25 +168,25 @@ impl Stack {
         stack
     }
 
-    /// The config file, which serves a worker, too.
+    /// The config file, also for a worker.
     #[must_use]
     pub fn config_file(&self) -> PathBuf {
         self.dir.path().join("wgkex.yaml")
     }
 
-    /// Where the programs keep their state.
+    /// The directory of the programs' state.
     #[must_use]
     pub fn state_dir(&self) -> PathBuf {
         self.dir.path().join("state")
     }
 
-    /// A directory that is gone after the test.
+    /// A directory that is removed after the test.
     #[must_use]
     pub fn dir(&self) -> &Path {
         self.dir.path()
     }
 
-    /// Writes the config again, after something of the plan or the addresses was changed.
+    /// Writes the config again, after a change of the plan or the addresses.
     pub fn write_config(&mut self) {
         let domains = self.plan.domains.join(", ");
         let (http, bus, more) = (self.http, self.bus_config(), &self.plan.config);
@@ -215,7 +216,7 @@ impl Stack {
         }
     }
 
-    /// Starts Mosquitto with the users of a password file of its own, and waits until it serves.
+    /// Starts Mosquitto with the users of a password file, and waits until it serves.
     pub fn start_mosquitto_with_users(&mut self, passwords: &Path) {
         self.start_mosquitto_by(&format!("password_file {}", passwords.display()));
     }
@@ -276,7 +277,7 @@ impl Stack {
         Process::start(name, command.args(arguments).env("WGKEX_CONFIG_FILE", self.config_file()))
     }
 
-    /// Waits until the broker says that it is ready.
+    /// Waits until the broker reports that it is ready.
     pub fn wait_until_ready(&mut self) {
         let http = self.http;
         let broker = self.broker.as_mut().expect("a broker that runs");
@@ -299,7 +300,7 @@ impl Stack {
         self.mosquitto.as_mut().expect("a Mosquitto that runs")
     }
 
-    /// Ends the program whose end takes the bus along, at once, and starts it again.
+    /// Kills the program that runs the MQTT server, and starts it again.
     pub fn kill_and_restart_bus(&mut self) {
         match self.plan.bus {
             Bus::Embedded => {
@@ -325,25 +326,25 @@ impl Stack {
         Http::connect(self.http)
     }
 
-    /// What the broker says to `GET path`.
+    /// The broker's answer to `GET path`.
     #[must_use]
     pub fn get(&self, path: &str) -> Response {
         self.connect().get(path)
     }
 
-    /// What a router hears that asks with this key, as an older firmware does.
+    /// The answer to a router of an older firmware with this key.
     #[must_use]
     pub fn v1(&self, domain: &str, key: &str) -> Response {
         self.connect().post(V1, &ask(domain, key))
     }
 
-    /// What a router hears that asks with this key.
+    /// The answer to a router with this key.
     #[must_use]
     pub fn v2(&self, domain: &str, key: &str) -> Response {
         self.connect().post(V2, &ask(domain, key))
     }
 
-    /// The value of a series of the broker's metrics, named as it stands there.
+    /// The value of a series of the broker's metrics, by its name with labels.
     #[must_use]
     pub fn metric(&self, series: &str) -> Option<f64> {
         let metrics = self.get("/metrics").body;
@@ -372,15 +373,15 @@ impl Stack {
         Probe::connect(self.mqtt, role)
     }
 
-    /// A witness of everything on the bus.
+    /// A client that receives every message on the bus.
     #[must_use]
     pub fn witness(&self) -> Probe {
         self.probe(Role::new("witness", &["#"]))
     }
 }
 
-/// An address of loopback that nobody has, and that no other test gets while this process runs. The ports lie below those
-/// that Linux gives to outgoing connections, so that they are still free when the program binds them.
+/// A free address of loopback, which no other test gets while this process runs. The ports lie below those that Linux
+/// gives to outgoing connections, so that they are still free when the program binds them.
 #[must_use]
 pub fn free_address() -> SocketAddr {
     static RESERVED: Mutex<Vec<File>> = Mutex::new(Vec::new());
@@ -394,7 +395,7 @@ pub fn free_address() -> SocketAddr {
     address
 }
 
-/// The lock that keeps all tests of this user off a port, also those in other processes, unless it is taken.
+/// The lock that reserves a port among all tests of this user, also in other processes; none if another test has it.
 fn reserve(address: SocketAddr) -> Option<File> {
     let dir = std::env::temp_dir().join(format!("wgkex-test-ports-{}", nix::unistd::getuid()));
     fs::create_dir_all(&dir).expect("a directory");

@@ -5,7 +5,7 @@ use std::net::TcpStream;
 
 use crate::DEADLINE;
 
-/// How many requests such a client sends without waiting for an answer.
+/// The number of requests that such a client sends without waiting for an answer.
 pub const PIPELINED: usize = 4_000;
 
 /// [`PIPELINED`] requests for `path`, one behind the other.
@@ -14,8 +14,8 @@ pub fn pipelined(path: &str) -> Vec<u8> {
     format!("GET {path} HTTP/1.1\r\nHost: broker\r\n\r\n").repeat(PIPELINED).into_bytes()
 }
 
-/// Sends of `requests` what is taken without waiting, and reads one byte of the first answer: then the server has
-/// begun with what came. `socket` is that of the stream.
+/// Sends as many of `requests` as the socket takes without blocking, and reads one byte of the first answer: then the
+/// server has begun to process them. `socket` returns the stream's socket.
 pub fn pile_up<S: Read + Write>(stream: &mut S, socket: impl Fn(&S) -> &TcpStream, requests: &[u8]) {
     socket(stream).set_nonblocking(true).expect("an option");
     if let Err(error) = stream.write_all(requests) {

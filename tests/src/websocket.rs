@@ -1,4 +1,5 @@
-//! A WebSocket client, as little of it as tests and benchmarks need (RFC 6455); what it sends is masked with zeros.
+//! A WebSocket client with only the features that tests and benchmarks need (RFC 6455); its frames are masked with
+//! zeros.
 
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
 use std::mem::take;
@@ -12,11 +13,11 @@ use crate::DEADLINE;
 #[derive(Debug)]
 pub struct WebSocket {
     stream: BufReader<TcpStream>,
-    /// The fragments of a text, as far as they came.
+    /// The fragments of a text received so far.
     text: Vec<u8>,
 }
 
-/// What a server sends.
+/// A frame of the server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Frame {
     /// A text.
@@ -28,7 +29,7 @@ pub enum Frame {
 }
 
 impl WebSocket {
-    /// Opens a WebSocket; the error is the status line of another answer, or that of the connection.
+    /// Opens a WebSocket; the error has the status line of any other answer, or is that of the connection.
     pub fn open(server: SocketAddr, path: &str) -> io::Result<Self> {
         let stream = TcpStream::connect_timeout(&server, DEADLINE)?;
         stream.set_read_timeout(Some(DEADLINE))?;
@@ -36,7 +37,7 @@ impl WebSocket {
         Self::begin(stream, path)
     }
 
-    /// The same on a connection that is there.
+    /// The same on an open connection.
     pub fn begin(mut stream: TcpStream, path: &str) -> io::Result<Self> {
         let head = format!(
             "GET {path} HTTP/1.1\r\nHost: broker\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
@@ -80,7 +81,7 @@ impl WebSocket {
         self.stream.get_mut().write_all(&frame)
     }
 
-    /// The next text, whole, or control frame. A ping is answered.
+    /// The next whole text, or control frame. A ping is answered.
     pub fn receive(&mut self) -> io::Result<Frame> {
         loop {
             if let Some(frame) = self.receive_frame()? {
@@ -145,7 +146,7 @@ impl WebSocket {
         }
     }
 
-    /// The same; it is answered, and then the server ends the connection.
+    /// The same; then answers the close frame, after which the server closes the connection.
     pub fn closed(&mut self) -> io::Result<(u16, String)> {
         let (code, reason) = self.close_frame()?;
         self.send(0x88, &code.to_be_bytes())?;
@@ -155,7 +156,7 @@ impl WebSocket {
         }
     }
 
-    /// The connection below.
+    /// The underlying connection.
     #[must_use]
     pub fn stream(&self) -> &TcpStream {
         self.stream.get_ref()

@@ -1,4 +1,4 @@
-//! The commands that operators and scripts call, as they call them.
+//! The commands of operators and scripts, run as they run them.
 
 use std::fs;
 use std::path::Path;
@@ -80,7 +80,7 @@ fn check_config_names_files_that_cannot_be_read() {
             assert_eq!(check(program, &file, &["--strict"]).0, strict, "{program}: {more}");
         }
     }
-    // What is there is not what it has to be.
+    // Files that exist, with wrong content.
     fs::write(at("text"), "no PEM\n").unwrap();
     let (text, dir_itself) = (at("text"), dir.path().display().to_string());
     for (more, said) in [
@@ -93,7 +93,7 @@ fn check_config_names_files_that_cannot_be_read() {
         let (_, found) = check("wgkex-broker", &file, &[]);
         assert!(found.contains(said), "{more}: {found}");
     }
-    // One that is there, a directory that is, and a credential, which is there while its unit runs.
+    // An existing file and directory, and a credential, which exists while its unit runs.
     fs::write(at("there"), "- x\n").unwrap();
     let credential = "{cert_file: /run/credentials/wgkex-broker.service/c, key_file: /run/credentials/x.service/k}";
     let more = format!(
@@ -107,7 +107,7 @@ fn check_config_names_files_that_cannot_be_read() {
     }
 }
 
-/// A unit does not start it again: `RestartPreventExitStatus=78`.
+/// The unit does not restart it: `RestartPreventExitStatus=78`.
 #[test]
 fn a_service_whose_config_cannot_be_used_ends_with_an_exit_code_of_its_own() {
     let dir = TempDir::new().unwrap();
@@ -116,7 +116,7 @@ fn a_service_whose_config_cannot_be_used_ends_with_an_exit_code_of_its_own() {
     let unread = dir.path().join("unread.yaml");
     fs::write(&unread, format!("{LEAST}mqtt: {{username: u, password_file: {}/p}}\n", dir.path().display())).unwrap();
     for program in PROGRAMS {
-        // What is not there yet may be a moment later.
+        // A missing file may appear a moment later.
         for (config, code) in [(&file, 78), (&unread, 1), (&dir.path().join("none.yaml"), 1)] {
             let output = run(program, &["--config", config.to_str().unwrap()]);
             assert_eq!(output.status.code(), Some(code), "{program}: {output:?}");
@@ -180,12 +180,12 @@ fn the_commands_that_look_at_a_program_say_how_they_end() {
     }
 }
 
-/// The commands that the help of `program` with these words names, with those words before them.
+/// The commands in the help of `program` with these words, each after those words.
 fn commands(program: &str, words: &[String]) -> Vec<Vec<String>> {
     let help = help(program, words);
     let listed =
         help.split_once("\nCommands:\n").map_or("", |(_, rest)| rest.split_once("\n\n").map_or(rest, |(list, _)| list));
-    // What a command is for goes on in lines that begin further to the right.
+    // The description of a command continues in lines with a deeper indentation.
     let first = |line: &str| line.strip_prefix("  ").filter(|line| !line.starts_with(' ')).map(str::to_owned);
     let names = listed.lines().filter_map(first).filter_map(|line| line.split_whitespace().next().map(str::to_owned));
     let of_name = |name: String| {
@@ -246,7 +246,7 @@ fn a_config_that_is_not_valid_is_the_doctors_first_finding() {
     }
 }
 
-/// Access lists of the original's allow nothing below `wgkex/`; with a queue without bounds Mosquitto ends the connection.
+/// The original's access lists allow no topic below `wgkex/`; with an unbounded queue Mosquitto ends the connection.
 #[test]
 fn the_doctor_names_rights_that_the_mqtt_server_does_not_give() {
     let dir = TempDir::new().unwrap();
@@ -286,7 +286,7 @@ fn the_doctor_names_rights_that_the_mqtt_server_does_not_give() {
     }
 }
 
-/// What troubleshooting.md says that programs print, they print in some test.
+/// Each output that troubleshooting.md quotes is expected by some test.
 #[test]
 fn each_cause_that_is_documented_is_the_text_of_a_test() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
@@ -307,7 +307,7 @@ fn each_cause_that_is_documented_is_the_text_of_a_test() {
     }
 }
 
-/// Appends the text of each file below `dir` whose name ends like this.
+/// Appends the text of each file below `dir` with this end of its name.
 fn collect(dir: &Path, name: &str, text: &mut String) {
     for path in fs::read_dir(dir).expect("a directory").map(|entry| entry.expect("an entry").path()) {
         if path.is_dir() {

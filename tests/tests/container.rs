@@ -1,5 +1,6 @@
-//! The files for containers, as far as they can be checked without an engine: they name files that are there, the configs in
-//! them are valid, Mosquitto takes its own, and the health checks of the images tell programs that serve from those that do not.
+//! The files for containers, as far as they can be checked without an engine: the files that they name exist, the
+//! configs in them are valid, Mosquitto accepts its config, and the images' health checks tell serving programs from
+//! others.
 
 #![expect(clippy::unwrap_used, reason = "the lint knows test functions, not what they call")]
 
@@ -32,7 +33,7 @@ fn texts(list: &Yaml) -> Vec<&str> {
     list.as_vec().into_iter().flatten().map(|text| text.as_str().unwrap()).collect()
 }
 
-/// A copy of `file` in `place` whose secrets are there, each with one line.
+/// A copy of `file` in `place` that names its secrets there, each a file of one line.
 fn with_secrets(file: &str, place: &TempDir) -> PathBuf {
     let copy = place.path().join(file);
     fs::write(&copy, read(file).replace("/run/secrets", place.path().to_str().unwrap())).unwrap();
@@ -53,7 +54,7 @@ fn run(program: &str, config: &Path, arguments: &[&str]) -> Output {
     Command::new(binary(program)).arg("--config").arg(config).args(arguments).output().unwrap()
 }
 
-/// The instructions of an image, after those of the one that it is made from.
+/// The instructions of an image, after those of its base image.
 fn instructions<'a>(images: &'a str, image: &str) -> Vec<&'a str> {
     let (before, own) = images.split_once(&format!(" AS {image}\n")).unwrap_or_else(|| panic!("no image {image}"));
     let own: Vec<_> = own.lines().take_while(|line| !line.starts_with("FROM ")).collect();

@@ -1,5 +1,6 @@
-//! Every command in a block of the documents is run by a test, and every config there is a valid one. Commands that are new
-//! in a document are missing here, or in the scripts that run the documents. Metrics, files and links are those that there are.
+//! Every command in a block of the documents is run by a test, and every config there is valid. A new command in a
+//! document has to be added here, or to the scripts that run the documents. Metrics, files and links in documents
+//! exist.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by it")]
 
@@ -15,11 +16,11 @@ use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack};
 use wgkex_tests::{http::Http, key, wait_until};
 use yaml_rust2::{Yaml, YamlLoader};
 
-/// What runs blocks of documents as they stand there: `run_block DOCUMENT "SECTION" NUMBER`, and for drop-ins of units
+/// The scripts that run blocks of documents unchanged: `run_block DOCUMENT "SECTION" NUMBER`, and for drop-ins of units
 /// `extend_unit UNIT DOCUMENT "SECTION" NUMBER`.
 const SCRIPTS: [&str; 2] = ["tests/packages", "tests/first-router"];
 
-/// Commands that are run in another form: by which file, and the text in it that does so.
+/// Commands that are run in another form: the file that runs each, and the text in it.
 const OTHERWISE: [(&str, &str, &str); 11] = [
     (
         "ip addr add VIRTUAL_IP/32 dev wg0 && ip route add HUB_ALLOWED_IPS dev wg0",
@@ -46,7 +47,7 @@ const OTHERWISE: [(&str, &str, &str); 11] = [
     ("deploy/demo", "tests/tests/docs.rs", "\"-c\", \"deploy/demo --once\""),
     ("tests/run", ".ci/run", "tests/run"),
     ("wgkex-broker mqtt-acl > /etc/mosquitto/acl", "tests/tests/gateway/examples.rs", "{} mqtt-acl"),
-    // It asks for a password.
+    // This command asks for a password.
     (
         "mosquitto_passwd -c /etc/mosquitto/passwords wgkex-broker",
         "tests/tests/gateway/examples.rs",
@@ -63,7 +64,7 @@ struct Block {
     document: String,
     section: String,
     language: String,
-    /// Which of those with this language in the section, from 1.
+    /// Its number among the section's blocks of this language, from 1.
     number: usize,
     text: String,
 }
@@ -173,7 +174,7 @@ fn every_config_in_the_documents_is_valid() {
     }
 }
 
-/// The config with the files that it names in `dir`, where they are.
+/// The config with its file names replaced by those of files in `dir`, which exist.
 fn with_files(text: &str, dir: &Path) -> String {
     let words = text.split(|next: char| next.is_whitespace() || ",{}\"".contains(next));
     let files: BTreeSet<_> =
@@ -189,7 +190,7 @@ fn with_files(text: &str, dir: &Path) -> String {
     })
 }
 
-/// What links and pictures in a document name.
+/// The targets of links and pictures in a document.
 fn links(text: &str) -> impl Iterator<Item = &str> {
     [("](", ')'), ("src=\"", '"'), ("srcset=\"", '"')].into_iter().flat_map(|(open, close)| {
         text.split(open).skip(1).filter_map(move |rest| rest.split_once(close)).map(|(link, _)| link)
@@ -239,7 +240,7 @@ fn section(document: &str, heading: &str) -> String {
     section.split("\n## ").next().unwrap_or_default().to_owned()
 }
 
-/// A broker with everything that it can serve, and a worker that is a server and the hub.
+/// A broker with all its features enabled, and a worker that is a server and the hub.
 fn all_enabled() -> (Stack, InMemory) {
     let (operator, admin) = Operator::new();
     let password = tempfile::NamedTempFile::new().unwrap();
@@ -252,7 +253,7 @@ fn all_enabled() -> (Stack, InMemory) {
         "gw1",
         "servers: {s1: {network: 192.168.2.0/24}}\ntenants: {enabled: true, hub: gw1}\nhub: {enabled: true}\n",
     );
-    // What has no series before it has happened, happens.
+    // Causes the events whose series exist only after them.
     assert_eq!(stack.get("/api/v1/server/list_all").status, 401);
     wait_until("a router has its gateway", || (stack.v2(DOMAIN, &key(1)).status == 200).then_some(()));
     for command in [&["trust", &key(9)][..], &["drain", "gw1"]] {
@@ -277,7 +278,8 @@ fn every_metric_is_documented_and_every_documented_one_is_there() {
     }
 }
 
-/// Each file of `state_dir`, by its name in the code and as the programs make it, has a row in upgrade.md, and nothing else has.
+/// Each file of `state_dir`, by its name in the code and as the programs create it, has a row in upgrade.md, and no
+/// other file has.
 #[test]
 fn every_file_of_the_state_is_in_the_document_of_upgrades() {
     let documented = first_column(&section("deploy/docs/upgrade.md", "Back to the version before"));
@@ -320,7 +322,7 @@ fn sources(dir: &Path) -> Vec<String> {
     paths.flat_map(text).collect()
 }
 
-/// Of a text with braces, brackets, parentheses and quotes, whether each is closed, and in order.
+/// Whether all braces, brackets, parentheses and quotes of a text are closed, in order.
 fn is_balanced(expression: &str) -> bool {
     let (mut open, mut is_quoted) = (Vec::new(), false);
     for char in expression.chars() {

@@ -1,4 +1,4 @@
-//! `wgkex-broker doctor` names what is wrong with a broker, and changes nothing.
+//! `wgkex-broker doctor` names the problems of a broker, and changes nothing.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by it")]
 
@@ -18,13 +18,13 @@ use wgkex_tests::scripted::{Manner, Worker, data, hello_sent, peers_of, status};
 use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack, V2, free_address};
 use wgkex_tests::wait_until;
 
-/// Its exit code, and what it says.
+/// Its exit code and output.
 struct Said {
     code: i32,
     text: String,
 }
 
-/// Runs it with a stack's config, for files of the user who runs the tests.
+/// Runs it with a stack's config, for files of the user of the tests.
 fn doctor(stack: &Stack, arguments: &[&str]) -> Said {
     doctor_for(stack, &User::from_uid(Uid::effective()).unwrap().unwrap().name, arguments)
 }
@@ -37,7 +37,7 @@ fn doctor_for(stack: &Stack, user: &str, arguments: &[&str]) -> Said {
     Said { code: output.status.code().unwrap(), text: String::from_utf8(output.stdout).unwrap() }
 }
 
-/// Nothing is wrong but what is allowed to be, and the machine's own clock.
+/// It reports nothing but `allowed`, and the machine's own clock.
 fn passes(stack: &Stack, allowed: &[&str]) -> String {
     let Said { code, text } = doctor(stack, &[]);
     let lines = text.lines().filter(|line| !line.starts_with("ok ") && !line.starts_with("checks: "));
@@ -49,7 +49,7 @@ fn passes(stack: &Stack, allowed: &[&str]) -> String {
     text
 }
 
-/// It says so in a line that begins like this and has this advice, and ends with the code that this level has at least.
+/// It prints a line that begins like this and has this advice, and its exit code is at least that of the line's level.
 fn names(stack: &Stack, trouble: &str, advice: &str) {
     let Said { code, text } = doctor(stack, &[]);
     let line = text.lines().find(|line| line.starts_with(trouble));
@@ -154,7 +154,7 @@ fn a_server_with_tls_is_not_taken_for_one_without() {
     let trouble = format!("fail MQTT: {}: the server speaks TLS on this port", stack.mqtt);
     names(&stack, &trouble, "set mqtt.tls to true");
 
-    // Nor for one that takes no dot in a name.
+    // Nor for a server that accepts no dot in a name.
     stack.start_broker();
     let line = stack.broker().wait_for_log("MQTT not connected");
     assert!(line.contains("the server speaks TLS on this port: set mqtt.tls to true"), "{line}");
@@ -189,7 +189,7 @@ fn certificates_that_have_ended_or_end_soon_are_named() {
     names(&stack, &format!("fail mqtt_listen.tls: mqtt_listen.tls.key_file {dir}/key.pem: "), "its own key");
 }
 
-/// The service manager puts them there when it starts the unit.
+/// The service manager creates them when it starts the unit.
 #[test]
 fn a_certificate_that_is_a_credential_of_the_unit_is_not_checked_while_that_does_not_run() {
     let mut stack = Stack::prepare(Plan::new(Bus::Embedded));
@@ -237,7 +237,7 @@ fn a_gateway_that_counts_a_domain_without_data_is_named() {
     names(&stack, "fail fleet: gateway gw1, domain ffx_a: it has published no data", "`wgkex-worker doctor`");
 }
 
-/// Nobody knows how old a retained hello is.
+/// The age of a retained hello is unknown.
 #[test]
 fn a_gateway_whose_clock_is_off_is_named_by_its_live_hellos() {
     let mut stack = Stack::prepare(Plan::new(Bus::Mosquitto));

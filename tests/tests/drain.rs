@@ -1,4 +1,5 @@
-//! Gateways that drain: by their own command and by a broker's, what routers get then, and what operators see.
+//! Draining gateways: by the gateway's command and by a broker's, the gateways that routers get then, and the output
+//! for operators.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by it")]
 
@@ -35,7 +36,7 @@ fn wait_for_draining(stack: &Stack, gateway: &str, value: f64) {
     stack.wait_for_metric(&format!("wgkex_broker_gateway_draining{{gateway=\"{gateway}\"}}"), value);
 }
 
-/// Which gateway a router with this key gets.
+/// The gateway that a router with this key gets.
 fn given(stack: &Stack, number: u32) -> String {
     let answer = stack.v2(DOMAIN, &key(number));
     assert_eq!(answer.status, 200, "{answer:?}");
@@ -107,7 +108,7 @@ fn a_broker_drains_an_original_at_once_and_after_a_restart_and_connected_routers
         assert_eq!(said, [&json!("gw1"), &json!(true), &json!(command == "undrain")]);
     }
 
-    // Now the other one: its routers stay, and it gets no others.
+    // The other gateway drains: its routers stay, and it gets no others.
     assert_eq!(printed(&operator.run(&stack, &["undrain", "gw1"])), "gw1: not drained by this broker any more\n");
     assert_eq!(stack.v2(DOMAIN, &key(5)).json(), endpoint("gw1"));
     ours.probe.say(peers_of("gw2", DOMAIN, "1"));
@@ -125,7 +126,7 @@ fn a_broker_drains_an_original_at_once_and_after_a_restart_and_connected_routers
     assert_eq!(stack.v2(DOMAIN, &home).json(), endpoint("gw2"), "it is connected there");
     assert_eq!(stack.v2(DOMAIN, &home).json(), endpoint("gw1"), "it would not ask again at once if it were");
 
-    // It ends by itself, and is forgotten.
+    // This drain ends by itself, and is forgotten.
     assert!(operator.run(&stack, &["drain", "gw2", "--for", "1s"]).status.success());
     wait_for_draining(&stack, "gw2", 0.0);
     assert_eq!(
@@ -150,7 +151,7 @@ fn peers(gateway: &InMemory) -> BTreeSet<String> {
     gateway.kernel.device(&domain()).unwrap().peers.keys().map(PublicKey::to_string).collect()
 }
 
-/// These routers have handshakes at the gateway, which notices.
+/// Gives these routers handshakes at the gateway, and triggers a read of its tables.
 fn connect(gateway: &InMemory, routers: &BTreeSet<String>) {
     for router in routers {
         gateway.kernel.handshake(&domain(), router.parse().unwrap(), SystemTime::now());
@@ -158,7 +159,7 @@ fn connect(gateway: &InMemory, routers: &BTreeSet<String>) {
     gateway.kernel.trigger();
 }
 
-/// The routers that have handshakes there.
+/// The routers that have handshakes at the gateway.
 fn connected(gateway: &InMemory) -> BTreeSet<String> {
     let device = gateway.kernel.device(&domain()).unwrap();
     let connected = device.peers.iter().filter(|(_, peer)| peer.last_handshake.is_some());
@@ -170,8 +171,8 @@ fn wait_for_connected(stack: &Stack, gateway: &str, routers: usize) {
     stack.wait_for_metric(&series, f64::from(u32::try_from(routers).unwrap()));
 }
 
-/// Of eight routers half are at a gateway that is to be empty: in two portions, a minute apart, all of them go to the other
-/// one, and each has its key there. Then the gateway has all keys again.
+/// Half of eight routers are at a gateway that drains: in two portions, a minute apart, all of them move to the other
+/// one, which has the key of each. Then the gateway has all keys again.
 #[test]
 fn past_the_deadline_routers_go_in_portions_and_each_gets_another_gateway() {
     let stack = Stack::start(Plan::new(Bus::Embedded).config("rebalance: {over: 0}"));
@@ -208,7 +209,7 @@ fn past_the_deadline_routers_go_in_portions_and_each_gets_another_gateway() {
     let deadline = &status["gateways"][0]["draining"][0]["deadline"];
     assert_eq!((&deadline["percent"], &deadline["is_over"]), (&json!(50), &json!(true)));
 
-    // Each of the first two asks twice, as one does that finds no connection at first.
+    // Each of the first two requests twice, like a router without a connection at first.
     let moved: BTreeSet<String> = here.difference(&connected(&leaving)).cloned().collect();
     for router in moved.iter().chain(&moved) {
         assert_eq!(stack.v2(DOMAIN, router).json()["Endpoint"]["Address"], "gw2");
@@ -242,7 +243,7 @@ fn past_the_deadline_routers_go_in_portions_and_each_gets_another_gateway() {
     wait_until("it gets routers", || (given(&stack, 201) == "gw1").then_some(()));
 }
 
-/// Where there is no other gateway, a router that is removed is let in again at once, and stays.
+/// Where there is no other gateway, a removed router gets the same gateway again at once, and stays.
 #[test]
 fn past_the_deadline_the_only_gateway_still_serves() {
     let stack = Stack::start(Plan::new(Bus::Mosquitto));

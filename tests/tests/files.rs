@@ -1,4 +1,4 @@
-//! Files as editors, copies and full disks leave them, and a container's variables: the real broker, from outside.
+//! Files as editors, copies and full disks leave them, and a container's environment: tests of the real broker.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by it")]
 
@@ -28,10 +28,10 @@ fn status(stack: &Stack, n: u32) -> u16 {
     stack.v2(DOMAIN, &key(n)).status
 }
 
-/// What becomes of a whole text.
+/// A damage to a complete text.
 type Change = fn(&[u8]) -> Vec<u8>;
 
-/// Text that is not whole, in each of the ways that a copy, a full disk or a crash leaves it.
+/// Incomplete text, in each of the ways that a copy, a full disk or a crash leaves it.
 const HALVES: [Change; 5] = [
     |whole| vec![0; whole.len()],
     |whole| [&whole[..whole.len() / 2], &vec![0; whole.len()]].concat(),
@@ -40,7 +40,7 @@ const HALVES: [Change; 5] = [
     |_| b"\n\n".to_vec(),
 ];
 
-/// On the code before it, a file of NUL bytes and an empty one were empty lists: no metric, and the denied key got 200.
+/// Regression: a file of NUL bytes and an empty one were empty lists: no metric, and the denied key got 200.
 #[test]
 fn a_half_written_list_leaves_the_last_good_one_in_effect() {
     let dir = tempfile::tempdir().unwrap();
@@ -80,11 +80,11 @@ fn a_half_written_list_leaves_the_last_good_one_in_effect() {
         write_all(<[u8]>::to_vec);
         wait_for_damage(0.0);
     }
-    // It was an empty list, and expelled everybody.
+    // Regression: this was an empty list, and expelled all keys.
     fs::write(&allow, format!("{DOMAIN}:\n")).unwrap();
     stack.wait_for_metric("wgkex_broker_lists_damaged{list=\"allowlist.file\"}", 1.0);
     assert_eq!(statuses(), [403, 403, 200]);
-    // A list that says that it is empty is.
+    // An explicitly empty list is accepted.
     fs::write(&deny, "[]\n").unwrap();
     wait_until("the list is empty", || (status(&stack, 1) == 200).then_some(()));
 }
@@ -98,13 +98,13 @@ fn bomb() -> String {
     format!("a: &a [{}]\n", ["x"; 9].join(",")) + &(1..9).map(level).collect::<String>()
 }
 
-/// A plan in which programs get no more memory than a few of them need.
+/// A plan with a memory limit for each program, several times its need.
 fn limited(plan: Plan) -> Plan {
     let wrapper = ["sh", "-c", "ulimit -v 3000000; exec \"$@\"", "limited"];
     Plan { wrapper: wrapper.map(str::to_owned).into(), ..plan }
 }
 
-/// On the code before it, both ended by "memory allocation failed".
+/// Regression: both ended by "memory allocation failed".
 #[test]
 fn aliases_cannot_fill_the_memory() {
     let mut stack = Stack::prepare(limited(Plan::new(Bus::Embedded).config(&bomb())));
@@ -123,7 +123,7 @@ fn aliases_cannot_fill_the_memory() {
     assert_eq!(status(&stack, 1), 403);
 }
 
-/// On the code before it the broker did not start: a key given twice was a mistake.
+/// Regression: the broker did not start, as a key given twice was a mistake.
 #[test]
 fn the_last_of_two_equal_keys_counts_and_a_warning_is_logged() {
     let dir = tempfile::tempdir().unwrap();
@@ -145,7 +145,7 @@ fn the_last_of_two_equal_keys_counts_and_a_warning_is_logged() {
     assert!(shown.contains("reason: two") && !shown.contains("one"), "{shown}");
 }
 
-/// On the code before it `mqtt-acl` printed `topic write wireguard-worker/+/status`.
+/// Regression: `mqtt-acl` printed `topic write wireguard-worker/+/status`.
 #[test]
 fn a_gateway_is_not_called_by_a_wildcard() {
     for name in ["+", "#", "a/b", ""] {
@@ -158,7 +158,7 @@ fn a_gateway_is_not_called_by_a_wildcard() {
     }
 }
 
-/// On the code before it both had the rights of a broker, by the same name, and by a wildcard.
+/// Regression: both had the rights of a broker, by the same name, and by a wildcard.
 #[test]
 fn the_brokers_user_is_no_gateway_and_no_wildcard() {
     let stack = Stack::prepare(Plan::new(Bus::Embedded).config("workers: {gw1: {weight: 1}}"));
@@ -170,7 +170,7 @@ fn the_brokers_user_is_no_gateway_and_no_wildcard() {
     assert!(!wildcard.log().contains("topic write"), "{}", wildcard.log());
 }
 
-/// A container is configured by these variables.
+/// These variables configure a container.
 const VARIABLES: [&str; 4] = [
     "WGKEX_CONFIG_FILE=\"/run/none.yaml\"",
     "WGKEX_DOMAINS=\"ffx_a, ffx_b\"",
@@ -178,7 +178,7 @@ const VARIABLES: [&str; 4] = [
     "WGKEX_DEBUG=\"INFO\"",
 ];
 
-/// On the code before it the broker listened on 127.0.0.1 alone, and took quotes for a part of the domains' names.
+/// Regression: the broker listened on 127.0.0.1 alone, and took quotes for a part of the domains' names.
 #[test]
 #[ignore = "needs root: tests/run netns"]
 fn variables_alone_make_a_broker_that_all_can_reach() {
@@ -193,7 +193,7 @@ fn variables_alone_make_a_broker_that_all_can_reach() {
     let reaches = |address: SocketAddr| {
         host.inside(|| Http::try_connect(address)).is_ok_and(|mut http| http.get("/healthz").status == 200)
     };
-    // Also where the system gives IPv6 sockets no IPv4.
+    // Also where the system's default makes IPv6 sockets IPv6-only.
     for system in ["true", "echo 1 > /proc/sys/net/ipv6/bindv6only"] {
         host.run(system);
         let mut broker = start(&[]);
@@ -215,8 +215,8 @@ fn content(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     files.map(|path| (path.clone(), fs::read(path).unwrap())).collect()
 }
 
-/// On the code before it the file was taken for damaged: it got another name, and all keys were forgotten. Later, files that
-/// were opened before it were migrated.
+/// Regression: the file was taken for damaged: it was renamed, and all keys were forgotten. Later, files that were
+/// opened before it were migrated.
 #[test]
 fn a_newer_layout_of_any_file_stops_the_start_and_none_is_touched() {
     let secrets = TempDir::new().unwrap();
@@ -228,7 +228,7 @@ fn a_newer_layout_of_any_file_stops_the_start_and_none_is_touched() {
     let _worker = Worker::start(&stack, "gw1", Manner::Confirms, 0);
     stack.wait_for_gateways(1);
     assert_eq!(status(&stack, 1), 200);
-    // It puts everything into one file as it ends.
+    // At its end the broker moves the logs into the database files.
     assert!(stack.stop_broker().success());
     let state = stack.state_dir();
     let databases = ["mqtt-retained.sqlite", "broker.sqlite", "registry.sqlite", "tenants.sqlite"];
@@ -282,12 +282,12 @@ fn a_newer_layout_stops_the_start_of_a_worker() {
     }
 }
 
-/// `data/state-510c797` is what the broker of that commit left when it was killed: two live keys, a revoked one, a retained
-/// message and the will of a client that was connected. Everything is in the logs of the databases still.
+/// `data/state-510c797` is the state of the broker of that commit after a kill: two live keys, a revoked one, a
+/// retained message and the will of a connected client. All of it is still in the logs of the databases.
 #[test]
 fn the_state_of_an_older_version_is_taken_over() {
     let (operator, admin) = Operator::new();
-    // What the program was down for counts, up to 30 days.
+    // The time since the kill counts, up to 30 days.
     let mut stack = Stack::prepare(Plan::new(Bus::Embedded).config(&admin).config("live_keys: {ttl: 7776000}"));
     fs::create_dir(stack.state_dir()).unwrap();
     let old = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/state-510c797");
@@ -295,7 +295,7 @@ fn the_state_of_an_older_version_is_taken_over() {
         fs::write(stack.state_dir().join(file.file_name().unwrap()), bytes).unwrap();
     }
     let live = ["TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=", "BwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwc="];
-    // The second start has what the first one made of it.
+    // The second start reads the state that the first one has converted.
     for client in ["first", "second"] {
         stack.start_broker();
         stack.wait_until_ready();
@@ -316,7 +316,7 @@ fn the_state_of_an_older_version_is_taken_over() {
     assert!(!content(&stack.state_dir()).keys().any(|path| path.to_string_lossy().contains("damaged")));
 }
 
-/// On the code before it each had overwritten the one before.
+/// Regression: each overwrote the one before.
 #[test]
 fn a_quarantined_file_is_never_overwritten() {
     let mut stack = Stack::prepare(Plan::new(Bus::Embedded));
@@ -340,7 +340,7 @@ fn a_quarantined_file_is_never_overwritten() {
     }
 }
 
-/// On the code before it the files that the links named were made, or written over.
+/// Regression: the targets of the links were created, or overwritten.
 #[test]
 fn state_is_not_written_through_links() {
     let (operator, admin) = Operator::new();
@@ -363,7 +363,7 @@ fn state_is_not_written_through_links() {
     assert_eq!(revoked["kept"], true, "{revoked}");
     let untouched = BTreeMap::from([(victims.join("broker.lists.json.new"), b"precious".to_vec())]);
     assert_eq!(content(&victims), untouched);
-    // Without links in the way, all is kept there.
+    // Without links, all state is kept there.
     for name in ["broker.sqlite", "mqtt-retained.sqlite"] {
         fs::remove_file(state.join(name)).unwrap();
     }
@@ -373,7 +373,7 @@ fn state_is_not_written_through_links() {
     });
 }
 
-/// On the code before it the link was set aside as damaged, and the revoked key got 200.
+/// Regression: the link was set aside as damaged, and the revoked key got 200.
 #[test]
 fn list_entries_that_cannot_be_read_are_left_alone_and_read_when_they_can_be() {
     let (operator, admin) = Operator::new();
@@ -403,7 +403,7 @@ fn list_entries_that_cannot_be_read_are_left_alone_and_read_when_they_can_be() {
     assert_eq!(fs::read(&file).unwrap(), before);
 }
 
-/// The worker has the same storage; on the code before it, it put its file aside.
+/// The worker has the same storage. Regression: it set its file aside.
 #[test]
 fn a_worker_stops_at_a_newer_layout_too() {
     let stack = Stack::prepare(Plan::new(Bus::Embedded).config(&format!("worker_listen: \"{}\"", free_address())));
@@ -453,7 +453,7 @@ fn sighup_applies_weights_and_the_log_level_and_names_what_needs_a_restart() {
     assert_eq!(chosen(&stack, 3), "gw2.example", "a config with errors changes nothing");
 }
 
-/// The gateways have peers of their own before the broker looks, so that none of them is new to it.
+/// The gateways have peers before the broker receives their counts, so that none of them is new to it.
 #[test]
 fn sighup_applies_how_fast_gateways_are_filled_and_the_drains_in_the_file() {
     let mut stack = Stack::prepare(Plan::new(Bus::Mosquitto));

@@ -1,4 +1,4 @@
-//! What routers and operators hear over HTTP (contract section 1), from the real broker.
+//! HTTP answers of the real broker to routers and operators (contract section 1).
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -21,7 +21,7 @@ fn stack_with_gateway() -> (Stack, Worker) {
     (stack, worker)
 }
 
-/// Checks that it is a refusal as the contract has them, and returns its message.
+/// Checks that it is an error in the form of the contract, and returns its message.
 fn refusal(response: &Response, status: u16) -> String {
     assert_eq!(response.status, status, "{response:?}");
     assert_eq!(response.header("content-type"), Some("application/json"), "{response:?}");
@@ -89,7 +89,7 @@ fn a_mistake_is_named_and_not_echoed() {
         (&ask(DOMAIN, &format!("{good}\\n")), "public_key"),
         (&ask(DOMAIN, &good.replace('=', "")), "public_key"),
         (&ask(DOMAIN, "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="), "public_key"),
-        // Of small order on Curve25519.
+        // Points of small order on Curve25519.
         (&ask(DOMAIN, "AQAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="), "public_key"),
         (&ask(DOMAIN, "4Ot6fDtBuK4WVuP68Z/EatoJjeucMrH9hmIFFl9JuAA="), "public_key"),
     ];
@@ -172,7 +172,7 @@ fn one_connection_serves_many_requests() {
     assert_eq!((http.response("GET").body, http.response("GET").body), ("ok\n".into(), "ready\n".into()));
 }
 
-/// Seen to fail with the code before it: 404 for the slashes, 405 for OPTIONS and GET, 400 for the encodings.
+/// Regression: 404 for the slashes, 405 for OPTIONS and GET, 400 for the encodings.
 #[test]
 fn the_forms_of_requests_are_served_that_the_originals_web_server_takes() {
     let (stack, _worker) = stack_with_gateway();
@@ -197,7 +197,7 @@ fn the_forms_of_requests_are_served_that_the_originals_web_server_takes() {
         let allow: Vec<_> = response.header("allow").unwrap().split(", ").collect();
         assert!(allow.contains(&allowed) && allow.contains(&"OPTIONS"), "{path}: {allow:?}");
     }
-    // As HAProxy asks whether a server is there.
+    // As HAProxy checks a server.
     let mut check = stack.connect();
     check.send(b"OPTIONS / HTTP/1.0\r\n\r\n");
     assert!(check.first_line().contains("200"));
@@ -306,7 +306,7 @@ fn a_slow_client_blocks_no_other_one_and_times_out() {
     assert_eq!(stack.v2(DOMAIN, &key(1)).status, 200);
     assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
     for http in &mut slow {
-        // Some hear that they were too slow, others only that it is over.
+        // Some clients get 408, others only the end of the connection.
         if let Ok(response) = http.try_response("POST") {
             refusal_or_empty(&response);
         }
@@ -321,7 +321,7 @@ fn refusal_or_empty(response: &Response) {
     }
 }
 
-/// The log of a broker that does not start, which it says in one line that contains `texts`.
+/// Checks that the broker does not start, and logs that in one line that contains `texts`; returns the log.
 fn does_not_start(stack: &Stack, texts: &[&str]) -> String {
     let mut broker = stack.program("wgkex-broker", &[]);
     ends_with_one_line(&mut broker, texts)
@@ -345,7 +345,7 @@ fn a_taken_broker_listen_ends_the_broker_with_one_line_that_names_it() {
     does_not_start(&stack, &["broker_listen", &stack.http.to_string(), "in use"]);
 }
 
-/// The port that is taken was all that it said.
+/// Regression: only the port was named.
 #[test]
 fn a_second_broker_with_the_same_config_names_the_process_of_the_first() {
     let mut stack = Stack::start(Plan::new(Bus::Embedded));
@@ -423,7 +423,7 @@ fn an_unreachable_mqtt_server_is_one_line_and_the_broker_recovers_when_it_comes(
 
 const PASSWORD: &str = "pa55-w0rd-of-the-bus";
 
-/// A broker at a Mosquitto that wants `PASSWORD`, with another one in its own config, everything logged.
+/// A broker at a Mosquitto that requires `PASSWORD`, with another one in its own config; logs at all levels.
 fn stack_with_password(configured: &str) -> Stack {
     let mut plan = Plan::new(Bus::Mosquitto).variable("RUST_LOG", "debug").config("log_level: DEBUG");
     plan.credentials = Some(("wgkex".into(), PASSWORD.into()));

@@ -1,7 +1,7 @@
 //! The broker's HTTPS: beside plain HTTP, with certificates that change while it runs.
 //!
-//! Seen to fail without the limit of time for a handshake. Rustls has no old TLS to be let in; `openssl s_server
-//! -min_protocol TLSv1` answers the same two hellos with one of its own and its certificate.
+//! Fails without the time limit of a handshake. Rustls has no old TLS to accept; `openssl s_server -min_protocol TLSv1`
+//! answers the same two hellos with its own hello and its certificate.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by it")]
 
@@ -25,7 +25,7 @@ use wgkex_tests::{key, wait_until};
 
 /// Clients that do not read.
 const CLIENTS: usize = 60;
-/// What each sends, in bytes: what it can without waiting, so that it needs not read meanwhile.
+/// The bytes that each of them sends: as many as it can without blocking, so that it need not read meanwhile.
 const SENT: usize = 32 << 10;
 /// How many KiB the broker may grow by for them.
 const GROWTH: u32 = 24 * 1024;
@@ -64,7 +64,7 @@ fn started() -> (Stack, SocketAddr, Worker) {
     (stack, https, worker)
 }
 
-/// A connection by HTTPS of a client that trusts just `certificate`.
+/// An HTTPS connection of a client that trusts only `certificate`.
 fn connect(
     https: SocketAddr,
     certificate: &str,
@@ -80,7 +80,7 @@ fn connect(
     Ok(StreamOwned::new(ClientConnection::new(config, name).unwrap(), stream))
 }
 
-/// What a router hears by HTTPS that trusts just `certificate`.
+/// The answer to a router over HTTPS that trusts only `certificate`.
 fn post(
     https: SocketAddr,
     certificate: &str,
@@ -91,7 +91,7 @@ fn post(
     let head = format!("POST {V2} HTTP/1.1\r\nHost: b\r\nConnection: close\r\nContent-Length: {}\r\n\r\n", body.len());
     stream.write_all((head + &body).as_bytes())?;
     let mut answer = String::new();
-    // Not everyone says goodbye.
+    // A connection may end without close_notify.
     match stream.read_to_string(&mut answer) {
         Err(error) if answer.is_empty() => Err(error),
         _ => Ok(answer),
@@ -150,7 +150,7 @@ fn old_tls_is_refused() {
         stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         let mut answer = Vec::new();
         let _ = stream.read_to_end(&mut answer);
-        // An alert, fatal.
+        // A fatal alert.
         assert!(answer.len() == 7 && answer[0] == 21 && answer[5] == 2, "{answer:?}");
     }
 }

@@ -1,9 +1,9 @@
-//! Who may come, by files and by admin calls: the real broker with scripted gateways, and a worker on the kernel in memory
-//! with a scripted broker.
+//! Access lists, from files and by admin calls: the real broker with scripted gateways, and a worker on the kernel in
+//! memory with a scripted broker.
 //!
-//! Each guard was taken out once, and a test here, in `faults/lists.rs` or beside the code failed: the token, the order of the
-//! lists, ends of entries, damaged files, digests, the wait for what is revoked, refusals at broker and worker, removals, what
-//! waits or is owed, and what is kept on disk.
+//! If a guard is removed, a test here, in `faults/lists.rs` or beside the code fails: the token, the order of the
+//! lists, ends of entries, damaged files, digests, the wait for the revocation list, refusals at broker and worker,
+//! removals, queued and owed steps, and state on disk.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by it")]
 
@@ -41,7 +41,7 @@ fn wait_for_status(stack: &Stack, key: &str, status: u16) {
     wait_until(&format!("a router hears {status}"), || (stack.v2(DOMAIN, key).status == status).then_some(()));
 }
 
-/// A gateway that can revoke, and says `outcome` of every key that a record denies.
+/// A gateway that can revoke, and reports `outcome` for every key that a record denies.
 fn revoking(stack: &Stack, name: &str, outcome: &'static str) -> Probe {
     let hello = r#"{"version":"9","can":["confirm","revoke"]}"#;
     let greeting = vec![said(format!("wgkex/worker/{name}/hello"), hello, 1, true), status(name, "1")];
@@ -121,7 +121,7 @@ fn sighup_reads_the_lists_again_and_ends_nothing() {
     fs::write(&file, "").unwrap();
     let config = format!("blacklist_file: {}\nallowlist: {{refresh_interval: 86400}}", file.display());
     let (mut stack, _worker, _) = scene(&config);
-    // A file that was being written at the start is looked at a second time soon after.
+    // A file that was being written at the start is read a second time soon after.
     std::thread::sleep(Duration::from_secs(2));
     fs::write(&file, format!("- {}\n", key(1))).unwrap();
     std::thread::sleep(Duration::from_secs(2));
@@ -182,7 +182,7 @@ fn a_revocation_reports_the_outcome_of_each_gateway() {
     ];
     assert_eq!(lines.collect::<Vec<_>>(), expected);
 
-    // One that says nothing is waited for two seconds.
+    // The broker waits two seconds for a gateway without a report.
     let _silent = revoking(&stack, "gw6", "");
     stack.wait_for_gateways(5);
     let begun = Instant::now();
@@ -198,7 +198,7 @@ fn a_revocation_that_is_done_everywhere_is_success_and_is_lifted_by_its_end_or_b
     let stack = Stack::start(Plan::new(Bus::Embedded).config(&more));
     let _worker = revoking(&stack, "gw1", "removed");
     stack.wait_for_gateways(1);
-    // No gateway serves the domain, so 503 means that the lists let the key pass.
+    // No gateway serves the domain, so 503 means that the lists accept the key.
     assert_eq!(statuses(&stack, &key(1)), [503, 503]);
     let revoked = operator.run(&stack, &["revoke", &key(1)]);
     assert!(revoked.status.success(), "{}", printed(&revoked));
@@ -232,7 +232,7 @@ fn revocations_survive_a_restart_and_are_sent_on_request() {
     let _ = stack.broker().end_by(Signal::SIGKILL);
     stack.start_broker();
     stack.wait_until_ready();
-    // No gateway ever published its state, so v1 passes a key on that the lists let come.
+    // No gateway ever published its state, so v1 publishes a key that the lists accept.
     assert_eq!((statuses(&stack, &key(1)), statuses(&stack, &key(2))), ([403, 403], [200, 503]));
 
     let witness = stack.probe(Role::new("asker", &["#"]));
@@ -245,7 +245,7 @@ fn revocations_survive_a_restart_and_are_sent_on_request() {
     let records: Vec<Value> = serde_json::from_slice(&witness.next_on("wgkex/revocations").payload).unwrap();
     let about: Vec<_> = records.iter().map(|record| (record["list"].clone(), record["key"].clone())).collect();
     assert_eq!(about, [(json!("deny"), json!(key(1))), (json!("trusted"), json!(key(2)))]);
-    // A program of this version asks on its own topic.
+    // A program of this version requests on its own topic.
     assert!(hello["can"].as_array().unwrap().contains(&json!("named records")), "{hello}");
     let question = json!({ "from": { "worker": "asker" }, "to": broker, "revocations": true }).to_string();
     witness.say(said("wgkex/worker/asker/questions", question, 1, false));
@@ -258,7 +258,7 @@ fn revocations_survive_a_restart_and_are_sent_on_request() {
 fn a_revocation_without_disk_or_mqtt_takes_effect_here_and_is_reported_as_partial() {
     let (operator, more) = Operator::new();
     let mut stack = Stack::prepare(Plan::new(Bus::Mosquitto).config(&more));
-    // No directory can be made there.
+    // No directory can be created there.
     fs::write(stack.state_dir(), "").unwrap();
     stack.start_mosquitto();
     stack.start_broker();
@@ -293,25 +293,25 @@ fn records_of_another_broker_are_merged_and_invalid_ones_ignored() {
     for nonsense in ["", "x", "[]", "{}", r#"[{"list":"x"}]"#, r#"[{"list":"deny","key":"x","at":1,"on":true}]"#] {
         publish(nonsense.to_owned());
     }
-    // By a clock that is far ahead, or is none.
+    // Records with times far in the future.
     let ms = 1000 * unix(SystemTime::now());
     publish(
         json!([deny(1, u64::MAX, true), deny(1, 4_000_000_000_000, true), deny(4, ms + 7_200_000, true)]).to_string(),
     );
-    // In the wrong order: the later one counts.
+    // In the wrong order: the later record is valid.
     let now = ms + 1_800_000;
     publish(json!([deny(2, now + 1, false), deny(2, now, true), deny(3, now, true)]).to_string());
     wait_for_status(&stack, &key(3), 403);
     assert_eq!([1, 2, 4].map(|n| statuses(&stack, &key(n))), [[200; 2]; 3]);
     stack.wait_for_metric("wgkex_broker_list_entries_refused_total{reason=\"future\"}", 2.0);
     stack.wait_for_metric("wgkex_broker_list_entries_refused_total{reason=\"unsound\"}", 1.0);
-    // Its maker's clock is ahead, and yet an operator here can lift it.
+    // The record's time is ahead of the clock, and an operator here can lift it all the same.
     assert!(operator.run(&stack, &["unrevoke", &key(3)]).status.success());
     assert_eq!(statuses(&stack, &key(3)), [200; 2]);
 }
 
-/// On the code before it a revocation was refused with 507 as soon as there were 10,000 entries; and what came after the
-/// 20,000th was dropped without a word.
+/// Regression: with 10,000 entries a revocation was refused with 507; and entries after the 20,000th were dropped
+/// silently.
 #[test]
 fn a_full_list_still_takes_revocations_and_reports_entries_without_room() {
     let (mut stack, worker, operator) = scene("");
@@ -470,13 +470,13 @@ fn entries_are_shown_with_where_they_come_from() {
     assert_eq!(list(&["--name", "attic"]), by_call);
     let json: Value = serde_json::from_str(&list(&["--json", "--list", "trusted"])).unwrap();
     assert_eq!(json, json!({ "keys": [{ "list": "trusted", "key": key(2), "source": "key_whitelist" }] }));
-    // What a file says an admin call does not change, and the answer says so.
+    // An admin call does not remove an entry of a file, and the answer names the file.
     let lifted = operator.run(&stack, &["unrevoke", &key(1)]);
     assert!(printed(&lifted).contains("still on the list deny by blacklist_file"), "{}", printed(&lifted));
     assert_eq!(statuses(&stack, &key(1)), [403, 403]);
 }
 
-/// A broker `b1` that says this digest, and hears what `gw1` says and asks.
+/// A broker `b1` that publishes this digest, and receives the messages and requests of `gw1`.
 fn scripted_broker(stack: &Stack, digest: &str) -> Probe {
     let hello = json!({ "version": "9", "can": ["answer"], "domains": [DOMAIN], "revocations": digest }).to_string();
     let filters =
@@ -521,7 +521,7 @@ fn a_worker_waits_at_most_three_seconds_for_the_revocation_list() {
     broker.next_on("wgkex/worker/gw1/applied");
     let waited = online.elapsed();
     assert!(waited > Duration::from_secs(2), "{waited:?}");
-    // Once is enough for a connection: whoever says another digest delays no key.
+    // The worker waits once per connection: a broker with another digest delays no key.
     let other = json!({ "version": "9", "can": ["answer"], "revocations": "another" }).to_string();
     broker.say(said("wgkex/broker/b1/hello", other, 1, true));
     broker.next("the worker asks for records", asks_for_records);

@@ -1,4 +1,4 @@
-//! The real worker beside an original broker, which is played to the byte (contract section 4). Needs root.
+//! The real worker with a scripted original broker, compared byte by byte (contract section 4). Needs root.
 
 use std::net::{Ipv4Addr, SocketAddr};
 
@@ -10,7 +10,7 @@ use wgkex_tests::{key, wait_until};
 
 const NAME: &str = "gateway";
 
-/// A gateway at a Mosquitto without a broker of ours, and an original broker that hears everything.
+/// A gateway at a Mosquitto without a broker of ours, and an original broker that receives every message.
 struct Scene {
     host: Host,
     _mosquitto: Process,
@@ -34,12 +34,12 @@ impl Scene {
         connect(&self.host, role)
     }
 
-    /// What the broker has heard, apart from what a session publishes to itself.
+    /// The messages that the broker has received, except those that a session publishes to itself.
     fn all_heard(&self) -> Vec<Said> {
         self.broker.received().into_iter().filter(|said| !said.topic.ends_with("/echo")).collect()
     }
 
-    /// Waits until the broker has heard so many messages from `first` on, and returns them.
+    /// Waits until the broker has received so many messages from `first` on, and returns them.
     fn received(&self, first: usize, number: usize) -> Vec<Said> {
         let mut heard = Vec::new();
         wait_until(&format!("{number} messages from {first} on"), || {
@@ -82,7 +82,7 @@ fn applied(domain: &str, keys: &[String]) -> Said {
     said(format!("wgkex/worker/{NAME}/applied"), payload, 1, false)
 }
 
-/// What a worker says on every connection: what it is and has, then that it is online, and again what it is.
+/// The messages of a worker on every connection: hello and states, then its online status, and the hello again.
 fn greeting(scene: &Scene) -> [Said; 7] {
     let hello = || hello(r#"{"version":"0.1.0","can":["confirm","revoke"],"domains":["test_a","test_b"]}"#);
     [
@@ -96,7 +96,7 @@ fn greeting(scene: &Scene) -> [Said; 7] {
     ]
 }
 
-/// At its start a worker may be online before it has read its kernel; the rest keeps its order.
+/// At its start a worker may be online before it has read its kernel; the other messages keep their order.
 fn assert_greets(scene: &Scene, first: usize) {
     let mut heard = scene.received(first, 7);
     let place = heard.iter().position(|said| *said == status("1")).unwrap_or_else(|| panic!("not online: {heard:?}"));
@@ -113,7 +113,7 @@ fn a_workers_session_with_an_original_broker_is_the_contracts_to_the_byte() {
     let mut worker = scene.host.start_worker();
     assert_greets(&scene, 0);
 
-    // The original publishes at most once; a community's own tool may name one gateway instead of all.
+    // The original publishes with QoS 0; a community's own tool may address one gateway instead of all.
     let mut so_far = 7;
     for (n, (topic, domain)) in (0..).zip([("all", "test_a"), ("gw", "test_a"), ("all", "test_b")]) {
         let key = key(n);
@@ -124,7 +124,7 @@ fn a_workers_session_with_an_original_broker_is_the_contracts_to_the_byte() {
         so_far += 1;
     }
 
-    // Another client of its name ends its connection; it greets again on the next.
+    // Another client of its name ends its connection; the worker publishes its states again on the next one.
     scene.connect(Role::new(NAME, &[])).drop_connection();
     assert_eq!(scene.received(so_far, 1), [status("0")]);
     assert_eq!(scene.received(so_far + 1, 7), greeting(&scene));

@@ -1,4 +1,5 @@
-//! What the programs tell systemd, and when: the test is in its place and has the socket that units get.
+//! The notifications of the programs to systemd, and when they are sent: the test has the socket of the service
+//! manager.
 
 #![expect(clippy::unwrap_used, reason = "the lint knows test functions, not what they call")]
 
@@ -10,7 +11,7 @@ use tempfile::TempDir;
 use wgkex_tests::DEADLINE;
 use wgkex_tests::stack::{Bus, Plan, Stack};
 
-/// The service manager's end.
+/// The service manager's end of the socket.
 struct Manager {
     dir: TempDir,
     socket: UnixDatagram,
@@ -36,7 +37,7 @@ impl Manager {
         String::from_utf8(buffer[..length].to_vec()).unwrap().trim_end().to_owned()
     }
 
-    /// The messages up to one that begins so.
+    /// The messages up to one with this beginning.
     fn until(&self, beginning: &str) -> Vec<String> {
         let mut messages = vec![self.next()];
         while !messages.last().is_some_and(|last| last.starts_with(beginning)) {

@@ -1,4 +1,5 @@
-//! What operators see of a broker and its fleet: the commands, the page and its JSON, the log, and admin calls that look.
+//! A broker and its fleet as operators see them: the commands, the page and its JSON, the log, and read-only admin
+//! calls.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by it")]
 
@@ -29,7 +30,7 @@ fn command(stack: &Stack, arguments: &[&str]) -> Command {
     command
 }
 
-/// What the program shows on a terminal, standard error included.
+/// The output of the program on a terminal, standard error included.
 fn on_terminal(stack: &Stack, arguments: &str, no_color: &str) -> String {
     let program = format!("{} {arguments}", binary("wgkex-broker").display());
     let mut terminal = Command::new("script");
@@ -41,7 +42,7 @@ fn on_terminal(stack: &Stack, arguments: &str, no_color: &str) -> String {
 #[test]
 fn commands_and_the_log_have_colours_on_a_terminal_unless_no_color_is_set() {
     let stack = Stack::start(Plan::new(Bus::Embedded));
-    // The last one does not start beside the other, and logs that.
+    // The last one is a second broker: it does not start, and logs that.
     for (arguments, shown) in [("status", "no gateway"), ("doctor", "fail"), ("", " process ")] {
         let (coloured, plain) = (on_terminal(&stack, arguments, ""), on_terminal(&stack, arguments, "1"));
         assert!(coloured.contains(shown) && plain.contains(shown), "{coloured} {plain}");
@@ -111,7 +112,7 @@ fn status_and_gateways_show_the_fleet_without_a_token_and_exit_by_what_is_wrong(
     let gateways: Value = serde_json::from_slice(&run(&stack, &["gateways", "--json"]).stdout).unwrap();
     assert_eq!(gateways[0]["name"], "gw1");
 
-    // The domain goes, then the gateway, then the broker.
+    // The domain goes down, then the gateway offline, then the broker ends.
     worker.probe.say(peers_of("gw1", "ffx_b", "-1"));
     wait_for_kinds(&stack, &["domain_without_gateway", "domain_down"]);
     let shown = run(&stack, &["status"]);
@@ -153,7 +154,7 @@ fn a_broker_that_is_not_ready_is_something_wrong() {
     assert!(text.contains("cannot serve routers") && text.contains("! not ready: MQTT is not connected"), "{text}");
 }
 
-/// A wildcard address is reached by loopback.
+/// The commands reach a wildcard address by loopback.
 #[test]
 fn the_commands_find_a_broker_that_listens_everywhere() {
     let mut stack = Stack::prepare(Plan::new(Bus::Embedded));
@@ -212,7 +213,7 @@ fn gateways_that_publish_the_same_are_one_warning_and_stand_on_the_page() {
     let (_one, two) =
         (Worker::start(&stack, "gw1", Manner::Confirms, 0), Worker::start(&stack, "gw2", Manner::Confirms, 0));
     stack.wait_for_gateways(2);
-    // Scripted gateways have one link address.
+    // Scripted gateways share one link address.
     wait_for_kinds(&stack, &["same_link_address"]);
     let cloned = String::from_utf8(data("gw1", DOMAIN).payload).unwrap();
     two.probe.say(wgkex_tests::probe::said(data("gw2", DOMAIN).topic, cloned.clone(), 1, true));
@@ -237,7 +238,7 @@ fn the_log_says_why_a_gateway_goes_offline() {
     let workers = ["gw1", "gw2"].map(|name| Worker::start(&stack, name, Manner::Confirms, 7));
     stack.wait_for_gateways(2);
     workers[0].probe.say_all([peers_of("gw1", DOMAIN, "-1"), status("gw1", "0")]);
-    // A last will is the same message without the counts before it.
+    // A last will has the same payload, but no peer counts of -1 before it.
     workers[1].probe.say(status("gw2", "0"));
     for (worker, reason) in [("gw1", "reason=stopped"), ("gw2", "reason=connection lost")] {
         let broker = stack.broker();
@@ -249,7 +250,7 @@ fn the_log_says_why_a_gateway_goes_offline() {
     }
 }
 
-/// They were gone from page and commands as soon as the connection was.
+/// Regression: page and commands did not show them any more once the connection was lost.
 #[test]
 fn gateways_stay_shown_as_last_known_while_mqtt_is_away() {
     let mut stack = Stack::start(Plan::new(Bus::Mosquitto));
@@ -273,7 +274,7 @@ fn gateways_stay_shown_as_last_known_while_mqtt_is_away() {
     assert_eq!(wait_for_kinds(&stack, &[])["gateways"][0]["last_known_secs"], Value::Null);
 }
 
-/// Whether the problems of a page have this text.
+/// Whether the problems of a status contain this text.
 fn names_problem(status: &Value, text: &str) -> bool {
     status["problems"].to_string().contains(text)
 }
@@ -292,7 +293,8 @@ fn a_client_id_that_two_programs_use_at_the_brokers_server_is_a_problem_and_a_me
     assert!(shown.status.code() == Some(3) && printed(&shown).contains(text), "{shown:?}");
 }
 
-/// Two stacks of one host name at one Mosquitto, each with where its worker listens. The first one's broker runs.
+/// Two stacks of one host name at one Mosquitto, each with the address of its worker's metrics. The first one's broker
+/// runs.
 fn two_of_one_name() -> [(Stack, SocketAddr); 2] {
     let worker_listen = [free_address(), free_address()];
     let plan = |listen: &SocketAddr| Plan::new(Bus::Mosquitto).config(&format!("worker_listen: \"{listen}\""));
@@ -304,7 +306,7 @@ fn two_of_one_name() -> [(Stack, SocketAddr); 2] {
     [(stack, first), (other, second)]
 }
 
-/// The server is not ours, so each of them has only its own connections to see that by.
+/// On another server, each of them detects it only by its own connections.
 #[test]
 fn a_name_that_two_programs_use_elsewhere_is_a_problem_and_a_metric_of_both() {
     let [(mut stack, first), (mut other, second)] = two_of_one_name();
@@ -344,7 +346,7 @@ fn a_name_that_two_programs_use_elsewhere_is_a_problem_and_a_metric_of_both() {
     }
 }
 
-/// The workers say so in their hellos, as the server is not ours.
+/// The workers report it in their hellos, as the server is not the broker's.
 #[test]
 fn a_gateway_whose_name_two_workers_use_is_a_problem_of_the_broker() {
     let [(mut stack, _), (other, _)] = two_of_one_name();
@@ -517,7 +519,7 @@ fn explain_names_the_gateway_that_a_request_gets_and_changes_nothing() {
     stack.wait_for_gateways(2);
     let path = |n| format!("/v1/explain?key={}", encoded(&key(n)));
     let explained = |n| asked(&operator, &path(n))["domains"][0].clone();
-    // Since when gateway 3 is offline is another second soon.
+    // The time since when gateway 3 is offline changes every second.
     let without_time = |mut explained: Value| {
         let unfit = &mut explained["standings"][2]["unfit"];
         *unfit = unfit.as_str().and_then(|unfit| unfit.split(", offline for").next()).into();
@@ -545,7 +547,7 @@ fn explain_names_the_gateway_that_a_request_gets_and_changes_nothing() {
     assert_eq!(stack.metric(assigned), Some(1.0));
     assert_eq!(explained(1)["is_new"], false);
 
-    // The limit of the domain: three new keys, of which one came.
+    // The limit of the domain: three new keys, one of which was requested before.
     assert_eq!([2, 3, 4].map(|n| stack.v1(DOMAIN, &key(n)).status), [200, 200, 429]);
     let limited = explained(5);
     assert_eq!(

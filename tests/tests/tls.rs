@@ -1,4 +1,4 @@
-//! The bus over TLS: a Mosquitto that asks for certificates.
+//! The bus over TLS: a Mosquitto that requires client certificates.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by it")]
 
@@ -34,7 +34,8 @@ fn issue(dir: &Path, name: &str, hosts: &[&str], ca: &Ca) {
     fs::write(dir.join(format!("{name}.key")), key.serialize_pem()).unwrap();
 }
 
-/// A Mosquitto on the stack's address whose certificate is for 127.0.0.1, and which lets in who has one of the same CA.
+/// A Mosquitto on the stack's address with a certificate for 127.0.0.1, which accepts clients with a certificate of the
+/// same CA.
 fn scene() -> (Stack, Process) {
     let stack = Stack::prepare(Plan::new(Bus::Mosquitto));
     let (dir, ca) = (stack.dir(), ca("ours"));
@@ -96,7 +97,7 @@ fn each_tls_error_is_one_clear_line_and_the_broker_tries_again() {
         assert_eq!(lines, 1, "{}", stack.broker().log());
         assert!(stack.stop_broker().success());
     }
-    // The server says only after the handshake that it wants a certificate.
+    // The server reports only after the handshake that it requires a certificate.
     configure(&stack, "127.0.0.1", "ca_file: DIR/ca.crt");
     stack.start_broker();
     let line = stack.broker().wait_for_log("MQTT not connected");

@@ -1,4 +1,4 @@
-//! The full path, as in the field: a router asks for a gateway and is in the mesh, by BATMAN over VXLAN over the
+//! The full path, as in the field: a router requests a gateway and joins the mesh, by BATMAN over VXLAN over the
 //! kernel's WireGuard. The gateway is the network namespace of the test's thread, the router another one.
 
 #![expect(clippy::unwrap_used, reason = "the lint knows test functions, not what they call")]
@@ -14,7 +14,7 @@ use wgkex_tests::{http, wait_until};
 
 const DOMAIN: &str = "ffx_mesh";
 
-/// As a site's config has them.
+/// A typical config of a site.
 const CONFIG: &str = "\
 externalName: 198.18.0.1
 setup: {key_dir: /run/keys, listen_port: 40011, vxlan_id: 99, vxlan_port: 8472}";
@@ -47,7 +47,7 @@ fn vm_a_router_that_posts_its_key_is_in_the_mesh() {
     .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
 }
 
-/// Before a command: in the router.
+/// Command prefix: runs in the router.
 const IN_ROUTER: &str = "nsenter --net=/run/netns/router ";
 
 /// gateway (198.18.0.1) --- (.2) router
@@ -62,7 +62,7 @@ fn make_namespaces() {
     }
 }
 
-/// What the firmware does first: it POSTs its key by wget. Gives the gateway that it is told.
+/// The first step of the firmware: it POSTs its key by wget. Returns the gateway in the answer.
 fn ask_for_gateway(stack: &Stack, private_key: &Path) -> Value {
     let path = private_key.display();
     let key = run(&format!("umask 077 && wg genkey > {path} && wg pubkey < {path}"));
@@ -77,7 +77,7 @@ fn ask_for_gateway(stack: &Stack, private_key: &Path) -> Value {
     endpoint
 }
 
-/// What it does with the answer: WireGuard to the gateway, and VXLAN on top.
+/// The second step: WireGuard to the gateway in the answer, and VXLAN on top.
 fn connect(endpoint: &Value, private_key: &Path) {
     let of = |value: &Value| value.as_str().unwrap().to_owned();
     let (address, port, peer) = (of(&endpoint["Address"]), of(&endpoint["Port"]), of(&endpoint["PublicKey"]));
@@ -99,11 +99,11 @@ fn connect(endpoint: &Value, private_key: &Path) {
     }
 }
 
-/// BATMAN on an interface.
+/// Adds BATMAN to an interface.
 fn make_mesh(place: &str, interface: &str) {
     for command in [
         "ip link add bat0 type batadv",
-        // It would hold back what comes from another mesh node for its first half minute.
+        // Otherwise it would hold back packets from another mesh node for its first half minute.
         "batctl meshif bat0 bridge_loop_avoidance 0",
         &format!("ip link set {interface} master bat0"),
         "ip link set bat0 up",
@@ -112,7 +112,7 @@ fn make_mesh(place: &str, interface: &str) {
     }
 }
 
-/// Whether BATMAN delivers there and back.
+/// Whether a BATMAN ping is answered.
 fn ping(from: &str, to: &str) -> Option<()> {
     let output = sh(&format!("{from}batctl meshif bat0 ping -c 1 -t 1 {to}"));
     String::from_utf8_lossy(&output.stdout).contains(" 1 received").then_some(())

@@ -1,4 +1,4 @@
-//! When a router is answered, and with which gateway, by what the gateways say of its key.
+//! When a router is answered, and with which gateway, depending on the gateways' reports about its key.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -106,7 +106,7 @@ fn a_silent_gateway_is_followed_by_the_next_best_after_the_timeout(bus: Bus) {
     let (response, took) = Router::v2(&stack, &key(1)).answer();
     assert_eq!((response.status, response.json()), (200, endpoint("gw2")));
     assert!(took >= Duration::from_secs(1) && took < AT_ONCE, "{took:?}");
-    // A gateway that was silent is not tried first again, so that the next router does not wait.
+    // A gateway that did not confirm is not tried first again, so that the next router does not wait.
     let (response, _) = Router::v2(&stack, &key(2)).answer();
     assert_eq!(response.json(), endpoint("gw2"));
     assert_eq!(stack.metric("wgkex_broker_confirmations_missed_total"), Some(1.0));
@@ -186,7 +186,7 @@ fn a_late_confirmation_answers_the_routers_next_request_at_once(bus: Bus) {
         assert_eq!(response.status, 200);
         assert!(n == 1 || response.json() == endpoint("gw2"), "{response:?}");
     }
-    // Every request is heard on the bus all the same; what is answered at once is published beside the next request.
+    // Every request is published; an answer from memory is sent without waiting for that.
     let mut heard = [(); 4].map(|()| witness.next_on(&key_topic(DOMAIN)).text());
     heard.sort();
     assert_eq!(heard, [1, 1, 2, 2].map(key));
@@ -225,7 +225,7 @@ fn a_late_confirmation_is_not_used_after_the_lists_changed() {
     stack.wait_for_gateways(1);
     assert_unavailable(&stack.v2(DOMAIN, &key(1)));
     say(&stack, &worker, applied("gw1", DOMAIN, &key(1)));
-    // Denied for a moment: no gateway that obeys has it now.
+    // Denied for a moment: gateways that apply the list have removed the key.
     for (text, denied) in [(format!("- {}\n", key(1)), 1.0), ("[]".to_owned(), 0.0)] {
         fs::write(&file, text).unwrap();
         let heard = || (stack.metric(r#"wgkex_broker_list_keys{list="deny"}"#) == Some(denied)).then_some(());
@@ -234,7 +234,7 @@ fn a_late_confirmation_is_not_used_after_the_lists_changed() {
     assert_unavailable(&stack.v2(DOMAIN, &key(1)));
 }
 
-/// Says it, and returns when the broker has heard it.
+/// Publishes a message, and returns when the broker has received it.
 fn say(stack: &Stack, worker: &Worker, said: Said) {
     let ignored = || stack.metric("wgkex_broker_mqtt_messages_ignored_total{reason=\"payload\"}").unwrap_or_default();
     let before = ignored();
@@ -244,7 +244,7 @@ fn say(stack: &Stack, worker: &Worker, said: Said) {
     wait_until("the broker has heard a worker", || (ignored() > before).then_some(()));
 }
 
-/// More unknown keys than may be under way: the others wait for their turn, which comes when the server is there again.
+/// More unknown keys than may be in flight: the others are queued until the server is back.
 #[test]
 fn queued_keys_are_published_even_after_their_requests_timed_out() {
     let mut stack = stack(Bus::Mosquitto, SHORT);
@@ -341,7 +341,7 @@ fn version_1_falls_back_to_originals(bus: Bus) {
     assert!(took >= Duration::from_secs(1) && took < AT_ONCE, "{took:?}");
 }
 
-/// Failed before v1 was published whatever is known: nothing came on the key's topic.
+/// Regression: nothing was published on the key's topic.
 fn version_1_is_published_and_503_where_all_gateways_are_offline(bus: Bus) {
     let stack = Stack::start(Plan::new(bus).config(LONG).domains([DOMAIN, "ffx_b"]));
     let witness = stack.witness();
@@ -351,7 +351,7 @@ fn version_1_is_published_and_503_where_all_gateways_are_offline(bus: Bus) {
     let text = format!("ready\ndomain {DOMAIN}: no gateway is online\n");
     assert_eq!((stack.get("/readyz").status, stack.get("/readyz").body), (200, text));
     assert!(stack.get("/").body.contains(&format!("domain {DOMAIN}: no gateway is online")));
-    // A router whose v2 fails falls back to v1.
+    // A router falls back to v1 if v2 fails.
     for n in [1, 2] {
         assert_unavailable(&stack.v2(DOMAIN, &key(n)));
         assert_unavailable(&stack.v1(DOMAIN, &key(n)));
@@ -362,7 +362,7 @@ fn version_1_is_published_and_503_where_all_gateways_are_offline(bus: Bus) {
     assert_eq!(stack.v2("ffx_b", &key(3)).status, 503, "online, and no data");
 }
 
-/// Seen to fail where the last answer was given again whatever is known of gateways.
+/// Fails with a broker that repeats the last answer whatever the gateways' states are.
 fn version_1_is_not_answered_from_memory_when_all_gateways_are_offline(bus: Bus) {
     let often = "limits: {per_client: {burst: 0}, per_key: {burst: 1, per_second: 0.001}}";
     let stack = stack(bus, &format!("{LONG}\n{often}"));
@@ -374,7 +374,7 @@ fn version_1_is_not_answered_from_memory_when_all_gateways_are_offline(bus: Bus)
     assert_unavailable(&stack.v1(DOMAIN, &key(1)));
 }
 
-/// Failed before as 503.
+/// Regression: the answer was 503.
 fn version_1_is_answered_where_no_gateway_ever_published_its_state(bus: Bus) {
     let mut stack = stack(bus, LONG);
     let witness = stack.witness();
@@ -391,7 +391,7 @@ fn version_1_is_answered_where_no_gateway_ever_published_its_state(bus: Bus) {
     assert!(warned.contains("WARN"), "{warned}");
     assert_eq!(stack.broker().log().matches("no gateway has ever published its state").count(), 1, "once");
     assert_unavailable(&stack.v2(DOMAIN, &key(3)));
-    // From its first word on it is a gateway like any other.
+    // From its first message on it is a gateway like any other.
     let worker = Worker::start(&stack, "gw1", Manner::Original, 0);
     stack.wait_for_gateways(1);
     worker.probe.say(status("gw1", "0"));
@@ -399,7 +399,7 @@ fn version_1_is_answered_where_no_gateway_ever_published_its_state(bus: Bus) {
     assert_unavailable(&stack.v1(DOMAIN, &key(4)));
 }
 
-/// Failed before with `Down` (v1: 503 in most requests) and with the two that are offline (v1 the same).
+/// Regression with `Down` (v1: 503 for most requests) and with the two that are offline (v1: the same).
 fn one_broken_gateway_beside_a_healthy_one_keeps_no_router_waiting(bus: Bus) {
     let stack = stack(bus, LONG);
     let _healthy = Worker::start(&stack, "healthy", Manner::Slow, 1000);
@@ -424,7 +424,7 @@ fn one_broken_gateway_beside_a_healthy_one_keeps_no_router_waiting(bus: Bus) {
                 || (manner == Manner::OfflineButConfirms && v2.json() == endpoint(name));
             assert!(is_true && took < AT_ONCE, "{name}: {v2:?} after {took:?}");
         }
-        // What it says of the last key may come after this.
+        // The worker's confirmation of the last key may arrive after this.
         wait_until("it is offline", || {
             broken.probe.say(status(name, "0"));
             (stack.metric("wgkex_broker_gateways{state=\"online\"}") == Some(1.0)).then_some(())
@@ -432,7 +432,7 @@ fn one_broken_gateway_beside_a_healthy_one_keeps_no_router_waiting(bus: Bus) {
     }
 }
 
-/// Failed before: v2 gave up when the broken one had rejected the key and the best one's time was over.
+/// Regression: v2 gave up when the broken gateway had rejected the key and the best one had timed out.
 fn a_second_best_that_is_slow_is_waited_for_although_another_is_broken(bus: Bus) {
     let stack = stack(bus, "confirm_timeout: 1\nconfirm_budget: 20");
     let _best = Worker::start(&stack, "gw1", Manner::Silent, 0);
@@ -448,7 +448,7 @@ fn a_second_best_that_is_slow_is_waited_for_although_another_is_broken(bus: Bus)
     assert_eq!((response.status, response.json()), (200, endpoint("gw2")));
 }
 
-/// Failed before for the original in v1: what was retained of its data made it online.
+/// Regression for the original in v1: its retained data made it online.
 fn no_router_is_sent_to_a_gateway_where_its_domain_is_offline(bus: Bus) {
     let stack = stack(bus, SHORT);
     let mut workers = Vec::new();

@@ -1,4 +1,4 @@
-//! What gateways say of themselves, as other programs may write it, and as nobody can use it.
+//! Data and hellos of gateways, in forms that other programs may write, and in forms that cannot be used.
 
 use wgkex_tests::key;
 use wgkex_tests::probe::{Role, said};
@@ -13,7 +13,7 @@ on_both!(
     what_the_page_shows_of_a_gateway_is_bounded,
 );
 
-/// On the code before it the answer was 503: the data counted as nonsense.
+/// Regression: the answer was 503, as the data was ignored.
 fn a_port_may_be_a_text(bus: Bus) {
     let stack = Stack::start(Plan::new(bus));
     let mut text = data("gw1", DOMAIN);
@@ -25,7 +25,7 @@ fn a_port_may_be_a_text(bus: Bus) {
     assert_eq!((answer.status, answer.json()), (200, endpoint("gw1")));
 }
 
-/// On the code before it there was no line about any of them, at no level but DEBUG.
+/// Regression: none of them was logged, except at level DEBUG.
 fn what_cannot_be_used_is_said_once_with_the_gateway_and_the_cause(bus: Bus) {
     let mut stack = Stack::start(Plan::new(bus));
     let gateway = stack.probe(Role::new("gw2", &[]));
@@ -61,13 +61,13 @@ fn what_cannot_be_used_is_said_once_with_the_gateway_and_the_cause(bus: Bus) {
             assert!(lines[0].contains(part), "{part}: {lines:?}");
         }
     }
-    // What was right meanwhile, and is wrong again, is said again.
+    // A payload that is wrong again after a right one is logged again.
     gateway.say_all([data("gw2", DOMAIN), said(of_domain.as_str(), "x", 1, false)]);
     stack.wait_for_metric(ignored, 25.0);
     assert_eq!(lines_about(&mut stack, "is not a JSON object").len(), 2);
 }
 
-/// On the code before it both hellos were taken in, and the version stood on the page in all its length.
+/// Regression: both hellos were accepted, and the page showed the whole version.
 fn what_the_page_shows_of_a_gateway_is_bounded(bus: Bus) {
     let stack = Stack::start(Plan::new(bus));
     let worker = Worker::start(&stack, "gw1", Manner::Confirms, 0);

@@ -1,4 +1,4 @@
-//! What must not happen: a payload that ends the broker, and an answer that is not true.
+//! Faults that must not occur: a payload that ends the broker, and a wrong answer.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -66,7 +66,7 @@ fn payloads() -> Vec<Vec<u8>> {
         b"<script>alert(1)</script>",
     ];
     let deep = [b"[".repeat(100_000), b"{\"a\":".repeat(50_000)];
-    // A little less than a packet of the embedded server may have.
+    // A little less than the largest packet of the embedded server.
     let large = [b"9".repeat(1 << 20), b"\xff".repeat(1 << 20)].map(|mut large| {
         large.truncate(large.len() - 100);
         large
@@ -97,14 +97,14 @@ fn a_broker_survives_any_payload(bus: Bus) {
     }
 }
 
-/// Keys, and what their routers were answered.
+/// Keys, and the statuses of the answers to their routers.
 type Answers = Mutex<Vec<(String, u16)>>;
 
 fn lock(answers: &Answers) -> MutexGuard<'_, Vec<(String, u16)>> {
     answers.lock().expect("nobody fails with the lock")
 }
 
-/// Routers ask without a pause while the bus dies and comes back. Who got a 200 has its key at the gateway.
+/// Routers request without a pause while the bus is killed and restarted. The key of each 200 is at the gateway.
 fn no_answer_is_wrong_when_the_mqtt_server_is_killed(bus: Bus) {
     let mut stack = Stack::start(Plan::new(bus));
     let gateway = Worker::start(&stack, "gw1", Manner::Confirms, 0);
@@ -140,7 +140,7 @@ fn ask_until(stop: &AtomicBool, http: std::net::SocketAddr, first: u32, answered
             return;
         }
         let (key, path) = (key(n), if n % 2 == 0 { V1 } else { V2 });
-        // With the embedded server the broker itself is gone for a while.
+        // With the embedded server the broker is down, too.
         let response = Http::try_connect(http).and_then(|mut http| {
             http.send(request(path, &ask(DOMAIN, &key)).as_bytes());
             http.try_response("POST")

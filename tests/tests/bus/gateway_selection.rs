@@ -1,4 +1,4 @@
-//! Which gateway a router is given (contract section 6), and what the broker knows when it is asked first.
+//! The gateway that a router gets (contract section 6), and the broker's knowledge at its first request.
 
 use std::collections::BTreeMap;
 
@@ -31,7 +31,7 @@ const SHARES: [Share; 4] = [
     Share { name: "gw4", weight: None, peers: 2.0 },
 ];
 
-/// Who is next: the smallest peers - target, where target = weight / sum of the configured weights x peers of all.
+/// The next gateway: the smallest peers - target, where target = weight / sum of the configured weights x peers of all.
 fn next(shares: &[Share]) -> usize {
     let configured: f64 = shares.iter().filter_map(|share| share.weight).sum();
     let all: f64 = shares.iter().map(|share| share.peers).sum();
@@ -65,7 +65,7 @@ fn name(n: u32) -> String {
     format!("gw{n:02}.example.org")
 }
 
-/// Says the retained states of 50 workers. The last one is the best in every domain.
+/// Publishes the retained states of 50 workers. The last worker is the best in every domain.
 fn say_states(stack: &Stack) {
     let probe = stack.probe(Role::new("fleet", &[]));
     for n in 0..WORKERS {
@@ -83,7 +83,7 @@ trait WithNoAbilities {
 }
 
 impl WithNoAbilities for Said {
-    /// So that nobody has to confirm.
+    /// So that no confirmation is needed.
     fn with_no_abilities(self) -> Self {
         Self { payload: br#"{"version":"0.1.0","can":[]}"#.into(), ..self }
     }
@@ -110,7 +110,7 @@ fn all_states_of_fifty_workers_in_ten_domains_arrive(bus: Bus) {
     let mut stack = Stack::start(ten_domains(bus));
     say_states(&stack);
     wait_for_all_states(&stack);
-    // A client that comes later finds all of it.
+    // A later client receives all of it.
     let late = stack.probe(Role::new("late", &["#"]).at_most_once());
     let expected = WORKERS as usize * (2 + 2 * stack.plan.domains.len());
     wait_until("everything retained", || {
@@ -120,13 +120,13 @@ fn all_states_of_fifty_workers_in_ten_domains_arrive(bus: Bus) {
     let _ = stack.stop_broker();
     stack.start_broker();
     stack.wait_until_ready();
-    // Ready means that it knows everything: the first answer is right, in each domain.
+    // A ready broker has all states: the first answer is right, in each domain.
     for domain in &stack.plan.domains {
         assert_eq!(stack.v2(domain, &key(1)).json(), endpoint(&name(WORKERS - 1)), "{domain}");
     }
 }
 
-/// Both servers kept the states; nobody left a last will.
+/// Both servers retained the states; no last will was published.
 fn a_broker_that_has_just_started_gives_no_wrong_answer(bus: Bus) {
     let mut stack = Stack::start(ten_domains(bus));
     say_states(&stack);

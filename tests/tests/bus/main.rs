@@ -1,5 +1,5 @@
-//! What the broker publishes and receives by MQTT (contract sections 4 and 6), with scripted workers: every test runs with
-//! the embedded MQTT server and with Mosquitto.
+//! The broker's MQTT messages, published and received (contract sections 4 and 6), with scripted workers: every test
+//! runs with the embedded MQTT server and with Mosquitto.
 
 mod confirmations;
 mod data;
@@ -31,11 +31,11 @@ macro_rules! on_both {
 }
 use on_both;
 
-/// Waiting that no test's machine is slow enough for: an answer before that did not wait for it.
+/// Timeouts longer than any test's machine needs: an answer before them did not wait for them.
 const LONG: &str = "confirm_timeout: 20\nconfirm_budget: 25";
-/// Less than [`LONG`].
+/// The limit for an answer without waiting, less than [`LONG`].
 const AT_ONCE: Duration = Duration::from_secs(10);
-/// Waiting that a test can watch.
+/// Timeouts short enough for a test to wait for.
 const SHORT: &str = "confirm_timeout: 1\nconfirm_budget: 2";
 
 /// A router that waits for its answer.
@@ -76,7 +76,7 @@ impl Router {
     }
 }
 
-/// Checks that a router is told to come again later.
+/// Checks that a router gets 503 with Retry-After.
 fn assert_unavailable(response: &Response) {
     assert_eq!(response.status, 503, "{response:?}");
     let after: u32 = response.header("retry-after").expect("Retry-After").parse().expect("seconds");

@@ -1,4 +1,5 @@
-//! What stands on the bus, and what living programs are: whoever makes them differ, they are the same again within a minute.
+//! Retained states and the states of running programs: if a message makes them differ, they are equal again within a
+//! minute.
 
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -24,7 +25,7 @@ on_both!(
     states_are_published_again_for_a_program_that_starts_where_the_server_retains_nothing,
 );
 
-/// Within a minute, on a machine that does other things, too.
+/// Within a minute, on a busy machine.
 const HEALED: Duration = Duration::from_secs(90);
 
 /// Waits for `is_so`, and returns how long that took.
@@ -34,7 +35,7 @@ fn within_a_minute(what: &str, mut is_so: impl FnMut() -> bool) -> Duration {
     begun.elapsed()
 }
 
-/// What is retained on `topic`, as a newcomer finds it, whenever it was sent.
+/// The retained message on `topic`, as a new client receives it, without its time.
 fn retained(stack: &Stack, topic: &str) -> Option<Said> {
     let newcomer = stack.probe(Role::new("newcomer", &[topic]));
     newcomer.say(said("test/end", "", 1, false));
@@ -49,7 +50,8 @@ fn with(said: Said, payload: &str) -> Said {
     Said { payload: payload.into(), ..said }
 }
 
-/// Seen to fail where any message counted: the dead gateway was online for 65 s after each start of the broker.
+/// Fails with a broker for which any message counts: the dead gateway was online for 65 s after each start of the
+/// broker.
 fn a_retained_confirmation_is_no_sign_of_life(bus: Bus) {
     let mut stack = Stack::start(Plan::new(bus));
     let stranger = stack.probe(Role::new("stranger", &[]));
@@ -64,7 +66,7 @@ fn a_retained_confirmation_is_no_sign_of_life(bus: Bus) {
     assert_eq!(stack.v2(DOMAIN, &key(1)).status, 503);
 }
 
-/// Seen to fail where a domain that ever had data was known until the broker ended: v1 stayed at 503.
+/// Fails with a broker that keeps a domain with data until it ends: v1 stayed at 503.
 fn a_domain_whose_only_data_is_removed_is_served_as_before(bus: Bus) {
     let stack = Stack::start(Plan::new(bus));
     let stranger = stack.probe(Role::new("stranger", &[]));
@@ -76,7 +78,7 @@ fn a_domain_whose_only_data_is_removed_is_served_as_before(bus: Bus) {
     wait_for(200);
 }
 
-/// Seen to fail where each change was a line.
+/// Fails with a broker that logs each change.
 fn a_gateway_that_comes_and_goes_all_the_time_has_few_lines_in_the_log(bus: Bus) {
     let mut stack = Stack::start(Plan::new(bus));
     let stranger = stack.probe(Role::new("stranger", &[]));
@@ -89,7 +91,7 @@ fn a_gateway_that_comes_and_goes_all_the_time_has_few_lines_in_the_log(bus: Bus)
     assert!((1..=10).contains(&lines), "{lines} lines");
 }
 
-/// Failed before for each but the count.
+/// Regression for each but the count.
 fn an_online_gateway_republishes_states_that_somebody_overwrote(bus: Bus) {
     let stack = Stack::start(Plan::new(bus));
     let _worker = InMemory::start(&stack, "gw1");
@@ -121,7 +123,7 @@ fn an_online_gateway_republishes_states_that_somebody_overwrote(bus: Bus) {
     assert!(page.contains(DOMAIN) && !page.contains("original") && !page.contains("(4000)"), "{page}");
 }
 
-/// Failed before for both.
+/// Regression for both.
 fn an_online_broker_republishes_states_that_somebody_overwrote(bus: Bus) {
     let stack = Stack::start(Plan::new(bus));
     let stranger = stack.probe(Role::new("stranger", &[]));
@@ -136,7 +138,7 @@ fn an_online_broker_republishes_states_that_somebody_overwrote(bus: Bus) {
     }
 }
 
-/// Failed before: a last will that comes late decided for good.
+/// Regression: a late last will kept the worker offline for good.
 fn an_original_worker_is_online_while_it_publishes_peer_counts(bus: Bus) {
     let stack = Stack::start(Plan::new(bus));
     let original = stack.probe(Role::new("gw1", &[]));
@@ -149,7 +151,7 @@ fn an_original_worker_is_online_while_it_publishes_peer_counts(bus: Bus) {
     assert_eq!((stack.v1(DOMAIN, &key(1)).status, stack.v2(DOMAIN, &key(2)).status), (200, 200));
 }
 
-/// Failed before for the hellos and where data was removed. Each gateway is an original, alone in a domain of its own.
+/// Regression for the hellos, and for removed data. Each gateway is an original, the only one of its domain.
 fn an_original_workers_overwritten_states_are_corrected_although_published_once(bus: Bus) {
     type Disturb<'a> = &'a dyn Fn(&str, &str) -> Said;
     let transient = |said: Said| Said { retain: false, ..said };
@@ -197,7 +199,7 @@ fn an_original_workers_overwritten_states_are_corrected_although_published_once(
     assert!(domains.iter().all(|domain| ask(domain) == (200, 200)), "it lasts");
 }
 
-/// Failed before: a second count was waited for.
+/// Regression: the broker waited for a second count.
 #[test]
 fn an_original_worker_whose_status_was_lost_is_online_at_its_next_peer_count() {
     let mut stack = Stack::start(Plan::new(Bus::Mosquitto).domains(["ffx_a", "ffx_b", "ffx_c"]));
@@ -222,13 +224,13 @@ fn an_original_worker_whose_status_was_lost_is_online_at_its_next_peer_count() {
     }
 }
 
-/// Failed before as 503, and for good: gateways were taken to be known there.
+/// Regression: 503 for good, as the broker took gateways for known there.
 fn cleared_retained_messages_change_no_state(bus: Bus) {
     let stack = Stack::start(Plan::new(bus));
     let operator = stack.probe(Role::new("operator", &[]));
     let left = [data("gone", DOMAIN), peers_of("gone", DOMAIN, ""), status("gone", ""), hello("gone")];
     operator.say_all(left.map(empty));
-    // It serves no domain, and what was said before it has been heard.
+    // This gateway serves no domain; once it is online the broker has received all earlier messages.
     operator.say(status("marker", "1"));
     stack.wait_for_gateways(1);
     assert_eq!(stack.v1(DOMAIN, &key(1)).status, 200);
@@ -238,7 +240,7 @@ fn cleared_retained_messages_change_no_state(bus: Bus) {
     assert!(page.contains("marker") && !page.contains("gone"), "{page}");
 }
 
-/// Failed before: what was written decided for good.
+/// Regression: the forged status kept the gateway online for good.
 #[test]
 fn a_stopped_gateway_with_a_forged_online_status_is_offline_again_within_a_minute() {
     let stack = Stack::start(Plan::new(Bus::Mosquitto));
@@ -250,7 +252,7 @@ fn a_stopped_gateway_with_a_forged_online_status_is_offline_again_within_a_minut
     stack.wait_for_gateways(0);
     stranger.say(status("dead1", "1"));
     stranger.say(peers_of("dead2", DOMAIN, "0"));
-    // Of this one no status was ever received.
+    // No status of this gateway was ever received.
     stranger.say(peers_of("dead3", DOMAIN, "0"));
     stack.wait_for_gateways(3);
     let online = "wgkex_broker_gateways{state=\"online\"}";
@@ -258,12 +260,12 @@ fn a_stopped_gateway_with_a_forged_online_status_is_offline_again_within_a_minut
     assert!(took > Duration::from_secs(30), "an original counts once a minute: {took:?}");
 }
 
-/// On a server that hands out nothing retained, or not all of it: programs that come up are given it by those that are there.
+/// On a server that delivers no retained messages, or not all: programs that start receive them from running ones.
 fn states_are_published_again_for_a_program_that_starts_where_the_server_retains_nothing(bus: Bus) {
     let stack = Stack::start(Plan::new(bus));
     let _worker = InMemory::start(&stack, "gw1");
     stack.wait_for_gateways(1);
-    // It comes up without a subscription to what is retained.
+    // The newcomer receives only live messages, not retained ones.
     let live = |role: &Probe, topic: &str| role.next(topic, |said| said.topic == topic && !said.retain);
     for (n, name) in ["wireguard-worker/gw2/status", "wireguard-broker/b2/status"].into_iter().enumerate() {
         let newcomer = stack.probe(Role::new(&format!("newcomer{n}"), &["#"]));
@@ -281,7 +283,7 @@ fn states_are_published_again_for_a_program_that_starts_where_the_server_retains
     }
 }
 
-/// By brokers' hellos, and so that the gateway's operator sees it.
+/// By brokers' hellos, so that the gateway's operator sees it.
 #[test]
 fn a_worker_names_a_broker_whose_clock_is_off() {
     let stack = Stack::start(Plan::new(Bus::Mosquitto));
@@ -302,7 +304,7 @@ fn a_worker_names_a_broker_whose_clock_is_off() {
     });
 }
 
-/// Failed before: its confirmation counted for nothing, and nobody published its key.
+/// Regression: its confirmation was ignored, and nobody published its key.
 #[test]
 fn a_confirmation_makes_a_gateway_responsive_again() {
     let stack = Stack::start(Plan::new(Bus::Mosquitto));

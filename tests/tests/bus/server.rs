@@ -1,4 +1,4 @@
-//! MQTT servers that refuse, do not answer, forget or come late: the program says so, and tries again.
+//! MQTT servers that refuse, do not answer, lose messages or are late: the program reports it, and retries.
 
 use std::time::Duration;
 
@@ -22,7 +22,7 @@ fn refusing(filter: &str) -> Behaviour {
     Behaviour { refuses: vec![filter.into()], ..Behaviour::default() }
 }
 
-/// Waits until the broker says that it is not ready, and why.
+/// Waits until the broker reports that it is not ready, with this reason.
 fn wait_until_unready(stack: &Stack, why: &str) {
     wait_until(&format!("not ready: {why}"), || {
         let ready = stack.get("/readyz");
@@ -30,7 +30,7 @@ fn wait_until_unready(stack: &Stack, why: &str) {
     });
 }
 
-/// Failed before: it was a warning, and the broker said that it was ready, and heard nothing.
+/// Regression: it logged a warning, reported that it is ready, and received nothing.
 #[test]
 fn a_refused_subscription_keeps_a_broker_from_being_ready_until_it_is_granted() {
     for filter in ["wgkex/worker/+/applied", "wgkex/revocations"] {
@@ -46,7 +46,7 @@ fn a_refused_subscription_keeps_a_broker_from_being_ready_until_it_is_granted() 
     }
 }
 
-/// Failed before: it waited for ever.
+/// Regression: it waited for ever.
 #[test]
 fn a_subscription_that_is_not_answered_is_asked_for_on_a_new_connection() {
     let server = ScriptedServer::start(Behaviour { is_silent: true, ..Behaviour::default() });
@@ -57,7 +57,7 @@ fn a_subscription_that_is_not_answered_is_asked_for_on_a_new_connection() {
     stack.wait_until_ready();
 }
 
-/// Failed before for the first: a server's subscriptions may be gone although it answers pings.
+/// Regression for the first: a server may have lost the subscriptions although it answers pings.
 #[test]
 fn a_session_to_which_nothing_comes_back_connects_anew_and_one_that_may_not_echo_is_left_alone() {
     let server = ScriptedServer::start(Behaviour { swallows: Some("/echo".into()), ..Behaviour::default() });
@@ -80,7 +80,7 @@ fn a_session_to_which_nothing_comes_back_connects_anew_and_one_that_may_not_echo
     drop(worker);
 }
 
-/// Failed before: it was ready again two seconds after it had connected again, and heard nothing.
+/// Regression: it was ready two seconds after it had reconnected, and received nothing.
 #[test]
 fn a_broker_to_which_nothing_comes_any_more_is_not_ready_until_something_does() {
     let server = ScriptedServer::start(Behaviour::default());
@@ -97,7 +97,7 @@ fn a_broker_to_which_nothing_comes_any_more_is_not_ready_until_something_does() 
     wait_within(Duration::from_secs(90), "it is ready on the next connection", is_ready);
 }
 
-/// Failed before: what is retained and was lost on the way never came.
+/// Regression: retained messages that were lost on the way were never received.
 #[test]
 fn a_session_that_missed_messages_for_a_while_subscribes_again() {
     let server = ScriptedServer::start(Behaviour::default());
@@ -106,7 +106,7 @@ fn a_session_that_missed_messages_for_a_while_subscribes_again() {
     let filter = "wgkex/worker/+/hello";
     assert_eq!(server.subscriptions(filter), 1);
     server.behave(Behaviour { swallows: Some(String::new()), ..Behaviour::default() });
-    // An echo has its session's id. Two are less than make the session reconnect.
+    // An echo contains its session's id. With two lost echoes the session does not reconnect yet.
     let id = format!("wgkex-broker-{}", host_name());
     let are_lost = || (server.swallowed(&id) >= 2).then_some(());
     wait_within(Duration::from_secs(60), "two echoes are lost", are_lost);
@@ -117,7 +117,7 @@ fn a_session_that_missed_messages_for_a_while_subscribes_again() {
     assert_eq!(stack.broker().log().matches("MQTT connected").count(), 1, "on the same connection");
 }
 
-/// Failed before: the broker was ready as soon as its own status came back, and answered 503 with a gateway there.
+/// Regression: the broker was ready on receiving its own status, and answered 503 although a gateway was online.
 #[test]
 fn a_broker_is_ready_when_all_that_is_retained_has_come_although_its_own_status_was_sooner() {
     let retained = vec![data("gw1", DOMAIN), peers_of("gw1", DOMAIN, "3"), status("gw1", "1")];
@@ -131,7 +131,7 @@ fn a_broker_is_ready_when_all_that_is_retained_has_come_although_its_own_status_
     }
 }
 
-/// Failed before: each connection of a program threw out the other, without end.
+/// Regression: each connection of a program ended the other, again and again.
 #[test]
 fn a_server_that_takes_the_user_name_for_the_client_id_has_one_connection_of_each_program() {
     let users = tempfile::tempdir().unwrap();
@@ -169,7 +169,7 @@ fn a_server_that_takes_the_user_name_for_the_client_id_has_one_connection_of_eac
     assert_eq!(stack.mosquitto().log().matches("New client connected").count(), connected, "it is quiet");
 }
 
-/// Failed before: nothing in the log said why.
+/// Regression: the log did not name the cause.
 #[test]
 fn a_client_id_in_use_by_two_programs_is_logged() {
     let mut stack = Stack::start(Plan::new(Bus::Mosquitto));

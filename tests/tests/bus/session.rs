@@ -1,4 +1,4 @@
-//! A broker's session from its start to its end, to the byte.
+//! A broker's session from its start to its end, byte by byte.
 
 use nix::sys::signal::Signal;
 use wgkex_tests::probe::{Probe, Said, said};
@@ -14,7 +14,7 @@ fn own_status(payload: &str) -> Said {
     said(format!("wireguard-broker/{}/status", host_name()), payload, 1, true)
 }
 
-/// As someone hears it who was there before: as news, and not as something found.
+/// The message as an existing subscriber receives it: live, without the retain flag.
 fn live(said: Said) -> Said {
     Said { retain: false, ..said }
 }
@@ -31,8 +31,8 @@ fn assert_heard(witness: &Probe, expected: &[Said]) {
     );
 }
 
-/// What was heard on the contract's topics. For a worker that comes up the broker publishes its status once more, some
-/// seconds later: a slow test sees that.
+/// The received messages on the contract's topics. Some seconds after a worker's start the broker publishes its status
+/// once more: a slow test receives that, too.
 fn contracts(witness: &Probe) -> Vec<Said> {
     let mut heard: Vec<_> = witness.received().into_iter().filter(|said| !is_own(said)).collect();
     let mut is_first = true;
@@ -40,12 +40,12 @@ fn contracts(witness: &Probe) -> Vec<Said> {
     heard
 }
 
-/// Below this topic is what originals do not listen to.
+/// Whether the topic is one to which originals do not subscribe.
 fn is_own(said: &Said) -> bool {
     said.topic.starts_with("wgkex/")
 }
 
-/// With the embedded server the witness comes after the greeting, and goes with the server.
+/// With the embedded server the probe connects after the greeting, and loses its connection with the server.
 fn a_session_is_the_contracts_to_the_byte(bus: Bus) {
     let mut stack = Stack::prepare(Plan::new(bus).config(LONG));
     let witness = if bus == Bus::Embedded {
@@ -81,7 +81,7 @@ fn a_session_is_the_contracts_to_the_byte(bus: Bus) {
         live(own_status("0")),
     ];
     if bus == Bus::Embedded {
-        // The last word of a broker that takes the bus along may be lost with it.
+        // The last message of a broker that stops its own MQTT server may be lost.
         assert_eq!(contracts(&witness)[..7], expected[..7]);
     } else {
         assert_heard(&witness, &expected);
@@ -93,7 +93,7 @@ fn a_session_is_the_contracts_to_the_byte(bus: Bus) {
     }
 }
 
-/// What is retained. A message of the newcomer's own marks the end of it.
+/// All retained messages. A message of this client marks their end.
 fn found(stack: &Stack) -> Vec<Said> {
     let late = stack.probe(wgkex_tests::probe::Role::new("late", &["#"]));
     late.say(said("test/end", "", 1, false));

@@ -1,4 +1,4 @@
-//! Live keys, asked for page by page: who gets the pages.
+//! Requests for pages of live keys: which program receives the pages.
 
 use serde_json::{Value, json};
 use wgkex_tests::probe::{Probe, Role, Said, said};
@@ -10,13 +10,13 @@ use super::on_both;
 
 on_both!(snapshot_chunks_go_to_the_program_that_asked_and_to_no_forged_recipient);
 
-/// A question in the name of `from`, of the broker `to`; `n` tells it from others.
+/// A request in the name of `from` to the broker `to`; `n` distinguishes it from others.
 fn question(topic: &str, from: &Value, to: &str, n: u32) -> Said {
     let question = json!({ "from": from, "to": to, "domain": DOMAIN, "after": key(n), "younger_than": null });
     said(topic, question.to_string(), 1, false)
 }
 
-/// The number of the question that the next page on `topic` answers.
+/// The number of the request that the next page on `topic` answers.
 fn answered(witness: &Probe, topic: &str) -> u32 {
     let page =
         witness.next(&format!("a page on {topic}"), |said| said.topic == topic && said.text().contains("\"keys\""));
@@ -24,7 +24,8 @@ fn answered(witness: &Probe, topic: &str) -> u32 {
     (1..100).find(|n| page["after"] == key(*n)).expect("a question of this test")
 }
 
-/// On the code before it nobody heard a worker's own topic, and whoever asked in another's name had pages sent to that one.
+/// Regression: brokers did not subscribe to a worker's own topic, and a request in another's name sent pages to that
+/// one.
 fn snapshot_chunks_go_to_the_program_that_asked_and_to_no_forged_recipient(bus: Bus) {
     let stack = Stack::start(Plan::new(bus));
     let _worker = Worker::start(&stack, "gw1", Manner::Confirms, 0);
@@ -34,10 +35,10 @@ fn snapshot_chunks_go_to_the_program_that_asked_and_to_no_forged_recipient(bus: 
     let witness = stack.probe(Role::new("witness", &["wgkex/worker/+/pages", "wgkex/broker/+/pages"]));
     let [old, new] = ["old", "new"].map(|name| json!({ "worker": name }));
 
-    // A worker of an older version asks where anybody may.
+    // A worker of an older version publishes requests on a topic that any client may write to.
     witness.say(question(&shared, &old, &own, 1));
     assert_eq!(answered(&witness, "wgkex/worker/old/pages"), 1);
-    // One of this version asks where nobody else may; so do brokers.
+    // A worker of this version uses a topic that only it may write to; so do brokers.
     witness.say(question("wgkex/worker/new/questions", &new, &own, 2));
     assert_eq!(answered(&witness, "wgkex/worker/new/pages"), 2);
     let hello = r#"{"version":"9","can":["answer","named questions"],"domains":[],"instance":1}"#;
@@ -48,7 +49,7 @@ fn snapshot_chunks_go_to_the_program_that_asked_and_to_no_forged_recipient(bus: 
     witness.say(question(&inbox, &b2, &own, 3));
     assert_eq!(answered(&witness, "wgkex/broker/b2/pages"), 3);
 
-    // Others in their names, and one that asks another broker.
+    // Requests by others in their names, and one for another broker.
     witness.say_all([
         question(&shared, &new, &own, 4),
         question("wgkex/worker/old/questions", &new, &own, 5),

@@ -9,7 +9,7 @@ use wgkex_tests::{key, wait_until};
 
 use crate::lab::{CAUGHT_UP, Fleet, Pace, Routers, caught_up, pass, within};
 
-/// What was accepted this long ago is on disk: half a second until it is written, and a slow machine.
+/// After this time an accepted key is on disk: half a second until it is written, and more for a slow machine.
 const WRITTEN: Duration = Duration::from_millis(1_500);
 
 pub fn a_broker_killed_between_publish_and_answer_leaves_nothing_half_done(lane: Lane) {
@@ -28,7 +28,7 @@ pub fn a_broker_killed_between_publish_and_answer_leaves_nothing_half_done(lane:
     let answers = routers.answers().clone();
     assert_eq!((answers.accepted.len(), answers.refused.len(), answers.silent), (20, 0, 4));
     fleet.gateways[0].process.signal(Signal::SIGCONT);
-    // What was published before the end is there all the same.
+    // Keys published before the end are at the gateways all the same.
     routers.note((21..25).map(key));
     fleet.caught_up(&routers);
     fleet.brokers[0].start_again();
@@ -68,7 +68,7 @@ pub fn a_broker_killed_while_writing_still_has_keys_accepted_a_second_before(lan
         fleet.is_complete();
     }
     caught_up(&fleet.gateways[0].host, &routers);
-    // A gateway that never heard of any of them has them by the broker alone.
+    // A gateway that received none of these keys gets them from the broker.
     fleet.add_gateway("");
     let live = within("live keys", CAUGHT_UP, || fleet.brokers[0].live());
     let new = within("a new gateway has what the broker knows", CAUGHT_UP, || {
@@ -86,26 +86,26 @@ pub fn either_of_two_brokers_may_die(lane: Lane) {
         fleet.brokers[0].kill();
         pass(Duration::from_secs(4));
     });
-    // A new gateway has all from the survivor.
+    // A new gateway gets all keys from the remaining broker.
     let gone = fleet.brokers.remove(0);
     fleet.add_gateway("");
     fleet.is_complete();
     fleet.caught_up(&routers);
-    // So has a broker that knows nothing.
+    // So does a broker without state.
     let accepted = routers.answers().accepted.len() as u64;
     gone.forget();
     fleet.brokers.insert(0, gone);
     fleet.brokers[0].start_again();
     within("a broker that knew nothing knows all", CAUGHT_UP, || (fleet.brokers[0].live()? >= accepted).then_some(()));
     fleet.is_complete();
-    // And now the other one dies.
+    // Then the other broker is killed.
     fleet.brokers.remove(1).kill();
     routers.ask(&fleet.doors(), 100);
     fleet.add_gateway("");
     fleet.caught_up(&routers);
 }
 
-/// What only a worker says is given to no other gateway; what a router sends then is proven at once.
+/// A key that only a worker reports is given to no other gateway; once a router sends it, it is proven.
 pub fn brokers_that_forgot_everything_know_again_what_routers_send(lane: Lane) {
     let mut fleet = Fleet::new(lane, 1, 1, "");
     let routers = Routers::new();
@@ -137,7 +137,7 @@ pub fn brokers_that_forgot_everything_know_again_what_routers_send(lane: Lane) {
     drop(router);
 }
 
-/// A router that had a handshake with the first gateway, and its key.
+/// A router that has had a handshake with the first gateway, and its key.
 pub fn router(fleet: &Fleet, lane: Lane) -> (Host, String) {
     let (gateway, broker) = (&fleet.gateways[0].host, &fleet.brokers[0].host);
     let router = Host::new("router", lane);

@@ -1,4 +1,4 @@
-//! The MQTT server stands still, goes and comes; the line to it is slow, or loses messages.
+//! The MQTT server hangs, ends and starts; its connection is slow, or loses messages.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
@@ -9,11 +9,11 @@ use wgkex_tests::proxy::{Manner, Proxy};
 
 use crate::lab::{Fleet, Node, Pace, Role, Routers, pass};
 
-/// So that a fault can be watched, and a slow machine does not look like one.
+/// Long enough for a test to observe a fault, and for a slow machine not to look like one.
 const BUDGET: &str = "confirm_timeout: 0.5\nconfirm_budget: 1";
-/// An answer takes no longer than the budget above and this.
+/// The limit of an answer's time: the budget above, and a margin.
 const ANSWER: Duration = Duration::from_secs(1 + 2);
-/// 5,000 routers, of whom 3,300 come in the half minute.
+/// 5,000 routers, of whom 3,300 request in the half minute.
 const ROUTERS: Pace = Pace { every: Duration::from_millis(9), at_most: 5_000 };
 const HALF_A_MINUTE: Duration = Duration::from_secs(30);
 
@@ -39,7 +39,7 @@ fn without_mqtt(lane: Lane, fault: impl FnOnce(&mut Fleet, &dyn Fn())) {
     routers.ask_during(&fleet.doors(), ROUTERS, || {
         pass(Duration::from_secs(5));
         fault(&mut fleet, &|| {
-            // What is under way finds its end.
+            // Requests in flight end.
             pass(ANSWER);
             let before = routers.answers().accepted.len();
             pass(HALF_A_MINUTE.saturating_sub(ANSWER));
@@ -77,7 +77,7 @@ pub fn a_slow_connection_delivers_every_key(lane: Lane) {
     let routers = Routers::new();
     routers.ask_during(&fleet.doors(), Pace { every: Duration::from_millis(10), at_most: 2_500 }, || {});
     fleet.caught_up(&routers);
-    // All at once, by the slow line.
+    // All keys at once, over the slow connection.
     let far = &mut fleet.gateways[1];
     far.kill();
     far.forget();
@@ -97,7 +97,7 @@ pub fn a_connection_that_drops_messages_silently_delivers_keys_late(lane: Lane) 
     assert!(learnt >= 100, "{learnt} keys came from the broker, of {} dropped", proxy.dropped());
 }
 
-/// A gateway with a good line, and one with this.
+/// A gateway with a good connection, and one behind such a proxy.
 fn behind(lane: Lane, manner: Manner) -> (Fleet, Proxy) {
     let mut fleet = Fleet::new(lane, 1, 1, "");
     let (host, server) = fleet.host("gw2");

@@ -1,4 +1,4 @@
-//! The clock of a virtual machine is stepped. Never that of this machine.
+//! The clock of a virtual machine is stepped, never that of this machine.
 
 use std::path::Path;
 use std::process::Command;
@@ -30,7 +30,7 @@ pub fn a_clock_that_is_stepped_costs_no_peer_and_no_key(lane: Lane) {
         clock.set(offset);
         let sweeps = |fleet: &Fleet| fleet.gateways[0].figure(r#"wgkex_worker_sweeps_total{domain="test_a"} "#);
         if restarts {
-            // What is known is written with the new time.
+            // The state is written with the new time.
             pass(Duration::from_secs(2));
             fleet.brokers[0].kill();
             fleet.gateways[0].kill();
@@ -40,7 +40,7 @@ pub fn a_clock_that_is_stepped_costs_no_peer_and_no_key(lane: Lane) {
         }
         let before = sweeps(&fleet).unwrap_or_default();
         within("it looked for stale peers", CAUGHT_UP, || (sweeps(&fleet)? >= before + 3).then_some(()));
-        // The broker looks for those whose time is over every 10 s.
+        // The broker checks every 10 s for expired keys.
         pass(Duration::from_secs(2));
         fleet.caught_up(&routers);
         assert_eq!(fleet.brokers[0].live(), Some(live), "{offset} s off");
@@ -49,7 +49,7 @@ pub fn a_clock_that_is_stepped_costs_no_peer_and_no_key(lane: Lane) {
     fleet.caught_up(&routers);
 }
 
-/// The clock as it would be without steps; it is so again in the end.
+/// The clock without steps; restored at the end.
 struct Clock {
     wall: SystemTime,
     monotonic: Instant,

@@ -1,4 +1,4 @@
-//! The disk is full, read-only, or has damaged what was written.
+//! The disk is full, read-only, or has damaged files.
 
 use std::fs;
 use std::sync::Arc;
@@ -23,7 +23,7 @@ pub fn with_a_full_disk_both_serve_and_they_write_when_there_is_room(lane: Lane)
     routers.ask(&fleet.doors(), 100);
     for_each(&mut fleet, |node| {
         is_kept(node, true);
-        // The last blocks, too.
+        // Fills the last blocks, too.
         let _ = node.host.try_run(&format!("dd if=/dev/zero of={STATE}/filler bs=4k; cat /dev/zero >> {STATE}/filler"));
     });
     let keys_after = 5_000;
@@ -57,7 +57,7 @@ pub fn with_a_read_only_disk_both_serve_and_they_write_when_they_may(lane: Lane)
     });
     knows_all(&mut fleet, &routers);
 
-    // What was there when they were asked to end can be read all the same.
+    // State from before the end is readable all the same.
     fleet.gateways[0].start_again();
     fleet.is_complete();
     let (broker, gateway) = (&mut fleet.brokers[0], &mut fleet.gateways[0]);
@@ -80,7 +80,7 @@ pub fn damaged_state_is_quarantined_and_stops_no_start(lane: Lane) {
     let mut fleet = Fleet::new(lane, 1, 1, "");
     let routers = Routers::new();
     routers.ask(&fleet.doors(), 200);
-    // Written, and cut or scribbled over after that.
+    // A written file is truncated or overwritten.
     let damages: [fn(Vec<u8>) -> Vec<u8>; 4] = [
         |_| b"this is no database, but it is longer than a header of one, which has a hundred bytes: ".repeat(3),
         |file| file[..file.len() / 2].to_vec(),
@@ -92,11 +92,11 @@ pub fn damaged_state_is_quarantined_and_stops_no_start(lane: Lane) {
         |file| file.iter().map(|byte| !byte).collect(),
     ];
     for (n, damage) in damages.into_iter().enumerate() {
-        // None of them is written over.
+        // No damaged file is overwritten.
         let suffix = if n == 0 { String::new() } else { format!("-{}", n + 1) };
         pass(Duration::from_secs(2));
         for_each(&mut fleet, |node| {
-            // It puts everything into one file as it ends.
+            // At its end the program moves the log into the database file.
             let _ = node.process.end_by(Signal::SIGTERM);
             let file = node.host.path(&format!("{STATE}/{}.sqlite", name(node)));
             let spoilt = damage(fs::read(&file).unwrap());
@@ -137,7 +137,7 @@ pub fn an_unfinished_last_write_is_logged(lane: Lane) {
     for_each(&mut fleet, |node| assert!(node.process.wait().success()));
 }
 
-/// A disk that takes nothing, until this is dropped.
+/// A disk that blocks writes until this value is dropped.
 struct Frozen(Arc<Host>);
 
 impl Frozen {
@@ -172,7 +172,7 @@ fn warnings(node: &Node) -> usize {
     node.process.log().lines().filter(|line| line.contains("state cannot be kept")).count()
 }
 
-/// Both know all after a restart, though nobody tells them: the gateway's interfaces are new, its broker is gone.
+/// Both have all keys after a restart without any other source: the gateway's interfaces are new, its broker is down.
 fn knows_all(fleet: &mut Fleet, routers: &Routers) {
     let accepted = routers.answers().accepted.len() as u64;
     pass(Duration::from_secs(2));

@@ -1,4 +1,4 @@
-//! The kernel changes behind the worker's back.
+//! The kernel's tables change without the worker.
 
 use std::fs;
 use std::time::Duration;
@@ -9,7 +9,7 @@ use wgkex_tests::{key, wait_until};
 
 use crate::lab::{CAUGHT_UP, Fleet, Pace, Routers, pass, within};
 
-/// Keys that were never asked with.
+/// Numbers of keys that no router requests.
 const FOREIGN: u32 = 900_000;
 
 pub fn a_worker_that_missed_netlink_events_notices_and_catches_up(lane: Lane) {
@@ -33,7 +33,7 @@ pub fn a_worker_that_missed_netlink_events_notices_and_catches_up(lane: Lane) {
     fleet.caught_up(&routers);
 }
 
-/// Whether somebody who listens to the kernel's news was too slow.
+/// Whether a netlink listener was too slow and lost events.
 fn dropped(host: &Host) -> bool {
     let sockets = host.run("cat /proc/net/netlink");
     sockets.lines().skip(1).any(|line| {
@@ -80,19 +80,19 @@ pub fn lost_objects_are_restored_orphans_removed_and_foreign_ones_kept(lane: Lan
     host.run("ip -6 route add fe80::1/128 dev wg-a proto static");
     host.run("bridge fdb append 00:00:00:00:00:00 dst fe80::1 via wg-a dev vx-a");
     let with_foreign = (host.tables("a"), host.wireguard("wg-a"));
-    // Left over, as by a crash.
+    // Orphans, as left by a crash.
     host.run(&format!("ip -6 route add {orphan}/128 dev wg-a proto static"));
     host.run(&format!("bridge fdb append 00:00:00:00:00:00 dst {orphan} via wg-a dev vx-a"));
     lose_something(host);
 
-    // Nobody tells the worker: it looks every minute, and may be about to.
+    // No event informs the worker of lost objects: it reads the tables every minute, and a read may be due.
     let repaired = || {
         let all = (1..=20).all(|n| host.tables("a").missing(&key(n)).is_empty());
         all.then_some(())
     };
     within("what was lost is back", 2 * CAUGHT_UP, repaired);
     within("and counted", CAUGHT_UP, || (gateway.figure(RESTORED)? == 3).then_some(()));
-    // What is left over may be about to get its peer. Then whatever changes about the links makes the worker look.
+    // Orphans are kept for a while, as their peer may follow. Then any change of the links triggers a read.
     pass(Duration::from_secs(32));
     lose_something(host);
     host.run("ip link add other type veth peer name another");
@@ -106,7 +106,7 @@ pub fn lost_objects_are_restored_orphans_removed_and_foreign_ones_kept(lane: Lan
 
 const RESTORED: &str = r#"wgkex_worker_keys_restored_total{domain="test_a"} "#;
 
-/// A route, an entry of the flood list, an allowed-ip.
+/// Deletes a route, an entry of the flood list, and an allowed-ip.
 fn lose_something(host: &Host) {
     let node = |n| link_local(&key(n));
     host.run(&format!("ip -6 route del {}/128 dev wg-a", node(1)));

@@ -1,4 +1,4 @@
-//! A fleet on one Mosquitto: brokers and gateways, each a host of its own, and the routers that ask them.
+//! A fleet on one Mosquitto: brokers and gateways, each a host of its own, and routers that send requests.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddr};
@@ -14,12 +14,12 @@ use wgkex_tests::key;
 use wgkex_tests::probe::{self, Probe};
 use wgkex_tests::process::Process;
 
-/// How long what was lost may take to be back: several rounds of asking for it, on a slow machine.
+/// How long lost keys may take to be restored: several rounds of sync requests, on a slow machine.
 pub const CAUGHT_UP: Duration = Duration::from_secs(60);
-/// Routers that ask a broker at the same time.
+/// Routers per broker that request at the same time.
 const CLIENTS: u32 = 4;
 
-/// What a host runs.
+/// The program of a host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
     Broker,
@@ -48,12 +48,12 @@ impl Node {
         self.process = program(&self.host, self.role);
     }
 
-    /// Ends the program without a word.
+    /// Kills the program.
     pub fn kill(&mut self) {
         let _ = self.process.end_by(Signal::SIGKILL);
     }
 
-    /// Forgets what the program knew; it must not run.
+    /// Deletes the program's state; it must not run.
     pub fn forget(&self) {
         self.host.run("rm -rf /run/wgkex/state/*");
     }
@@ -72,7 +72,7 @@ impl Node {
         found.try_into().ok()
     }
 
-    /// How many live keys of `test_a` a broker knows. A key may become a proven one at any time.
+    /// The number of live keys of `test_a` at a broker. A key may become a proven one at any time.
     pub fn live(&self) -> Option<u64> {
         let series = ["proven", "unproven"]
             .map(|state| format!(r#"wgkex_broker_live_keys{{domain="test_a",state="{state}"}} "#));
@@ -98,7 +98,7 @@ pub struct Fleet {
 }
 
 impl Fleet {
-    /// A fleet whose every part is there and knows of the others; brokers with `more` in their config.
+    /// A fleet of running programs that know each other; brokers with `more` in their config.
     pub fn new(lane: Lane, brokers: usize, gateways: usize, more: &str) -> Self {
         let hub = Host::new("hub", lane);
         let mosquitto = hub.start_mosquitto();
@@ -135,7 +135,7 @@ impl Fleet {
         (host, server)
     }
 
-    /// The brokers' hosts, where routers ask.
+    /// The brokers' hosts, to which routers send requests.
     pub fn doors(&self) -> Vec<Arc<Host>> {
         self.brokers.iter().map(|broker| broker.host.clone()).collect()
     }
@@ -158,7 +158,7 @@ impl Fleet {
         }
     }
 
-    /// A client that hears everything on the bus.
+    /// A client that receives every message on the bus.
     pub fn witness(&self) -> Probe {
         self.probe(probe::Role::new("witness", &["#"]))
     }
@@ -168,7 +168,7 @@ impl Fleet {
         self.hub.inside(|| Probe::connect(SocketAddr::from((Ipv4Addr::LOCALHOST, 1883)), role))
     }
 
-    /// Waits until each gateway's kernel has what it should.
+    /// Waits until each gateway's kernel has the expected keys.
     pub fn caught_up(&self, routers: &Routers) {
         for gateway in &self.gateways {
             caught_up(&gateway.host, routers);
@@ -176,7 +176,7 @@ impl Fleet {
     }
 }
 
-/// Asking a host, whether its program runs or not.
+/// Requests to a host whose program may not run.
 pub trait Patience {
     fn get_if_any(&self, port: u16, path: &str) -> Option<Response>;
 }
@@ -191,37 +191,37 @@ impl Patience for Host {
     }
 }
 
-/// What routers asked and were answered: the reference for every kernel.
+/// The routers' requests and answers: the reference for every kernel.
 pub struct Routers {
     next: AtomicU32,
     is_over: AtomicBool,
     answers: Mutex<Answers>,
 }
 
-/// What became of keys of `test_a`.
+/// The outcomes for keys of `test_a`.
 #[derive(Debug, Default, Clone)]
 pub struct Answers {
-    /// All that were asked with, or announced.
+    /// All keys that were requested or announced.
     pub asked: BTreeSet<String>,
-    /// Those that got a 200, and when.
+    /// Keys that got a 200, and when.
     pub accepted: BTreeMap<String, Instant>,
-    /// How long each 503 took.
+    /// The time of each 503.
     pub refused: Vec<Duration>,
-    /// How many got no answer.
+    /// The number of requests without an answer.
     pub silent: usize,
 }
 
-/// How many ask in a while.
+/// The rate of requests.
 #[derive(Debug, Clone, Copy)]
 pub struct Pace {
-    /// A router comes so often.
+    /// The interval between two routers.
     pub every: Duration,
-    /// No more come than these.
+    /// The maximum number of routers.
     pub at_most: u32,
 }
 
 impl Pace {
-    /// So many in a second, and no end.
+    /// So many in a second, without a maximum.
     pub fn per_second(rate: u32) -> Self {
         Self { every: Duration::from_secs(1) / rate, at_most: u32::MAX }
     }
@@ -236,13 +236,13 @@ impl Routers {
         self.answers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Numbers of keys that nobody has asked with.
+    /// Reserves numbers of unused keys.
     pub fn take(&self, count: u32) -> std::ops::Range<u32> {
         let first = self.next.fetch_add(count, Ordering::SeqCst);
         first..first + count
     }
 
-    /// These keys came in another way, and have to be everywhere.
+    /// Adds keys that did not come from a request, and have to be at every gateway.
     pub fn note(&self, keys: impl IntoIterator<Item = String>) {
         let mut answers = self.answers();
         for key in keys {
@@ -251,7 +251,8 @@ impl Routers {
         }
     }
 
-    /// Lets routers ask `brokers` at this pace until `fault` is over; those that are left of `at_most` come after it.
+    /// Lets routers request from `brokers` at this pace until `fault` returns; if `at_most` is set, the rest of them
+    /// request after it.
     pub fn ask_during<T>(&self, brokers: &[Arc<Host>], pace: Pace, fault: impl FnOnce() -> T) -> T {
         self.is_over.store(false, Ordering::SeqCst);
         let first = self.next.load(Ordering::SeqCst);
@@ -270,13 +271,13 @@ impl Routers {
         })
     }
 
-    /// Lets so many ask, as fast as they are answered.
+    /// Lets so many routers request, each as soon as the one before is answered.
     pub fn ask(&self, brokers: &[Arc<Host>], count: u32) {
         self.ask_during(brokers, Pace { every: Duration::ZERO, at_most: count }, || {});
     }
 }
 
-/// Ends the asking, also if the test fails meanwhile.
+/// Stops the requests, also if the test fails meanwhile.
 struct Over<'a>(&'a AtomicBool);
 
 impl Drop for Over<'_> {
@@ -347,8 +348,9 @@ impl Routers {
     }
 }
 
-/// Waits until the kernel of `host` has every key that got a 200, and none that nobody asked with; each of them whole,
-/// and nothing beside them. A machine may be slow, so only standing still counts, for the time that catching up may take.
+/// Waits until the kernel of `host` has every key that got a 200, and none that was never requested; each with all its
+/// objects, and no other objects. As a machine may be slow, it fails only after no progress for the time that catching
+/// up may take.
 pub fn caught_up(host: &Host, routers: &Routers) {
     let answers = routers.answers().clone();
     let begun = Instant::now();
@@ -364,7 +366,7 @@ pub fn caught_up(host: &Host, routers: &Routers) {
     }
 }
 
-/// How the tables differ from the reference, if they do.
+/// The difference between the tables and the reference, if any.
 pub fn difference(tables: &Tables, answers: &Answers) -> Result<(), String> {
     let there: BTreeSet<String> =
         tables.peers.iter().map(|line| line.split('\t').next().unwrap_or_default().to_owned()).collect();
@@ -399,7 +401,7 @@ pub fn within<T>(what: &str, limit: Duration, mut found: impl FnMut() -> Option<
     }
 }
 
-/// Waits that long: for what must not happen meanwhile, or for a program's own clock.
+/// Sleeps for that long: for events that must not occur meanwhile, or for a program's own timer.
 pub fn pass(time: Duration) {
     thread::sleep(time);
 }

@@ -1,4 +1,4 @@
-//! Keys are revoked while gateways and brokers come and go.
+//! Keys are revoked while gateways and brokers stop and start.
 
 use std::fs;
 use std::path::Path;
@@ -14,11 +14,11 @@ use wgkex_tests::process::binary;
 
 use crate::lab::{CAUGHT_UP, Fleet, Node, Routers, pass, within};
 
-/// A revocation is done on every gateway in this time, from the operator's command to its end.
+/// The limit for a revocation on every gateway, from the start of the operator's command to its end.
 const REVOKED: Duration = Duration::from_secs(2);
-/// How much slower an emulated machine is, with everything on two CPUs that others use, too.
+/// The factor for an emulated machine, whose two CPUs run other programs, too.
 const EMULATED: u32 = 5;
-/// What the programs learn is on disk after this time.
+/// After this time the programs' changes are on disk.
 const WRITTEN: Duration = Duration::from_secs(2);
 
 /// A fleet that has the keys of 20 routers, 1 to 20, and the operator's token.
@@ -31,7 +31,7 @@ fn scene(lane: Lane, brokers: usize, gateways: usize) -> (Fleet, String) {
     (fleet, token)
 }
 
-/// What `wgkex-broker` says to this command line on the host of a broker.
+/// Runs `wgkex-broker` with this command line on the host of a broker.
 fn operator(broker: &Node, token: &str, arguments: &str) -> Output {
     let program = binary("wgkex-broker");
     let variables = format!("WGKEX_CONFIG_FILE=/run/wgkex.yaml WGKEX_ADMIN_TOKEN={token}");
@@ -66,7 +66,7 @@ pub fn a_revoked_key_is_gone_from_every_gateway_in_two_seconds_and_stays_away(la
     assert!(revoked.status.success(), "{}", printed(&revoked));
     assert_eq!(printed(&revoked), "revoked\ngw1: removed\ngw2: removed\n");
 
-    // However it comes: by a router, at the other broker, on the bus alone.
+    // On each way: by a router, at the other broker, on the bus alone.
     refuses(&fleet.brokers[0], 1);
     refuses(&fleet.brokers[1], 1);
     let probe = fleet.witness();
@@ -80,7 +80,7 @@ pub fn a_revoked_key_is_gone_from_every_gateway_in_two_seconds_and_stays_away(la
         assert_eq!(gateway.figure(failed), Some(1));
     }
 
-    // Whatever is restarted.
+    // After a restart of each program.
     pass(WRITTEN);
     for broker in &mut fleet.brokers {
         broker.kill();
@@ -119,8 +119,8 @@ pub fn a_gateway_that_was_away_removes_keys_revoked_meanwhile(lane: Lane) {
     fleet.gateways[1].start_again();
     within("the peer goes", CAUGHT_UP, || is_gone(&fleet.gateways[1].host, 1).then_some(()));
 
-    // Rebooted, it gets its keys back from its own disk, where the revoked one still is; and it takes none that comes
-    // when it connects.
+    // After a reboot it restores its keys from its own disk, where the revoked one still is, without that one; nor does
+    // it install the revoked key when it receives it on connecting.
     pass(WRITTEN);
     fleet.gateways[1].kill();
     let revoked = operator(&fleet.brokers[0], &token, &format!("revoke {} --for 10m", key(2)));
@@ -141,7 +141,7 @@ pub fn a_gateway_that_was_away_removes_keys_revoked_meanwhile(lane: Lane) {
     within("what was revoked is not", CAUGHT_UP, || (is_gone(host, 1) && is_gone(host, 2)).then_some(()));
     let log = fleet.gateways[1].process.log();
     assert!(!log.contains("keys are taken without them"), "{log}");
-    // They were not there for a moment either.
+    // These routes were never added, not even for a moment.
     routes.end_by(Signal::SIGTERM);
     let added = |n| routes.log().contains(&link_local(&key(n)));
     assert_eq!([1, 2, 3].map(added), [false, false, true], "{}", routes.log());
@@ -184,7 +184,7 @@ pub fn a_gateway_obeys_the_lists_of_its_own_machine(lane: Lane) {
     fs::write(host.path("/run/wgkex/trusted/cellar"), key(4)).unwrap();
     fleet.is_complete();
     reload();
-    // The worker may have read the directory when it started, before the file was there.
+    // The worker may have read the directory at its start, before the file existed.
     within("the lists are read", CAUGHT_UP, || {
         let keys = |list| gateway.figure(&format!(r#"wgkex_worker_list_keys{{list="{list}"}} "#));
         (keys("deny")? == 1 && keys("trusted")? == 2).then_some(())

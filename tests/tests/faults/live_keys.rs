@@ -1,4 +1,4 @@
-//! How many live keys a broker knows, and for how long.
+//! The number of live keys at a broker, and their lifetime.
 
 use std::time::Duration;
 

@@ -1,5 +1,5 @@
-//! What goes wrong in the field, made to happen to the real programs. Each test ends with the kernels of the gateways
-//! equal to the reference: every key that got a 200 is there, whole, and none that nobody asked with.
+//! Faults of the field, injected into the real programs. Each test ends with the kernels of the gateways equal to the
+//! reference: every key that got a 200 is there with all its objects, and none that was never requested.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by it")]
 
@@ -54,7 +54,7 @@ lane! { netns, Userspace, "needs root: tests/run netns":
     workers::a_worker_that_finds_an_intact_kernel_touches_nothing,
 }
 
-// Where the kernel's own WireGuard matters, and its clock.
+// Tests that depend on the kernel's own WireGuard, or step its clock.
 lane! { vm, Kernel, "needs WireGuard in the kernel: tests/run vm":
     clock::a_clock_that_is_stepped_costs_no_peer_and_no_key,
     kernel::interfaces_deleted_and_made_again_in_the_middle_of_a_storm_lose_no_key,

@@ -1,4 +1,4 @@
-//! Random parts of a fleet are killed, ended and frozen, under load, a hundred times.
+//! Random parts of a fleet are killed, stopped and frozen, under load, a hundred times.
 
 use std::fmt;
 use std::fs;
@@ -10,12 +10,12 @@ use wgkex_tests::process::Process;
 
 use crate::lab::{CAUGHT_UP, Fleet, Pace, Routers, pass, within};
 
-/// After as many, the second broker and the second gateway are frozen at times, and live on: they must not grow.
+/// After so many rounds the second broker and the second gateway are only frozen, and not ended: they must not grow.
 const WARM_UP: u32 = 50;
 const ROUNDS: u32 = 100;
-/// What a survivor may use beside what its keys need: allocators keep some.
+/// Memory that a survivor may use beside that of its keys: allocators keep some.
 const SLACK_KB: u64 = 8 * 1024;
-/// Threads and descriptors that come and go.
+/// Temporary threads and descriptors.
 const SLACK: u64 = 8;
 
 pub fn a_hundred_random_faults_lose_no_key_and_leak_nothing(lane: Lane) {
@@ -53,7 +53,7 @@ pub fn a_hundred_random_faults_lose_no_key_and_leak_nothing(lane: Lane) {
     assert!(accepted > 500, "routers are served meanwhile");
 }
 
-/// One part stands still for a while, or ends and is back after a while.
+/// Freezes one part for a while, or ends it and starts it after a while.
 fn fault(fleet: &mut Fleet, random: &mut Random, spares: bool) {
     let part = random.below(5);
     let is_spared = spares && matches!(part, 1 | 3);
@@ -80,7 +80,7 @@ fn fault(fleet: &mut Fleet, random: &mut Random, spares: bool) {
     }
 }
 
-/// Those that are only frozen after the warm-up.
+/// The usage of those that are only frozen after the warm-up.
 fn survivors(fleet: &Fleet) -> Vec<Usage> {
     [&fleet.brokers[1], &fleet.gateways[1]].map(|node| usage(&node.process)).into()
 }

@@ -1,4 +1,4 @@
-//! A kernel that takes ten seconds for a dump: the one in memory, with the worker in this process.
+//! A kernel whose dump takes ten seconds: the one in memory, with the worker in this process.
 
 use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -14,7 +14,7 @@ use wgkex_kernel::memory::{Delays, MemoryKernel};
 use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack, V2, free_address};
 use wgkex_tests::{key, wait_until};
 
-/// A dump takes this long, and a line that is silent for half of it counts as dead.
+/// The time of a dump; a connection that is silent for half of it is considered dead.
 const DUMP: Duration = Duration::from_secs(10);
 const KEEPALIVE: u16 = 5;
 
@@ -50,7 +50,7 @@ fn a_kernel_slower_than_the_keep_alive_costs_no_connection_and_no_confirmation()
     let begun = Instant::now();
     let mut asked = BTreeSet::new();
     for n in 0.. {
-        // There is a dump under way, or one is about to begin, all the time.
+        // Always a dump is running, or about to start.
         kernel.trigger();
         asked.insert(key(n));
         let answer = Http::connect(stack.http).post(V2, &ask(DOMAIN, &key(n)));

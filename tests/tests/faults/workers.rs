@@ -1,4 +1,4 @@
-//! Workers die, and gateways are rebooted.
+//! Workers are killed, and gateways rebooted.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ pub fn a_worker_killed_in_the_middle_of_a_batch_goes_on(lane: Lane) {
     const KEYS: u32 = 5_000;
     let mut fleet = Fleet::new(lane, 1, 1, "");
     let routers = Routers::new();
-    // They wait for it in the MQTT server, as many as that keeps; it drops the others without a word.
+    // The MQTT server queues the keys for the worker, up to its limit, and drops the others silently.
     fleet.gateways[0].process.signal(Signal::SIGSTOP);
     announce(&fleet, &routers, KEYS);
     let gateway = &mut fleet.gateways[0];
@@ -30,11 +30,11 @@ pub fn a_worker_killed_in_the_middle_of_a_batch_goes_on(lane: Lane) {
 pub fn a_worker_that_finds_an_intact_kernel_touches_nothing(lane: Lane) {
     let mut fleet = Fleet::new(lane, 1, 1, "");
     let routers = Routers::new();
-    // With more than the kernel has neighbours for, its news of those would drown all other.
+    // With more keys than its neighbour table has room for, the kernel's neighbour events would drown all others.
     routers.ask(&fleet.doors(), 500);
     fleet.caught_up(&routers);
     for signal in [Signal::SIGTERM, Signal::SIGKILL] {
-        // What it learnt last is written.
+        // The latest state is written.
         pass(Duration::from_secs(2));
         unchanged(&mut fleet.gateways[0], signal);
     }
@@ -43,13 +43,13 @@ pub fn a_worker_that_finds_an_intact_kernel_touches_nothing(lane: Lane) {
     fleet.caught_up(&routers);
 }
 
-/// The worker ends and begins, and nothing in the kernel moves.
+/// The worker ends and starts, and the kernel's tables do not change.
 fn unchanged(gateway: &mut Node, signal: Signal) {
     let host = &gateway.host;
     let monitor = |args: &[&str]| host.start("monitor", args[0].as_ref(), &args[1..], &[]);
     let monitors =
         [monitor(&["/usr/bin/ip", "-6", "monitor", "route"]), monitor(&["/usr/sbin/bridge", "monitor", "fdb"])];
-    // They see what happens, once they have begun to look.
+    // The monitors report changes as soon as they listen.
     let flood = "00:00:00:00:00:00 dst fe80::77 via wg-a dev vx-a";
     within("the monitors look", CAUGHT_UP, || {
         host.run(&format!("ip -6 route add fe80::77/128 dev wg-a && bridge fdb append {flood}"));
@@ -65,7 +65,7 @@ fn unchanged(gateway: &mut Node, signal: Signal) {
     let counted = r#"wgkex_worker_peers{domain="test_a",state="pending"} "#;
     let peers = before.2.peers.len() as u64;
     within("the worker has read the tables", CAUGHT_UP, || (gateway.figure(counted)? == peers).then_some(()));
-    // All pages come, and what they bring is looked at.
+    // The worker receives all pages, and processes their keys.
     pass(Duration::from_secs(5));
     let host = &gateway.host;
     let after = (monitors.each_ref().map(lines), host.wireguard("wg-a"), host.tables("a"));
@@ -79,7 +79,7 @@ pub fn a_rebooted_gateway_is_full_again_from_the_broker_or_from_its_own_disk(lan
     let routers = Routers::new();
     announce(&fleet, &routers, keys);
 
-    // A gateway that knows nothing, as after a reboot with a new disk. It serves before it has everything.
+    // A gateway without state, as after a reboot with a new disk. It serves before it has all keys.
     fleet.add_gateway("");
     fleet.is_complete();
     routers.ask(&fleet.doors(), 20);
@@ -91,7 +91,7 @@ pub fn a_rebooted_gateway_is_full_again_from_the_broker_or_from_its_own_disk(lan
     // The rest is written.
     pass(Duration::from_secs(2));
 
-    // One that knows, and has nobody to ask.
+    // A gateway with state, and without broker and bus.
     let mut old = fleet.gateways.remove(0);
     old.kill();
     fleet.brokers[0].kill();
@@ -109,14 +109,14 @@ pub fn a_rebooted_gateway_is_full_again_from_the_broker_or_from_its_own_disk(lan
     assert_eq!(host.tables("a").lengths(), [0; 3]);
     let new = Node::start(host, Role::Gateway);
     caught_up(&new.host, &routers);
-    // The kernel takes a long time to delete so many peers; the virtual machine ends sooner.
+    // The kernel takes a long time to delete so many peers; the virtual machine is stopped sooner.
     if lane == Lane::Kernel {
         std::mem::forget((old, new));
     }
 }
 
-/// Announces so many keys, as any broker of the fleet does, until the first broker knows them. An MQTT server drops what
-/// is beyond its queue.
+/// Announces so many keys, as any broker of the fleet does, until the first broker knows them. An MQTT server drops
+/// messages beyond its queue.
 fn announce(fleet: &Fleet, routers: &Routers, count: u32) {
     let any_broker = fleet.probe(probe::Role::new("any-broker", &[]));
     let keys: Vec<_> = routers.take(count).map(key).collect();

@@ -1,4 +1,4 @@
-//! Clients that are slow, silent, or too many, and requests that are none.
+//! Clients that are slow, silent, or too many, and invalid requests.
 
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
@@ -13,18 +13,18 @@ use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack, V2};
 
 use super::{alone, memory, plan, stack_with};
 
-/// What a request's head, or its body, may take, and a second for the machine.
+/// The time limit of a request's head, or its body, and a second for the machine.
 const SLOW: Duration = Duration::from_secs(8);
 /// Idle connections.
 const MANY: u32 = 10_000;
 /// Files that a test has open beside its connections.
 const FILES: u64 = 500;
-/// How many connections a broker takes that may have 1,024 files open.
+/// The number of connections that a broker with a limit of 1,024 open files takes.
 const FEW: u32 = 224;
-/// What an open connection may take, in bytes.
+/// The memory limit of an open connection, in bytes.
 const EACH: u32 = 24 * 1024;
 
-/// A plan whose broker may have so few files open that [`FEW`] connections are all it takes.
+/// A plan whose broker may have so few open files that it takes only [`FEW`] connections.
 fn few_files() -> Plan {
     let mut plan = plan("");
     plan.wrapper = ["sh", "-c", "ulimit -n 1024 && exec \"$@\"", "sh"].map(str::to_owned).to_vec();
@@ -37,14 +37,14 @@ fn connect(server: SocketAddr) -> TcpStream {
     stream
 }
 
-/// A router is served while others are in the way.
+/// Checks that a router is served while other clients load the broker.
 fn assert_serves(stack: &Stack, n: u32) {
     let begun = Instant::now();
     assert_eq!(stack.v2(DOMAIN, &key(n)).status, 200);
     assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
 }
 
-/// Waits until the server has ended the connection, sending `drop` again and again; says what was answered.
+/// Sends `drop` again and again until the server has closed the connection; returns the answer.
 fn drip(stream: &mut TcpStream, drop: &[u8]) -> String {
     stream.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
     let (begun, mut answer) = (Instant::now(), [0; 4096]);
@@ -87,7 +87,7 @@ fn heads_and_bodies_sent_byte_by_byte_time_out() {
                 assert!(said.starts_with("HTTP/1.1 408"), "{begin:?} {said:?}");
             });
         }
-        // The connection of a body without end lasts as long as one between two requests.
+        // An endless body ends its connection after the same time as a pause between two requests.
         scope.spawn(|| {
             let mut stream = connect(server);
             stream.write_all(request("Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n").as_bytes()).unwrap();
@@ -105,7 +105,7 @@ fn a_full_connection_table_evicts_connections_without_a_whole_request() {
     let mut open: Vec<_> = (0..200)
         .map(|n| {
             let mut stream = connect(stack.http);
-            // One whole request, after which the next head has no time limit of its own; or a body without end.
+            // A whole request, after which the next head has no time limit of its own; or an endless body.
             let begin = if n % 2 == 0 { "GET /healthz HTTP/1.1\r\nHost: b\r\n\r\nGET /" } else { ENDLESS };
             stream.write_all(begin.as_bytes()).unwrap();
             let mut answer = [0; 1024];
@@ -151,14 +151,15 @@ fn excess_connections_make_room_for_routers() {
     assert!(stack.metric(r#"wgkex_broker_http_connections_closed_total{reason="full"}"#).unwrap() >= 300.0);
 }
 
-/// Seen to fail with connections that are busy from the head of a request on: none was free, and the router was refused.
+/// Fails with a server for which a connection is busy as soon as it has a request's head: none was evicted, and the
+/// router was refused.
 #[test]
 fn missing_bodies_keep_no_router_out() {
     let (stack, _worker) = stack_with(few_files());
     let mut unfinished = Vec::new();
     for n in 0..600 {
         let mut stream = connect(stack.http);
-        // It may have had to go already.
+        // The connection may have been closed already.
         let _ = stream.write_all(request("Content-Length: 100\r\n\r\n{").as_bytes());
         unfinished.push(stream);
         if n % 50 == 0 {
@@ -204,7 +205,7 @@ fn ten_thousand_idle_connections_take_bounded_memory_and_routers_are_served() {
     println!("{many} connections in {took:.1?}, {most} open at once: {before} KiB before, {full} KiB with them");
     assert!(most <= 8_192.0);
     assert!(full < before + MANY * EACH / 1024, "{before} {full}");
-    // None of them has sent anything.
+    // None of them has sent any data.
     let gone = Instant::now();
     wgkex_tests::wait_until("all are closed", || {
         stack.metric("wgkex_broker_http_connections").filter(|open| *open < 10.0)
@@ -225,7 +226,7 @@ fn heads_that_are_huge_or_none_are_refused_at_once_and_fill_no_log() {
     ] {
         let begun = Instant::now();
         let mut stream = connect(stack.http);
-        // It may be refused before all of it is sent.
+        // The server may refuse it before all of it is sent.
         let _ = stream.write_all(head.as_bytes());
         let mut said = Vec::new();
         let _ = stream.read_to_end(&mut said);

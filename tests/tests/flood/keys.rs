@@ -28,9 +28,9 @@ const FLOOD: u32 = 100_000;
 const CONNECTIONS: u32 = 64;
 /// A proxy that the broker trusts in these tests.
 const PROXY: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
-/// How many KiB the broker may grow by: what the keys that pass take, and what an allocator keeps.
+/// The limit of the broker's growth in KiB: memory for the keys that pass, and memory that an allocator keeps.
 const GROWTH: u32 = 40 * 1024;
-/// The address of what floods directly.
+/// The address of direct floods.
 const FLOODER: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 3);
 
 fn limited(response: &Response) -> u32 {
@@ -60,11 +60,11 @@ fn unknown_keys_over_a_limit_get_429_and_known_ones_never() {
         for _ in 0..5 {
             assert_eq!((stack.v1(DOMAIN, &key(2)).status, stack.v2(DOMAIN, &key(1)).status), (200, 200));
         }
-        // A mistake is told as one, and takes nothing.
+        // An invalid request is answered as such, and does not count for the limits.
         assert_eq!(stack.v2("ffx_none", &key(3)).status, 400);
         assert!((refused(&stack, reason) - 2.0).abs() < 0.1, "{reason}");
         assert!(worker.probe.received().iter().all(|said| said.text() != key(3)), "what is refused is not published");
-        // What another broker, or a gateway, tells of is known as well.
+        // A key from another broker, or from a gateway, is known, too.
         worker.probe.say(said(key_topic(DOMAIN), key(4), 1, false));
         wait_until("the key is known", || (stack.v2(DOMAIN, &key(4)).status == 200).then_some(()));
     }
@@ -115,7 +115,7 @@ fn only_a_trusted_proxy_determines_the_client_address() {
     assert_eq!(log.matches("not in trusted_proxies").count(), 1, "{log}");
 }
 
-/// Seen to fail with the proxy itself in the place of a sender who is not known: 127.0.0.1 has no limit.
+/// Fails with a broker that takes the proxy for the client if the sender is unknown: 127.0.0.1 has no limit.
 #[test]
 fn clients_behind_an_untrusted_local_proxy_share_one_limit() {
     let local = Ipv4Addr::LOCALHOST;
@@ -143,7 +143,7 @@ fn three_hundred_routers_behind_one_address_at_once_are_all_served_by_the_defaul
     let _alone = alone();
     let (stack, _worker) = stack_with(plan("limits: {}"));
     let runtime = Runtime::new().unwrap();
-    // And again, as those do that heard nothing the first time.
+    // Once more, as by routers that got no answer the first time.
     for _ in 0..2 {
         let statuses = runtime.block_on(async {
             let mut routers = JoinSet::new();
@@ -177,15 +177,15 @@ fn known_routers_are_served_while_five_thousand_addresses_flood() {
     assert!(accepted.passed <= 25_000.0 + 250.0 * (accepted.took.as_secs_f64() + 1.0), "{accepted:?}");
 }
 
-/// What a flood came to.
+/// The result of a flood.
 #[derive(Debug)]
 struct Flood {
     passed: f64,
     took: Duration,
 }
 
-/// Posts [`FLOOD`] keys to a broker with the default limits while the routers that it knows come back, each from an
-/// address of its own, again and again. `sender` says from where the `n`th key comes, and with which headers.
+/// Posts [`FLOOD`] keys to a broker with the default limits while known routers request again and again, each from an
+/// address of its own. `sender` returns the source address and the headers for the `n`th key.
 fn under_flood(config: &str, sender: fn(u32) -> (Ipv4Addr, String), reason: &str) -> Flood {
     let _alone = alone();
     let (mut stack, worker) = stack_with(plan(&format!("limits: {{}}\n{config}")));
@@ -196,7 +196,7 @@ fn under_flood(config: &str, sender: fn(u32) -> (Ipv4Addr, String), reason: &str
     worker.probe.say(said("wgkex/worker/gw1/seen", seen, 1, false));
     let proven = format!(r#"wgkex_broker_live_keys{{domain="{DOMAIN}",state="proven"}}"#);
     stack.wait_for_metric(&proven, f64::from(KNOWN / 2));
-    // How fast the machine is, with whatever else it does.
+    // The machine's speed, with other programs running.
     let quiet = p99(&mut reconnect(&stack, &known[..100], &AtomicBool::new(true)));
     let before = memory(&mut stack);
 
@@ -227,13 +227,13 @@ fn under_flood(config: &str, sender: fn(u32) -> (Ipv4Addr, String), reason: &str
     Flood { passed, took }
 }
 
-/// What 99 of 100 take at most; the times are sorted.
+/// The time that 99 of 100 do not exceed; sorts the times.
 fn p99(times: &mut [Duration]) -> Duration {
     times.sort_unstable();
     times[times.len() * 99 / 100]
 }
 
-/// Lets routers become known, each from its own address.
+/// Makes routers known, each from its own address.
 fn known(stack: &Stack) -> Vec<String> {
     let keys: Vec<_> = (0..KNOWN).map(key).collect();
     Runtime::new().unwrap().block_on(async {
@@ -247,8 +247,8 @@ fn known(stack: &Stack) -> Vec<String> {
     keys
 }
 
-/// Has the known routers come back one after the other, all once and again until it is `over`; says how long each took.
-/// All are served.
+/// Lets the known routers request one after the other, at least once each and then until it is `over`; returns the time
+/// of each. All are served.
 fn reconnect(stack: &Stack, known: &[String], over: &AtomicBool) -> Vec<Duration> {
     let server = stack.http;
     Runtime::new().unwrap().block_on(async {
@@ -314,17 +314,18 @@ fn known_keys_do_not_queue_behind_new_ones_on_their_way_to_the_bus() {
     assert_eq!(known.get("/healthz").status, 200);
     stack.mosquitto().signal(Signal::SIGSTOP);
     let mut routers: Vec<_> = (0..300).map(|n| send(stack.connect(), 1_000 + n)).collect();
-    // With the known one and the one that asks.
+    // With the known router's connection and that of the metrics request.
     wait_until("all are there", || stack.metric("wgkex_broker_http_connections").filter(|open| *open >= 302.0));
     routers.push(send(known, 1));
-    // Each of the broker's threads has read it when it serves somebody who came later; they take turns.
+    // The broker's threads serve connections in turn; once a thread has served a later connection, it has read this
+    // one.
     for _ in 0..4 * thread::available_parallelism().map_or(1, NonZero::get) {
         assert_eq!(stack.get("/healthz").status, 200);
     }
     stack.mosquitto().signal(Signal::SIGCONT);
     let statuses: Vec<_> = routers.iter_mut().map(|http| http.response("POST").status).collect();
     assert_eq!(statuses.last(), Some(&200));
-    // The first time it was the first.
+    // The first occurrence is from the first request.
     let heard = worker.probe.received();
     let place = heard.iter().skip(1).position(|said| said.text() == key(1));
     assert!(place.is_some_and(|place| place < 100), "{place:?} of {}", heard.len());

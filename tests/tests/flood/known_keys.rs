@@ -1,4 +1,5 @@
-//! An attacker who knows every router's key: routers publish theirs. What he sends with it must not keep the router out.
+//! An attacker with every router's key, since routers publish theirs. Requests with these keys must not lock the
+//! routers out.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -18,16 +19,16 @@ use wgkex_tests::{key, wait_until};
 
 use super::{alone, plan, stack_with};
 
-/// A domain where the routers of these tests are not.
+/// A domain without the routers of these tests.
 const OTHER: &str = "ffx_b";
-/// The contract's two keys with one address. To find the second is a minute's work.
+/// Two keys of the contract with the same address. A second such key is found within a minute.
 const TWINS: [&str; 2] =
     ["fAKaBGbh8TB6KaToe27fkEi9ghZwYGi6sOvHDXG2PLI=", "3c+xZQV94mSS+WVbTdDrC58V7h9hA3uIECwx0uu1kpg="];
 /// Routers that the broker knows.
 const ROUTERS: u32 = 200;
-/// How long they are attacked.
+/// The duration of the attack.
 const ATTACK: Duration = Duration::from_secs(4);
-/// Whence.
+/// The number of attacking addresses.
 const ATTACKERS: u32 = 16;
 
 fn shakes_hands(stack: &Stack, worker: &Worker, keys: &[String]) {
@@ -39,7 +40,7 @@ fn shakes_hands(stack: &Stack, worker: &Worker, keys: &[String]) {
     stack.wait_for_metric(&proven, keys.len() as f64);
 }
 
-/// Seen to fail where a key has one allowance for all domains: the router got 429.
+/// Fails with one limit of a key for all domains: the router got 429.
 #[test]
 fn a_new_router_is_served_although_its_key_is_sent_for_another_domain_without_end() {
     let config = "limits: {per_key: {burst: 3, per_second: 0.02}}";
@@ -50,8 +51,8 @@ fn a_new_router_is_served_although_its_key_is_sent_for_another_domain_without_en
     assert_eq!((stack.v1(DOMAIN, &key(1)).status, stack.v2(DOMAIN, &key(1)).status), (200, 200));
 }
 
-/// Seen to fail where a key that never had a handshake beats one that had one some hours ago: the router got 409, and so it
-/// would have gone on with one key after the other.
+/// Fails where a key that never had a handshake takes the address of one with a handshake some hours ago: the router
+/// got 409, and would have got it again with one such key after the other.
 #[test]
 fn a_router_that_was_silent_for_long_has_its_address_again_when_it_comes_back() {
     let limits = "limits: {per_client: {burst: 0}, per_key: {burst: 0}}";
@@ -68,8 +69,8 @@ fn a_router_that_was_silent_for_long_has_its_address_again_when_it_comes_back() 
     }
 }
 
-/// The keys of all routers are sent by others all the time, in every domain, from as many addresses as there are attackers;
-/// and so are new ones, as far as the limits let them.
+/// Attackers send the keys of all routers all the time, in every domain, from as many addresses as there are attackers;
+/// and new keys, as far as the limits let them pass.
 #[test]
 fn known_routers_are_served_while_others_send_their_keys() {
     let _alone = alone();
@@ -102,7 +103,7 @@ fn known_routers_are_served_while_others_send_their_keys() {
     assert!(p99 < Duration::from_secs(2), "{p99:?}");
 }
 
-/// Has routers ask, each from its own address, a few at a time; says what each heard, and when.
+/// Lets routers request, each from its own address, a few at a time; returns the status and time of each.
 fn ask_all(stack: &Stack, routers: &[String]) -> Vec<(u16, Duration)> {
     let server = stack.http;
     let ask_some = |(n, some): (usize, &[String])| {

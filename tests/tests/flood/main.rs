@@ -1,8 +1,8 @@
-//! The broker's HTTP side when too much comes: keys, connections, bytes, or none of them.
+//! The broker's HTTP server under too many keys, connections or bytes, and with clients that send none.
 //!
-//! Each attack was seen to succeed by taking its guard out of the program, one at a time: the share of the queue, the last
-//! answer, the order of limits, the watchdog of connections, the room in a full table, the cap of a client, the limit of open
-//! files, the backlog, the trusted proxies, the time for a body, the filter of the log.
+//! Each attack succeeds if its guard is removed from the program: the share of the queue, the last answer, the order of
+//! limits, the watchdog of connections, the room in a full table, the cap of a client, the limit of open files, the
+//! backlog, the trusted proxies, the time for a body, the filter of the log.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by it")]
 #![expect(clippy::print_stdout, reason = "what was measured, for who wants to see it")]
@@ -17,8 +17,8 @@ use std::fs::File;
 use wgkex_tests::scripted::{Manner, Worker};
 use wgkex_tests::stack::{Bus, Plan, Stack};
 
-/// What measures times, or needs most of the files that there may be, runs by itself among its like, also of other
-/// processes. The lock is held until this is dropped.
+/// A lock for tests that measure times, or need most of the allowed open files: only one of them runs at a time, also
+/// among other processes. It is held until the value is dropped.
 fn alone() -> File {
     let lock = File::create(std::env::temp_dir().join(format!("wgkex-test-alone-{}", nix::unistd::getuid())));
     let lock = lock.unwrap();
@@ -26,7 +26,7 @@ fn alone() -> File {
     lock
 }
 
-/// A broker and a gateway that confirms, with this in the config.
+/// A broker with this plan, and a gateway that confirms.
 fn stack_with(plan: Plan) -> (Stack, Worker) {
     let stack = Stack::start(plan);
     let worker = Worker::start(&stack, "gw1", Manner::Confirms, 0);
@@ -38,7 +38,7 @@ fn plan(config: &str) -> Plan {
     Plan::new(Bus::Mosquitto).config(config)
 }
 
-/// The memory that the broker has of the machine's, in KiB.
+/// The resident memory of the broker, in KiB.
 fn memory(stack: &mut Stack) -> u32 {
     wgkex_tests::process::memory(stack.broker().pid())
 }

@@ -1,4 +1,4 @@
-//! Answers that nobody reads, on every listener.
+//! Unread answers, on every listener.
 
 use std::fmt::Write as _;
 use std::io::{Read as _, Write as _};
@@ -25,15 +25,15 @@ use super::{alone, memory, plan, stack_with};
 const CLIENTS: usize = 60;
 /// How many KiB a program may grow by for them.
 const GROWTH: u32 = 24 * 1024;
-/// The same for a program that other tests run in, too.
+/// The same for a process in which other tests run, too.
 const GROWTH_SHARED: u32 = 200 * 1024;
-/// The same for a broker whose clients hold as much as they may, which is 16 MiB: its allocator keeps some of what was free
-/// meanwhile.
+/// The same for a broker whose clients hold the maximum, which is 16 MiB: its allocator keeps some of the memory that
+/// was freed meanwhile.
 const GROWTH_FULL: u32 = 32 * 1024;
 /// Gateways that make the page large.
 const GATEWAYS: usize = 1_500;
 
-/// Clients that ask `server` for `path` and read nothing.
+/// Clients that request `path` from `server` and read nothing.
 fn crowd(server: SocketAddr, path: &str) -> Vec<TcpStream> {
     let requests = pipelined(path);
     let ask = |_| {
@@ -44,8 +44,8 @@ fn crowd(server: SocketAddr, path: &str) -> Vec<TcpStream> {
     (0..CLIENTS).map(ask).collect()
 }
 
-/// Seen to fail with actix-http's own reading: 60 clients took 1.3 GiB; and with a line in the log for each admin call
-/// without a token.
+/// Fails with actix-http's own reading: 60 clients took 1.3 GiB; and with a log line for each admin call without a
+/// token.
 #[test]
 fn unread_answers_of_the_broker_take_bounded_memory_and_refused_admin_calls_a_bounded_log() {
     let _alone = alone();
@@ -65,7 +65,7 @@ fn unread_answers_of_the_broker_take_bounded_memory_and_refused_admin_calls_a_bo
     assert!(refused > 0 && refused <= 12 + begun.elapsed().as_secs() / 10, "{refused} in {:?}", begun.elapsed());
 }
 
-/// Seen to fail with actix-http's own reading, and its routes with GET alone.
+/// Fails with actix-http's own reading, and with routes for GET alone.
 #[test]
 fn unread_answers_of_the_worker_take_bounded_memory() {
     let _alone = alone();
@@ -101,8 +101,8 @@ fn unread_answers_of_the_worker_take_bounded_memory() {
     worker.join().unwrap().unwrap();
 }
 
-/// A page that names many gateways, for so many clients that its copies would take too much. Seen to fail with actix-http's
-/// own reading: 240 clients took 4 GiB; and where an answer counted for what of it was not out: 120 took 37 MiB.
+/// A page with many gateways, for so many clients that its copies would take too much memory. Fails with actix-http's
+/// own reading: 240 clients took 4 GiB; and if only the unsent part of an answer counts: 120 took 37 MiB.
 #[test]
 fn unread_large_pages_take_bounded_memory_and_a_slow_reader_gets_all() {
     let _alone = alone();
@@ -124,7 +124,7 @@ fn unread_large_pages_take_bounded_memory_and_a_slow_reader_gets_all() {
     assert_eq!(stack.v2(DOMAIN, &key(1)).status, 200);
     assert!(stack.metric(r#"wgkex_broker_http_connections_closed_total{reason="unread"}"#).unwrap() > 0.0);
     drop(crowds);
-    // Who reads, however late, gets every answer, to each of the requests that were sent at once.
+    // A slow reader gets all answers to its pipelined requests.
     let mut late = TcpStream::connect(stack.http).unwrap();
     pile_up(&mut late, |stream| stream, b"GET / HTTP/1.1\r\nHost: b\r\n\r\n");
     let requests = pipelined("/healthz");

@@ -1,6 +1,7 @@
-//! Keys and addresses that are others': gateways', and those of routers that were there first.
+//! Keys and addresses of other owners: of gateways, and of routers that registered first.
 //!
-//! Each attack was seen to succeed: the first with nothing reserved (it got a 200), the others where every claim beats another.
+//! Each attack succeeds without its guard: the first if no key is reserved (it got a 200), the others if any claim
+//! beats another.
 
 use std::thread;
 
@@ -12,8 +13,8 @@ use crate::peers::ping;
 use crate::several_gateways::Fleet;
 use crate::{SPARE, Single};
 
-/// A router's private key, its public key, and another key that derives the same address. Such a key is found in
-/// seconds for one of many routers, and nobody needs to know its private half.
+/// A router's private key, its public key, and another key that derives the same address. For one of many routers such
+/// a key is found in seconds, without its private half.
 const ROUTER: (&str, &str, &str) = (
     "AAKrRxERERERERERERERERERERERERERERERERERERE=",
     "vUefIpGTuJ6gkScjyFZcGFmFxSNzp0SKQrdMRfFcW2c=",
@@ -29,7 +30,7 @@ pub fn a_gateways_key_is_no_routers_and_its_peer_stays(lane: Lane) {
     let listed = key(7);
     let fleet = Fleet::new(lane, &[1, 1], &format!("{cleanup}\nkey_whitelist: [\"{listed}\"]"));
     let [one, two] = &fleet.gateways[..] else { panic!("two gateways") };
-    // Gateways are peers of one another, with the address that their keys derive, and may be silent for long.
+    // Gateways are peers of one another, with the address of their keys, and may have no handshake for long.
     let (gateway, address) = (&one.public_key, link_local(&one.public_key));
     two.host.run(&format!(
         "wg set wg-a peer {gateway} allowed-ips {address}/128 && wg set wg-a peer {listed} allowed-ips {}/128 &&
@@ -60,7 +61,7 @@ pub fn a_gateways_key_is_no_routers_and_its_peer_stays(lane: Lane) {
     assert_eq!(tables.missing(gateway), Vec::<String>::new());
     assert!(tables.peers.iter().any(|peer| peer.starts_with(&listed)), "{tables:#?}");
 
-    // A gateway that is new says so on the bus, and is protected from then on.
+    // A new gateway publishes its data, and its key is protected from then on.
     let new = key(9);
     assert_eq!(fleet.hub.post(2, &new).status, 200);
     let data = format!(r#"{{"ExternalAddress":"gw3","Port":1,"PublicKey":"{new}","LinkAddress":"fe80::3"}}"#);
@@ -70,7 +71,8 @@ pub fn a_gateways_key_is_no_routers_and_its_peer_stays(lane: Lane) {
 
 pub fn an_address_stays_with_the_router_that_has_it_until_that_is_gone(lane: Lane) {
     let (private, owner, other) = ROUTER;
-    // Silent for longer than its grace, in which WireGuard tries its handshake again (after 5 s), and proven by that alone.
+    // The router is silent for longer than its grace, in which WireGuard retries its handshake (after 5 s); only that
+    // handshake proves it.
     let cleanup = "cleanup: {interval: 1, initial_handshake_grace: 7, legacy_stale_timeout: 14}";
     let single = Single::new(lane, cleanup);
     let host = &single.host;
@@ -98,13 +100,13 @@ pub fn an_address_stays_with_the_router_that_has_it_until_that_is_gone(lane: Lan
 
     router.run("ip link set wg-router down");
     wait_until("the owner is gone", || (host.tables("a").missing(owner).len() == 3).then_some(()));
-    // It has no handshake: it is swept after its grace.
+    // The other key has no handshake: it is swept after its grace.
     let comes = || (host.post(2, other).status == 200 && host.tables("a").missing(other).is_empty()).then_some(());
     wait_until("the other may come", comes);
     assert_eq!(host.post(2, SPARE).status, 200);
 }
 
-/// Seen to fail where a worker's word reserves whatever it names: the router got 403, and its peer was nobody's any more.
+/// Fails with a broker that reserves any key that a worker names: the router got 403, and its peer belonged to nobody.
 pub fn a_routers_peer_survives_misuse_of_its_key_by_others(lane: Lane) {
     let (private, owner, other) = ROUTER;
     let single = Single::new(lane, "cleanup: {interval: 1}");
@@ -119,7 +121,7 @@ pub fn a_routers_peer_survives_misuse_of_its_key_by_others(lane: Lane) {
     let handshake = || host.run(&format!("wg show wg-a latest-handshakes | grep {owner}"));
     let before = handshake();
 
-    // In another domain, where it is no router's; and as a gateway's own, in both.
+    // In another domain, where no router has the key; and as a gateway's own key, in both.
     for (domain, key, status) in [("test_b", owner, "200"), ("test_b", other, "409"), ("test_a", other, "409")] {
         assert_eq!(post_to(host, domain, key), status);
     }
@@ -172,7 +174,7 @@ pub fn two_brokers_that_admit_two_keys_of_one_address_at_once_leave_every_gatewa
     assert_ne!(with[0], [false; 2]);
 }
 
-/// As an original broker does.
+/// Publishes a key as an original broker does.
 fn publish(host: &Host, key: &str) {
     host.run(&format!("mosquitto_pub -t wireguard/test_a/all -m {key}"));
 }

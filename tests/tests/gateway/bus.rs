@@ -1,4 +1,4 @@
-//! The broker and the MQTT server go and come back.
+//! The broker and the MQTT server stop and start.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,8 +12,8 @@ use wgkex_tests::{DEADLINE, key, wait_until};
 
 use crate::{Single, end, serves};
 
-/// After a restart there is service again this soon, also in an emulated machine that is busy: both sides pause for a second at
-/// most before they connect again.
+/// The limit for service after a restart, also in a busy emulated machine: both sides pause for a second at most before
+/// they reconnect.
 const BACK: Duration = Duration::from_secs(25);
 
 pub fn a_broker_outage_leaves_the_peers_alone_and_it_serves_again_afterwards(lane: Lane) {
@@ -31,7 +31,7 @@ pub fn a_broker_outage_leaves_the_peers_alone_and_it_serves_again_afterwards(lan
             broker = host.start_broker();
         });
         assert!(host.wireguard("wg-a").is_superset(&peers), "{signal} changed peers");
-        // Its bus is a new one, so what is on it was said again.
+        // The MQTT server is a new one, so its messages were published again.
         hello(&host);
     }
     end(&mut worker, Signal::SIGTERM);
@@ -68,8 +68,8 @@ fn disconnected(host: &Host) {
     wait_until("the worker sees that the bus is gone", || (connected()? == "0").then_some(()));
 }
 
-/// Lets a router ask with ever new keys, from number `n`, until `fault` is over and it is served again. Every answer
-/// is true: 200 with the key in the kernel, or 503, or there is nobody to answer.
+/// Lets a router request with ever new keys, from number `n`, until `fault` is over and it is served again. Every
+/// answer is right: 200 with the key in the kernel, 503, or none if no broker runs.
 fn while_routers_ask(host: &Host, n: u32, fault: impl FnOnce()) {
     let (is_mended, is_served) = (AtomicBool::new(false), AtomicBool::new(false));
     let begun = Instant::now();
@@ -100,7 +100,7 @@ fn while_routers_ask(host: &Host, n: u32, fault: impl FnOnce()) {
     });
 }
 
-/// Whoever comes to the bus now hears what the worker has and is.
+/// A new client on the bus receives the worker's states.
 fn hello(host: &Host) {
     let witness = host.inside(|| Probe::witness(SocketAddr::from((Ipv4Addr::LOCALHOST, 1883))));
     assert_eq!(witness.next_on("wireguard-worker/gateway/status").text(), "1");

@@ -1,4 +1,4 @@
-//! `wgkex-worker doctor` names what is wrong with a gateway, and changes nothing.
+//! `wgkex-worker doctor` names the problems of a gateway, and changes nothing.
 
 use std::fs;
 use std::io::{Read as _, Write as _};
@@ -17,12 +17,12 @@ use crate::own_server::certify;
 use crate::peers::router;
 use crate::{Single, serves};
 
-/// Runs it: its exit code, and its lines.
+/// Runs it; returns its exit code and output.
 fn doctor(host: &Host) -> (i32, String) {
     worker(host, "doctor")
 }
 
-/// It fails, and says so in a line that begins like this and has this advice.
+/// It fails, with a line that begins like this and has this advice.
 fn names(host: &Host, trouble: &str, advice: &str) {
     let (code, said) = doctor(host);
     let line = said.lines().find(|line| line.starts_with(trouble));
@@ -41,7 +41,7 @@ pub fn a_gateway_on_which_all_is_well_passes_and_one_without_its_worker_says_so(
     assert_eq!(losses(), lost, "it kept its connections: {}", process.log());
     assert_eq!(host.metric(9586, "wgkex_worker_mqtt_connected").as_deref(), Some("1"));
     assert!(process.end_by(Signal::SIGTERM).success());
-    // No unit is installed here that names the user of the next one.
+    // No unit is installed here, so the user is an option.
     passes(
         &host,
         &format!("--user {}", host.run("stat -c %U /run/wgkex/state")),
@@ -50,7 +50,7 @@ pub fn a_gateway_on_which_all_is_well_passes_and_one_without_its_worker_says_so(
     assert_eq!((host.tables("a"), host.wireguard("wg-a")), before);
 }
 
-/// Nothing is wrong but what is allowed to be, and the machine's own clock.
+/// It reports nothing but `allowed`, and the machine's own clock.
 fn passes(host: &Host, options: &str, allowed: &[&str]) {
     let command = format!("doctor --broker-url http://127.0.0.1:5000 {options}");
     let (code, said) = worker(host, &command);
@@ -169,7 +169,7 @@ pub fn each_fault_of_files_clock_and_other_managers_is_named(lane: Lane) {
     host.run("chmod 700 /run/wgkex/state");
     assert!(doctor(&host).0 < 3, "{}", doctor(&host).1);
 
-    // Root judges for the user of the unit, unless another one is named.
+    // Root checks for the user of the unit, unless an option names another one.
     let unit = "/run/systemd/system/wgkex-worker.service";
     host.run(&format!("mkdir -p /run/systemd/system && printf '[Service]\\nUser=nobody\\n' >{unit}"));
     names(&host, "fail state: nobody cannot write to /run/wgkex/state", "install -d -m 700 -o nobody");
@@ -188,7 +188,7 @@ pub fn each_fault_of_files_clock_and_other_managers_is_named(lane: Lane) {
         assert_eq!(code, if hours == 0 { 1 } else { 3 }, "{said}");
     }
 
-    // systemd-networkd, as far as it can be seen.
+    // A process and a file as of systemd-networkd.
     host.run("mkdir -p /run/systemd/network && cp \"$(command -v sleep)\" /run/systemd-networkd");
     fs::write(host.path("/run/systemd/network/10-vpn.network"), "[Match]\nName=wg-*\n[Network]\nDHCP=yes\n").unwrap();
     let _networkd = host.start("networkd", Path::new("/run/systemd-networkd"), &["infinity"], &[]);
@@ -204,8 +204,8 @@ pub fn each_fault_of_files_clock_and_other_managers_is_named(lane: Lane) {
     names(&host, "fail wg-b: wg-quick manages it, too", "`systemctl disable --now wg-quick@wg-b`");
 }
 
-/// Root reaches the control socket of a userspace WireGuard, and the worker's user does not. The kernel's is everybody's with
-/// the privilege.
+/// Root can open the control socket of a userspace WireGuard, and the worker's user cannot. The kernel's WireGuard is
+/// open to any user with the privilege.
 pub fn a_domain_that_the_workers_user_cannot_use_is_named(lane: Lane) {
     let host = Host::new("gateway", lane);
     host.setup();
@@ -224,8 +224,8 @@ pub fn a_domain_that_the_workers_user_cannot_use_is_named(lane: Lane) {
     assert!(doctor(&host).1.contains("ok   state: the running worker writes to "), "{}", doctor(&host).1);
 }
 
-/// The routers' VXLAN packets come by the tunnels. The kernel drops those of another id without a trace, and answers those to
-/// another port with errors, as troubleshooting.md says.
+/// The routers' VXLAN packets arrive through the tunnels. The kernel drops packets with another id without a trace, and
+/// answers packets to another port with errors, as described in troubleshooting.md.
 pub fn a_vxlan_whose_routers_have_another_id_is_named(lane: Lane) {
     let single = Single::new(lane, "");
     let host = &single.host;
@@ -238,7 +238,7 @@ pub fn a_vxlan_whose_routers_have_another_id_is_named(lane: Lane) {
              ip addr add fe80::2/64 dev vx-r nodad && ip link set vx-r up && ping -q -i 0.01 -c 150 -W 1 ff02::1%vx-r || true"
         ));
     };
-    // Those that come back to the router: the gateway has others of its own.
+    // Errors that are sent to the router: the gateway also counts others of its own.
     let errors = || router.run("awk '$1 == \"Icmp6InDestUnreachs\" { print $2 }' /proc/net/snmp6");
     let is_named = || names(host, "warn vx-a: it has never received anything, although ", "setup.vxlan_id");
     let before = errors();
@@ -253,7 +253,7 @@ pub fn a_vxlan_whose_routers_have_another_id_is_named(lane: Lane) {
     assert!(!said.contains("never received anything"), "{said}");
 }
 
-/// A server on the host whose clock is off by so many hours, or by a hundred seconds; returns its port.
+/// An HTTP server on the host whose clock is off by so many hours, or by a hundred seconds; returns its port.
 fn dated(host: &Host, hours: i64) -> u16 {
     let listener = host.inside(|| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap());
     let port = listener.local_addr().unwrap().port();
@@ -268,7 +268,7 @@ fn dated(host: &Host, hours: i64) -> u16 {
     port
 }
 
-/// A gateway of the broker on another machine, with TLS and a password; and one more machine of the same name.
+/// A gateway with its broker on another machine, with TLS and a password; and a second machine of the same name.
 pub fn each_fault_of_the_connection_and_a_second_machine_of_one_name_is_named(lane: Lane) {
     let (hub, gateway, twin) = (Host::new("hub", lane), Host::new("gw1", lane), Host::new("gw1", lane));
     let (server, _) = hub.connect(&gateway, 1);
@@ -315,14 +315,14 @@ pub fn each_fault_of_the_connection_and_a_second_machine_of_one_name_is_named(la
         names(&gateway, &format!("fail MQTT: {server}:1883: {trouble}"), advice);
     }
 
-    // A worker that was started before the certificate was corrected.
+    // A worker that started before the certificate was corrected.
     gateway.configure(&mqtt(server, "password: gw1, tls: true, ca_file: /run/other.crt"));
     let mut refused = gateway.start_worker();
     refused.wait_for_log("MQTT not connected");
     gateway.configure(&mqtt(server, right));
     let told = format!("fail MQTT: the running worker is not connected: {server}:1883: TLS: mqtt.ca_file");
     wait_until("it is told", || doctor(&gateway).1.contains(&told).then_some(()));
-    // One that stands still.
+    // A worker that is stopped.
     refused.signal(Signal::SIGSTOP);
     names(&gateway, "fail worker: process ", "(wgkex-worker) has 127.0.0.1:9586, and does not answer there");
     refused.signal(Signal::SIGCONT);

@@ -1,4 +1,4 @@
-//! The files below deploy/examples, as they are but for places and passwords.
+//! The files below deploy/examples, unchanged except for paths and passwords.
 
 use std::fs;
 use std::path::Path;
@@ -9,10 +9,10 @@ use wgkex_tests::{key, wait_until};
 
 const BROKER: &str = "broker.example.org";
 const GATEWAY: &str = "gw01.example.org";
-/// Where the files of /etc are in these hosts.
+/// The directory that stands for /etc on these hosts.
 const DIR: &str = "/run/etc";
 
-/// An example with its places and passwords replaced, each of which has to be in it.
+/// An example with paths and passwords replaced, each of which must occur in it.
 fn example(name: &str, replaced: &[(&str, &str)]) -> String {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/examples").join(name);
     let mut text = fs::read_to_string(&file).unwrap();
@@ -31,7 +31,7 @@ fn write(host: &Host, file: &str, text: &str) {
     fs::write(host.path(file), text).unwrap();
 }
 
-/// Broker, gateway and router, with cables between any two, and names for them.
+/// Broker, gateway and router, connected with each other, and with names.
 fn fleet(lane: Lane) -> [Host; 3] {
     let [broker, gateway, router] = [BROKER, GATEWAY, "router"].map(|name| Host::new(name, lane));
     let (_, from_gateway) = gateway.connect(&broker, 1);

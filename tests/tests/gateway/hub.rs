@@ -1,4 +1,5 @@
-//! A gateway that is the hub of tenants: members reach each other through it, and those of other tenants do not.
+//! A gateway that is the hub of tenants: members of a tenant reach each other through it, members of other tenants do
+//! not.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
@@ -13,12 +14,12 @@ use wgkex_tests::{wait_until, wait_within};
 
 use crate::looks::worker;
 
-/// The pool of the tenants and all that a member could try to reach: an address of the gateway, too.
+/// The pool of the tenants and an address of the gateway: all that a member could try to reach.
 const EVERYWHERE: &str = "10.64.0.0/10,192.0.2.1/32";
-/// How long members that left keep their addresses, and so their peers, in seconds.
+/// How long members that left keep their addresses and peers, in seconds.
 const GRACE: u64 = 3;
 
-/// A client of another maker joins at the URL with the key, prints what it receives, and answers pings.
+/// The Python library's client joins at the URL with the key, prints the messages that it receives, and answers pings.
 const JOIN: &str = r#"
 import asyncio, json, sys, websockets
 async def main():
@@ -37,7 +38,7 @@ struct Member<'a> {
     client: Process,
 }
 
-/// Joins a tenant by the broker at `gateway`; returns the client that did, and the answer.
+/// Joins a tenant at the broker on `gateway`; returns the client's process, and the answer.
 fn join(host: &Host, gateway: Ipv4Addr, tenant: &str, key: &str) -> (Process, Value) {
     let url = format!("ws://{gateway}:5000/tenants/{tenant}?hub=1");
     let client = host.start("member", Path::new("/usr/bin/python3"), &["-c", JOIN, &url, key], &[]);
@@ -47,7 +48,7 @@ fn join(host: &Host, gateway: Ipv4Addr, tenant: &str, key: &str) -> (Process, Va
 }
 
 impl<'a> Member<'a> {
-    /// Joins, and makes the tunnel that the answer says.
+    /// Joins, and sets up the tunnel of the answer.
     fn join(host: &'a Host, lane: Lane, gateway: Ipv4Addr, tenant: &str) -> Self {
         host.run(match lane {
             Lane::Userspace => "wireguard-go wg-t >/dev/null 2>&1",
@@ -70,7 +71,7 @@ impl<'a> Member<'a> {
         ));
     }
 
-    /// Takes anything from the hub, and sends anything there.
+    /// Allows all addresses on the tunnel to the hub.
     fn widen(&self) {
         let hub = self.host.run("wg show wg-t peers");
         self.host.run(&format!("wg set wg-t peer {hub} allowed-ips {EVERYWHERE}"));
@@ -103,7 +104,7 @@ fn peers_of(members: &[&Member]) -> Vec<String> {
     peers
 }
 
-/// What is behind it goes out by its cable to the gateway, translated; nothing comes in by that cable by itself.
+/// Traffic from behind the host leaves by its link to the gateway with NAT; new connections from that link are dropped.
 fn translate(host: &Host, network: u8) {
     host.run(&format!(
         "ip route add default via 198.18.{network}.1 && echo 1 > /proc/sys/net/ipv4/ip_forward &&
@@ -125,7 +126,7 @@ pub fn os21_members_behind_nat_reach_each_other_through_the_hub_and_other_tenant
     let _ = gateway.connect(&m4, 4);
     m4.run("ip route add default via 198.18.4.1");
     m3.run("ip route add default via 198.18.3.1");
-    // A strict check of sources is no hindrance. There is a way to everywhere, which no packet of members takes.
+    // Strict reverse path filtering does not disturb it. There is a default route, which no packet of members takes.
     let wan = Host::new("wan", lane);
     let (_, uplink) = gateway.connect(&wan, 9);
     gateway.run(&format!(
@@ -157,7 +158,7 @@ pub fn os21_members_behind_nat_reach_each_other_through_the_hub_and_other_tenant
     assert!(worker(&gateway, "status").1.contains("server tenants/hub up: wg-hub; leases 4\n"));
     assert!(worker(&gateway, "doctor").1.contains("ok   server tenants/hub: wg-hub has the peers of all 4 leases"));
 
-    // Whatever members set, the hub keeps tenants apart, and lets nobody out.
+    // Whatever allowed-ips members set, the hub isolates tenants, and forwards no packet elsewhere.
     for member in [&a, &b, &other] {
         member.widen();
     }
@@ -167,12 +168,12 @@ pub fn os21_members_behind_nat_reach_each_other_through_the_hub_and_other_tenant
         assert!(!member.reaches(address), "{} reaches {address}", member.address);
     }
     a.wait_until_it_reaches(&b.address);
-    // Nor do errors about their packets leave by another way: too large, or without a receiver.
+    // Nor do errors about their packets leave by another route: of too large packets, or without a receiver.
     for (size, address) in [(1600, &*b.address), (56, "10.64.0.99")] {
         let _ = m1.try_run(&format!("ping -c 2 -W 1 -M do -s {size} -I {} {address}", a.address));
     }
     assert_eq!(leaked(), "0");
-    // What somebody takes away is there again soon: the interface changes, so that the worker looks.
+    // Deleted rules are restored soon: the interface changes, which triggers a read by the worker.
     let look_again = || gateway.run("ip link add other type veth peer name another && ip link del other");
     for damage in [
         "ip rule del pref 5183 iif wg-hub",
@@ -187,7 +188,7 @@ pub fn os21_members_behind_nat_reach_each_other_through_the_hub_and_other_tenant
         });
         assert!(!other.reaches(&a.address), "after {damage}");
     }
-    // That is not for want of a way: without a filter there is one.
+    // This is not for lack of a route: without the filter the packets pass.
     let _ = worker_process.end_by(Signal::SIGKILL);
     gateway.run("tc filter del dev wg-hub ingress");
     other.wait_until_it_reaches(&a.address);
@@ -195,7 +196,7 @@ pub fn os21_members_behind_nat_reach_each_other_through_the_hub_and_other_tenant
     assert!(!other.reaches(&a.address) && a.reaches(&b.address), "the filter is there again");
     worker_process = gateway.start_worker();
 
-    // Neither a broker's nor a worker's end is noticed in the tunnels, and a worker without a broker knows its peers.
+    // The tunnels survive the end of broker and worker, and a worker without a broker knows its peers.
     let before = peers(&gateway);
     let _ = broker.end_by(Signal::SIGKILL);
     let _ = worker_process.end_by(Signal::SIGKILL);
@@ -208,7 +209,7 @@ pub fn os21_members_behind_nat_reach_each_other_through_the_hub_and_other_tenant
     for port in [5000, 9586] {
         wait_until("they are back", || (gateway.get(port, "/readyz")?.status == 200).then_some(()));
     }
-    // The addresses of those that do not come back are held for a while, and then their peers go.
+    // The addresses of members that do not return are held for a while, and then their peers are removed.
     let key = a.key.clone();
     for member in [a, b, other, same] {
         let Member { mut client, .. } = member;
@@ -221,7 +222,7 @@ pub fn os21_members_behind_nat_reach_each_other_through_the_hub_and_other_tenant
     });
 }
 
-/// A hub that comes, changes and goes is told to those that asked for it, and to nobody else.
+/// Members that asked for the hub receive its changes, and no others do.
 pub fn members_learn_of_a_hub_that_changes(lane: Lane) {
     let gateway = Host::new("gw1", lane);
     let with = |hub: &str| gateway.configure(&format!("tenants: {{enabled: true, hub: gw1}}\n{hub}"));
@@ -254,7 +255,7 @@ pub fn members_learn_of_a_hub_that_changes(lane: Lane) {
         with(config);
         gateway.setup();
         worker_process = gateway.start_worker();
-        // The other member answers no pings here, and may be gone on a busy machine.
+        // The other member answers no pings here, and on a busy machine it may have been removed.
         let message = std::iter::repeat_with(|| asks.message().unwrap()).find(|message| message.get("hub").is_some());
         let message = message.unwrap();
         match endpoint {
@@ -267,7 +268,7 @@ pub fn members_learn_of_a_hub_that_changes(lane: Lane) {
         }
     }
     let _ = broker.wait_for_log("the hub of tenants is gone");
-    // The one that did not ask gets the next announcement, and nothing before.
+    // The member that did not ask for the hub receives the next announcement, and no message before it.
     let mut last = open("");
     last.join("C", &third).unwrap();
     assert_eq!(plain.message().unwrap()["display_name"], "C");

@@ -1,4 +1,4 @@
-//! One gateway and its answers.
+//! A single gateway, and the answers to its routers.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -12,7 +12,7 @@ use wgkex_tests::{key, wait_until};
 
 use crate::Single;
 
-/// From the contract: the key, and its node's address.
+/// From the contract: a key, and its node's address.
 const NODE: (&str, &str) = ("TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=", "fe80::27c:16ff:fec0:6c74");
 
 pub fn a_router_gets_the_contracts_answers_and_the_gateway_its_three_objects(lane: Lane) {
@@ -46,7 +46,7 @@ pub fn a_router_gets_the_contracts_answers_and_the_gateway_its_three_objects(lan
     assert!(tables.peers.contains(&format!("{key}\t{node}/128")), "{tables:#?}");
     assert!(tables.routes.contains(&format!("{node} metric 1024 pref medium")), "{tables:#?}");
     assert!(tables.fdb.contains(&entry), "{tables:#?}");
-    // Only the key that asked for service there.
+    // Only the key of the readiness check is there.
     assert_eq!(host.tables("b").lengths(), [1; 3]);
     watched_over(host);
 }
@@ -60,13 +60,13 @@ fn watched_over(host: &Host) {
         let up = format!(r#"wgkex_worker_domain_up{{domain="{domain}"}}"#);
         assert_eq!(host.metric(9586, &up).as_deref(), Some("1"));
     }
-    // 3 clients x 2 versions, the contract's key, and the one that asked for service.
+    // 3 clients x 2 versions, the contract's key, and that of the readiness check.
     let received = r#"wgkex_worker_keys_received_total{domain="test_a"}"#;
     wait_until("8 keys are counted", || (host.metric(9586, received)? == "8").then_some(()));
 }
 
 pub fn each_key_is_in_the_kernel_at_the_instant_of_its_200(lane: Lane) {
-    // A virtual machine takes its time to start the witnesses, and a request under way cannot wait for that.
+    // A virtual machine is slow to start the C tools, and a pending request cannot wait for that.
     let (keys, clients) = if lane == Lane::Kernel { (100, 1) } else { (1_000, 4) };
     let single = Single::new(lane, "");
     let host = &single.host;
@@ -93,7 +93,7 @@ pub fn each_key_is_in_the_kernel_at_the_instant_of_its_200(lane: Lane) {
     assert_eq!(host.tables("a").lengths(), [keys as usize + 1; 3]);
 }
 
-/// Keeps the kernel as it is while somebody looks, by freezing the one who changes it.
+/// Keeps the kernel unchanged while a client inspects it, by stopping the worker.
 struct Instant<'a> {
     worker: &'a Process,
     looking: Mutex<u32>,

@@ -1,4 +1,4 @@
-//! Interfaces that are missing, go and come back.
+//! Missing, deleted and recreated interfaces.
 
 use std::net::{Ipv4Addr, SocketAddr};
 
@@ -22,7 +22,7 @@ pub fn interfaces_may_be_missing_and_come_and_go(lane: Lane) {
     for version in [1, 2] {
         assert_eq!(host.post(version, &key(0)).status, 503);
     }
-    // Version 1 publishes it all the same.
+    // Version 1 publishes the key all the same.
     let mut keys = vec![key(0), key(1), key(2)];
     announce(&witness, &keys[1..]);
     let received = || host.metric(9586, r#"wgkex_worker_keys_received_total{domain="test_a"}"#);
@@ -38,7 +38,7 @@ pub fn interfaces_may_be_missing_and_come_and_go(lane: Lane) {
     let before = downs(&worker, "b");
 
     let failed = || host.metric(9586, r#"wgkex_worker_keys_failed_total{domain="test_a",reason="interface"}"#);
-    // With the second only the flood list goes; it is one of the three all the same.
+    // The second command removes only the flood list, which is one of the three objects all the same.
     for (command, n) in [("ip link del wg-a", 10), ("ip link del vx-a", 11)] {
         let (downs_before, failed_before) = (downs(&worker, "a"), failed());
         host.run(command);
@@ -50,7 +50,7 @@ pub fn interfaces_may_be_missing_and_come_and_go(lane: Lane) {
         assert_eq!(downs(&worker, "a"), downs_before + 1, "after {command}: {}", worker.log());
         keys.push(key(n));
 
-        // A userspace WireGuard takes its time to end, and until then its name is taken.
+        // A userspace WireGuard takes some time to end, and keeps its name until then.
         let free = "ip link show wg-a || ! test -e /run/wireguard/wg-a.sock";
         wait_until("the name is free", || host.try_run(free).status.success().then_some(()));
         host.setup();
@@ -62,7 +62,7 @@ pub fn interfaces_may_be_missing_and_come_and_go(lane: Lane) {
     assert!(worker.is_running());
 }
 
-/// The worker has said everywhere that it does not serve this domain.
+/// The worker has reported in its metrics, on the bus and at /readyz that it does not serve this domain.
 fn is_down(host: &Host, witness: &Probe, rest: &str) {
     let up = || host.metric(9586, &format!(r#"wgkex_worker_domain_up{{domain="test_{rest}"}}"#));
     wait_until("the metric says it", || (up()? == "0").then_some(()));
@@ -72,7 +72,7 @@ fn is_down(host: &Host, witness: &Probe, rest: &str) {
     assert!(unready.status == 503 && unready.body.contains(&format!("domain test_{rest}: ")), "{unready:?}");
 }
 
-/// Changes some other link, so that the worker looks for its own again.
+/// Changes another link, so that the worker searches for its own again.
 fn look_again(host: &Host) {
     let failures = || host.metric(9586, r#"wgkex_worker_read_failures_total{domain="test_a"}"#);
     let before = failures();

@@ -1,4 +1,4 @@
-//! The commands that look at a gateway and leave it as it is: `status` and `dry-run`.
+//! The worker's read-only commands: `status` and `dry-run`.
 
 use std::path::Path;
 
@@ -10,7 +10,7 @@ use wgkex_tests::{key, wait_until};
 
 use crate::{Single, end};
 
-/// Runs the worker's program with these arguments: its exit code, and what it prints.
+/// Runs the worker's program with these arguments; returns its exit code and output.
 pub fn worker(host: &Host, arguments: &str) -> (i32, String) {
     let output = host.try_run(&format!("{} --config /run/wgkex.yaml {arguments}", binary("wgkex-worker").display()));
     let text = [output.stdout, output.stderr].concat();
@@ -21,7 +21,7 @@ pub fn status_shows_what_is_served_and_what_is_wrong(lane: Lane) {
     let Single { broker, worker: process, host } = Single::new(lane, "");
     assert_eq!(host.post(2, &key(0)).status, 200);
     wait_until("all is well", || (worker(&host, "status").0 == 0).then_some(()));
-    // The tables are read about once in 45 s: it was 0 until then.
+    // The tables are read about once in 45 s. Regression: it was 0 until then.
     let never_connected = || {
         let status: Value = serde_json::from_str(&worker(&host, "status --json").1).unwrap();
         status["domains"]["test_a"]["peers"]["never_connected"].as_u64().unwrap()
@@ -78,7 +78,7 @@ pub fn status_shows_what_is_served_and_what_is_wrong(lane: Lane) {
 pub fn dry_run_shows_what_the_worker_would_change_and_changes_nothing(lane: Lane) {
     let Single { broker: _broker, worker: mut process, host } = Single::new(lane, "");
     let nothing = "# test_a: nothing would change\n# test_b: nothing would change\n";
-    // The state file is written a moment later: the new peer was shown as a stale one.
+    // The state file is written a moment later. Regression: the new peer was shown as a stale one.
     for n in 0..5 {
         assert_eq!(host.post(2, &key(n)).status, 200);
         assert_eq!(worker(&host, "dry-run"), (0, nothing.to_owned()), "{n}");
@@ -105,7 +105,7 @@ pub fn dry_run_shows_what_the_worker_would_change_and_changes_nothing(lane: Lane
     assert!(code == 0 && json["test_a"]["changes"].as_array().is_some_and(|changes| changes.len() == 3), "{text}");
     assert_eq!((host.tables("a"), host.wireguard("wg-a"), state(&host)), before);
 
-    // What it prints does what the worker would.
+    // The printed script makes the same changes as the worker.
     host.run(&script);
     assert_eq!(worker(&host, "dry-run"), (0, nothing.to_owned()));
     host.run("ip link del vx-b");
@@ -113,7 +113,7 @@ pub fn dry_run_shows_what_the_worker_would_change_and_changes_nothing(lane: Lane
     assert!(code == 1 && text.contains("# test_b: interface vx-b is missing\n"), "{text}");
 }
 
-/// Every file of the state, byte for byte.
+/// All state files with their content.
 fn state(host: &Host) -> Vec<(String, Vec<u8>)> {
     let files = std::fs::read_dir(host.path("/run/wgkex/state")).unwrap().map(|entry| entry.unwrap().path());
     let named = |file: &Path| (file.file_name().unwrap().to_string_lossy().into_owned(), std::fs::read(file).unwrap());

@@ -1,5 +1,5 @@
-//! The whole on real kernels: the real programs on hosts of their own, a real WireGuard, and the C tools as witnesses.
-//! Each scenario is a test in two lanes: `netns` with wireguard-go, `vm` with the kernel's WireGuard.
+//! End-to-end tests on real kernels: the real programs on hosts of their own, real WireGuard, and the C tools to
+//! inspect it. Each scenario is a test in two lanes: `netns` with wireguard-go, `vm` with the kernel's WireGuard.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by it")]
 
@@ -92,7 +92,7 @@ lanes! {
     address_owners: two_brokers_that_admit_two_keys_of_one_address_at_once_leave_every_gateway_with_the_same;
 }
 
-/// How long a program may take to end.
+/// The time in which a program has to end.
 const END: Duration = Duration::from_secs(2);
 
 /// A gateway on its own: the broker with its embedded MQTT server, and the worker.
@@ -125,10 +125,10 @@ fn serves(host: &Host) {
     }
 }
 
-/// The key that asks whether there is service.
+/// The key of the readiness check.
 const SPARE: &str = "o52Ge+Rpj4CUSitVag9mS7pSXUesNM0ESnvj/wwehkg=";
 
-/// Ends a program as an init system does, and checks that it obeys in time and is content.
+/// Ends a program as an init system does, and checks that it ends in time and with success.
 fn end(process: &mut Process, signal: Signal) {
     let begun = Instant::now();
     process.signal(signal);

@@ -1,7 +1,7 @@
 //! Gateways on other machines, on the broker's own MQTT server.
 //!
-//! Seen to fail with a worker that may write on every topic (the key was in the kernels), and with a door that lets in
-//! without TLS who comes from another machine.
+//! Fails with a worker that may publish on every topic (the key was in the kernels), and with a listener that accepts
+//! other machines without TLS.
 
 use std::fs;
 
@@ -12,7 +12,7 @@ use wgkex_tests::{key, wait_until};
 
 use crate::serves;
 
-/// Each has a line of its own to the broker, by TLS, and a password of its own.
+/// Each gateway has its own link to the broker, TLS, and its own password.
 pub fn gateways_on_other_machines_use_tls_and_only_their_own_rights(lane: Lane) {
     let (hub, gw1, gw2) = (Host::new("hub", lane), Host::new("gw1", lane), Host::new("gw2", lane));
     let lines = [(&gw1, hub.connect(&gw1, 1)), (&gw2, hub.connect(&gw2, 2))];
@@ -37,7 +37,7 @@ pub fn gateways_on_other_machines_use_tls_and_only_their_own_rights(lane: Lane) 
         (hub.metric(5000, r#"wgkex_broker_gateways{state="online"}"#)? == "2").then_some(())
     });
 
-    // Without TLS nobody on another machine is heard; with it, a worker is no broker.
+    // Without TLS messages from another machine are refused; with it, a worker has no rights of a broker.
     let ((_, (server, _)), rogue) = (lines[1], key(666));
     let say = |more: &str| {
         gw2.try_run(&format!(

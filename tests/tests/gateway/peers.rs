@@ -1,4 +1,4 @@
-//! Peers that talk, and peers that do not.
+//! Peers with and without handshakes.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -32,7 +32,7 @@ pub fn a_silent_peer_is_swept_and_a_foreign_one_stays(lane: Lane) {
     let single = Single::new(lane, cleanup);
     let host = &single.host;
     let (_router, talks) = router(host, lane);
-    // Not made by wgkex: other allowed-ips, or others beside its own.
+    // Peers that wgkex did not make: with other allowed-ips, or with more than their own.
     let (foreign, extended, silent) = (key(1), key(2), key(3));
     host.run(&format!("wg set wg-a peer {foreign} allowed-ips 10.9.0.0/24"));
     host.run(&format!("wg set wg-a peer {extended} allowed-ips {}/128,10.9.1.0/24", link_local(&extended)));
@@ -58,7 +58,7 @@ pub fn a_silent_peer_is_swept_and_a_foreign_one_stays(lane: Lane) {
     assert_eq!(host.tables("a").missing(&silent), Vec::<String>::new());
 }
 
-/// Seen to fail without the bound of unproven peers (42 there at once), and where proven ones make room like others.
+/// Fails without the bound of unproven peers (42 at once), and if proven ones are evicted like others.
 pub fn a_flood_of_keys_evicts_only_unestablished_peers(lane: Lane) {
     const UNPROVEN: usize = 30;
     let single = Single::new(lane, "cleanup: {interval: 1}\npeers: {unproven: 30}\n");
@@ -76,7 +76,7 @@ pub fn a_flood_of_keys_evicts_only_unestablished_peers(lane: Lane) {
         assert_eq!(tables.missing(&talks), Vec::<String>::new());
         tables
     };
-    // With the key by which the broker was seen to serve.
+    // With the key of the readiness check.
     let heard = r#"wgkex_broker_live_keys{domain="test_a",state="unproven"}"#;
     wait_until("the flood is over", || {
         tables();
@@ -95,12 +95,12 @@ pub fn an_idle_routers_endpoint_is_forgotten_and_it_gets_through_again(lane: Lan
     assert_ne!(peer(host, &key).endpoint, "(none)");
     wait_until("its endpoint is forgotten", || (peer(host, &key).endpoint == "(none)").then_some(()));
     assert_eq!(host.tables("a").missing(&key), Vec::<String>::new());
-    // A tunnel notices within seconds that the other side does not know it any more.
+    // A tunnel detects within seconds that the other side has no session any more.
     wait_until("it gets through again", || ping(&router, host).then_some(()));
     assert_ne!(peer(host, &key).endpoint, "(none)");
 }
 
-/// Seen to fail where a peer that vanished was taken for one that somebody removed on purpose: none came back.
+/// Fails with a worker that takes a missing peer for one removed on purpose: none was restored.
 pub fn peers_that_vanish_are_back_with_routes_and_entries_and_a_denied_one_is_not(lane: Lane) {
     const KEYS: u32 = 60;
     let single = Single::new(lane, "cleanup: {interval: 1}\nblacklist_file: /run/denied\n");
@@ -122,13 +122,13 @@ pub fn peers_that_vanish_are_back_with_routes_and_entries_and_a_denied_one_is_no
         keys.iter().fold(String::new(), |script, n| format!("{script}wg set wg-a peer {} remove\n", key(*n)))
     };
     let odd: Vec<_> = (1..KEYS).step_by(2).collect();
-    // Another manager of the interface is reloaded; somebody's script; one peer by hand.
+    // Another manager of the interface is reloaded; a script removes peers; one peer is removed by hand.
     for vanish in ["wg syncconf wg-a /run/conf", "wg setconf wg-a /run/conf", &remove(&odd), &remove(&[7])] {
         host.run(vanish);
         wait_until(&format!("all are back after {vanish:.20}"), || all_but(&[]));
         wait_until("the router gets through", || ping(&router, host).then_some(()));
     }
-    // So a person has to say that a key is to go.
+    // Only a list entry removes a key for good.
     fs::write(host.path("/run/denied"), format!("[{:?}]\n", key(7))).unwrap();
     wait_until("the denied one is gone, all of it", || (host.tables("a").missing(&key(7)).len() == 3).then_some(()));
     host.run("wg syncconf wg-a /run/conf");
@@ -137,14 +137,14 @@ pub fn peers_that_vanish_are_back_with_routes_and_entries_and_a_denied_one_is_no
     assert!(tables.peers.iter().all(|peer| !peer.starts_with(&key(7))), "{tables:#?}");
 }
 
-/// A router that has asked and had a handshake; returns its key, too.
+/// A router that has requested and had a handshake; returns its key, too.
 pub fn router(gateway: &Host, lane: Lane) -> (Host, String) {
     let router = Host::new("router", lane);
     let (address, _) = gateway.connect(&router, 1);
     let key = router.run("umask 077 && wg genkey > /run/key && wg pubkey < /run/key");
     assert_eq!(gateway.post(2, &key).status, 200);
     let _ = router.tunnel_to(gateway, address);
-    // As routers do: a key that got no handshake in its grace may be gone again.
+    // Repeated, as by a real router: a key without a handshake in its grace may have been removed.
     wait_until("the router gets through", || {
         (gateway.post(2, &key).status == 200 && ping(&router, gateway)).then_some(())
     });
@@ -157,7 +157,7 @@ pub fn ping(router: &Host, gateway: &Host) -> bool {
     router.try_run(&format!("ping -c 1 -W 1 {remote}%wg-router")).status.success()
 }
 
-/// What `wg` shows of a peer.
+/// The output of `wg` for a peer.
 #[derive(Debug)]
 struct Peer {
     endpoint: String,

@@ -1,4 +1,4 @@
-//! What the programs tell others: no full key, and no address of a router. Seen to fail with keys that are not shortened.
+//! Output of the programs for others: no full key, and no address of a router. Fails with keys that are not shortened.
 
 use wgkex_tests::gateway::{Host, Lane};
 use wgkex_tests::http::ask;
@@ -12,7 +12,7 @@ pub fn no_key_and_no_routers_address_is_in_logs_metrics_page_or_retained_message
     let host = &single.host;
     let router = Host::new("router", lane);
     let (here, there) = host.connect(&router, 1);
-    // What is refused must not be told of either.
+    // Refused keys must not be logged either.
     let refused = [host.run("wg show wg-a public-key"), "x".repeat(44)];
     let bodies = (0..KEYS).map(key).chain(refused.clone()).map(|key| ask("test_a", &key));
     let version = |n: usize| if n.is_multiple_of(2) { "v1" } else { "v2" };

@@ -1,4 +1,4 @@
-//! Routers that do not get through to the gateway that they were given.
+//! Routers that cannot connect to the gateway that they got.
 
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -10,9 +10,9 @@ use wgkex_tests::{DEADLINE, wait_until, wait_within};
 use crate::Single;
 use crate::peers::ping;
 
-/// A router that had no handshake for so long is not waited for any more.
+/// A router without a handshake for so long is no longer expected.
 const PATIENCE: Duration = Duration::from_secs(300);
-/// A handshake is reported when the tables are read again: after 45 s.
+/// A handshake is reported at the next read of the tables: after 45 s.
 const TABLE_READ: Duration = DEADLINE.saturating_add(Duration::from_secs(45));
 
 #[test]

@@ -1,4 +1,5 @@
-//! A gateway that is a server of the registry: its interface has the peers of its clients, and nothing else of it changes.
+//! A gateway that is a server of the registry: its interface gets the peers of its clients, and is not changed
+//! otherwise.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -14,12 +15,12 @@ use wgkex_tests::{key, wait_until, wait_within};
 
 use crate::looks::worker;
 
-/// How soon the interface has what changed.
+/// The time in which a change reaches the interface.
 const SOON: Duration = Duration::from_secs(2);
 /// `admin:s3cret`.
 const LOGIN: &str = "Authorization: Basic YWRtaW46czNjcmV0";
 
-/// A gateway whose broker has a registry, with the server `s1`, and both programs.
+/// A gateway whose broker has a registry, with the server `s1`; starts both programs.
 fn started(host: &Host, more: &str) -> (Process, Process) {
     fs::write(host.path("/run/registry.password"), "s3cret\n").unwrap();
     configure(host, more);
@@ -47,7 +48,7 @@ fn call(host: &Host, route: &str, fields: &serde_json::Value) -> Option<u16> {
     })
 }
 
-/// What a call answers that lists what there is.
+/// The answer of a call that lists entries.
 fn listed(host: &Host, route: &str) -> serde_json::Value {
     host.inside(|| {
         let mut http = Http::try_connect("127.0.0.1:5000".parse().unwrap()).unwrap();
@@ -78,7 +79,7 @@ fn wait_for_peers(host: &Host, limit: Duration, expected: &[String]) {
     wait_within(limit, "the server has the peers of its leases", || (peers(host) == expected).then_some(()));
 }
 
-/// What `wg` shows of a server's peer: its settings with its last handshake, and how much it received and sent.
+/// The output of `wg` for a server's peer: its settings with its last handshake, and the bytes received and sent.
 fn dumped(host: &Host, key: &str) -> (Vec<String>, [u64; 2]) {
     let line = host.wireguard("s1").into_iter().find(|line| line.starts_with(key)).expect("a peer");
     let mut fields: Vec<_> = line.split('\t').map(str::to_owned).collect();
@@ -118,7 +119,8 @@ pub fn wa25_a_gateway_keeps_the_clients_of_its_server_through_outages_and_is_rig
     let all = [foreign.clone(), peer(1, 21), peer(2, 22), peer(3, 23), peer(4, 24)];
     wait_for_peers(&host, 2 * SOON, &all);
 
-    // The worker goes on without a broker, and without MQTT, which is the broker's. What is deleted before it is back at MQTT goes, too.
+    // The worker continues without a broker, and without MQTT, whose server is the broker's. Clients deleted before it
+    // has reconnected to MQTT are removed, too.
     let _ = broker.end_by(Signal::SIGKILL);
     thread::sleep(SOON);
     assert_eq!(peers(&host), all.iter().cloned().collect());
@@ -131,7 +133,7 @@ pub fn wa25_a_gateway_keeps_the_clients_of_its_server_through_outages_and_is_rig
     let all = [foreign.clone(), peer(11, 21), peer(3, 23), peer(4, 24)];
     wait_for_peers(&host, 2 * SOON, &all);
 
-    // A worker that starts without a broker restores what it had.
+    // A worker that starts without a broker restores its peers.
     let _ = broker.end_by(Signal::SIGKILL);
     let _ = worker.end_by(Signal::SIGKILL);
     host.run(&format!("wg set s1 peer {} remove", key(4)));
@@ -139,7 +141,7 @@ pub fn wa25_a_gateway_keeps_the_clients_of_its_server_through_outages_and_is_rig
     wait_for_peers(&host, Duration::from_secs(10), &all);
     let _ = worker.end_by(Signal::SIGKILL);
 
-    // What is deleted while the worker is down is gone when it is back, and what it has not made stays.
+    // Clients deleted while the worker is down are removed when it starts, and peers that it has not made stay.
     let _broker = host.start_broker();
     wait_until("the broker answers", || call(&host, "server/exists", &json!({ "server_name": "s1" })));
     delete(&host, "c3");
@@ -211,7 +213,7 @@ fn connect_client(gateway: &Host, client: &Host, lane: Lane, name: &str) -> Stri
     public
 }
 
-/// The tunnel of a file is up, and reaches the server.
+/// Starts the tunnel of a config file, and checks that it reaches the server.
 fn wg_quick_up(client: &Host, lane: Lane, file: &str) {
     let userspace = if lane == Lane::Userspace { "WG_QUICK_USERSPACE_IMPLEMENTATION=wireguard-go " } else { "" };
     client.run(&format!(
@@ -238,7 +240,7 @@ pub fn wa26_a_node_leases_its_address_and_its_file_follows_the_registry(lane: La
     let files = "/run/keys/s1.key /run/tunnels/s1.conf";
     assert_eq!(client.run(&format!("stat -c %a {files}")), "600\n600");
     wg_quick_up(&client, lane, "/run/tunnels/s1.conf");
-    // The second time, nothing changes, here or there, and the client's id in the registry neither.
+    // A second run changes nothing, here or there, and the client keeps its id in the registry.
     let state = || {
         let here = (client.run(&format!("stat -c '%i %y' {files}")), client.run("wg show s1 latest-handshakes"));
         (here, peers(&gateway), listed(&gateway, "client/list_all"))
@@ -246,14 +248,14 @@ pub fn wa26_a_node_leases_its_address_and_its_file_follows_the_registry(lane: La
     let before = state();
     assert_eq!(client.run(&command("s1")), "s1: /run/tunnels/s1.conf unchanged");
     assert_eq!(state(), before);
-    // What cannot be done is named, and the rest is done; somebody else's file stays.
+    // A server that fails is named, and the others are set up; a file that the command did not write stays.
     fs::write(client.path("/run/tunnels/s2.conf"), "[Interface]\n").unwrap();
     let output = client.try_run(&command("s2 s9 s1"));
     let said = String::from_utf8(output.stderr).unwrap();
     assert_eq!((output.status.code(), &*output.stdout), (Some(1), b"s1: /run/tunnels/s1.conf unchanged\n".as_slice()));
     assert!(said.contains("error: s2: /run/tunnels/s2.conf was not written by wgkex-node"), "{said}");
     assert!(said.contains("error: s9: ") && said.contains("404: ") && !said.contains("s3cret"), "{said}");
-    // Another endpoint and another key of the server at the registry are others in the file.
+    // A new endpoint and a new key of the server at the registry are written to the file.
     assert!(worker.end_by(Signal::SIGTERM).success());
     configure(&gateway, ", endpoint: gw.example");
     let known = gateway.run("wg show s1 public-key");
@@ -298,7 +300,7 @@ pub fn a_server_that_the_registry_does_not_take_is_named(lane: Lane) {
     let doctor = host.try_run(&format!("{} --config /run/wgkex.yaml doctor", binary("wgkex-broker").display()));
     let said = String::from_utf8(doctor.stdout).unwrap();
     assert!(said.contains(&format!("warn registry: {problem}")) && said.contains("server delete NAME"), "{said}");
-    // It is no problem any more when the other one is gone.
+    // The problem ends when the other server is deleted.
     assert_eq!(call(&host, "server/delete", &json!({ "server_name": "s1" })), Some(200));
     host.run("ip link set s1 down && ip link set s1 up");
     wait_within(Duration::from_secs(120), "the registry takes it", || {

@@ -14,10 +14,10 @@ use wgkex_tests::{key, wait_until};
 
 use crate::{END, serves};
 
-/// An answer with a frozen gateway about: `confirm_budget`, and some patience with a busy machine.
+/// The limit of an answer with a frozen gateway: `confirm_budget`, and a margin for a busy machine.
 const ANSWER: Duration = Duration::from_secs(5);
 
-/// For a test of the shares: a machine that is busy must not make a gateway look silent.
+/// For a test of the shares: on a busy machine, a gateway must not look silent.
 const PATIENT: &str = "confirm_timeout: 20\nconfirm_budget: 25";
 
 pub struct Gateway {
@@ -47,7 +47,7 @@ impl Fleet {
         fleet
     }
 
-    /// Every gateway is online at the broker, and its domains too: they said so before.
+    /// Waits until every gateway is online at the broker, and its domains, which are published before that, too.
     fn wait_for_all(&self) {
         serves(&self.hub);
         let online = self.gateways.len().to_string();
@@ -74,7 +74,7 @@ impl Gateway {
     fn new(hub: &Host, lane: Lane, n: u8, more: &str) -> Self {
         let host = Host::new(&format!("gw{n}"), lane);
         let (server, address) = hub.connect(&host, n);
-        // A frozen worker keeps its session, and with it what it is sent.
+        // A stopped worker keeps its session, and the server queues its messages.
         host.configure(&format!("mqtt: {{broker_url: {server}, keepalive: 60}}\nexternalName: {address}\n{more}\n"));
         host.setup();
         Self { worker: host.start_worker(), public_key: host.run("wg show wg-a public-key"), host }
@@ -90,7 +90,8 @@ pub fn four_gateways_share_the_routers_by_weight_and_all_have_every_key(lane: La
     const ROUTERS: u32 = 4;
     let weights = [84, 42, 21, 21];
     let fleet = Fleet::new(lane, &weights, PATIENT);
-    // Side by side: once a gateway counts its peers anew, the answers before that, whose routers never came, count no more.
+    // In parallel: once a gateway counts its peers anew, earlier answers to routers that never connected no longer
+    // count.
     let (fleet, shares) = (&fleet, Mutex::new(BTreeMap::<usize, u32>::new()));
     thread::scope(|scope| {
         for first in 0..ROUTERS {
@@ -109,7 +110,7 @@ pub fn four_gateways_share_the_routers_by_weight_and_all_have_every_key(lane: La
         let (share, fair) = (shares[&n], ANSWERS * weight / weights.iter().sum::<u32>());
         assert!(share.abs_diff(fair) <= 4 + ROUTERS, "gw{}: {share} answers instead of {fair} in {shares:?}", n + 1);
     }
-    // One more is the key that asked for service.
+    // One more for the key of the readiness check.
     let all = ANSWERS as usize + 1;
     for gateway in &fleet.gateways {
         wait_until("every key is there", || (gateway.host.tables("a").lengths() == [all; 3]).then_some(()));
@@ -117,7 +118,7 @@ pub fn four_gateways_share_the_routers_by_weight_and_all_have_every_key(lane: La
 }
 
 pub fn a_frozen_gateway_is_passed_over_within_the_budget_and_has_the_keys_when_it_thaws(lane: Lane) {
-    // The heavy one would be named by two of three answers.
+    // The heavier gateway would get two of three routers.
     let fleet = Fleet::new(lane, &[2, 1], "");
     let [frozen, other] = &fleet.gateways[..] else { panic!("two gateways") };
     let keys = frozen_while_routers_ask(&fleet);
@@ -144,7 +145,7 @@ pub fn a_frozen_gateway_is_passed_over_within_the_budget_and_has_the_keys_when_i
     }
 }
 
-/// Freezes `gw1` while four routers at a time ask, and returns the keys whose requests began after that.
+/// Stops `gw1` while four routers at a time request, and returns the keys whose requests began after that.
 fn frozen_while_routers_ask(fleet: &Fleet) -> Vec<String> {
     let frozen = &fleet.gateways[0];
     let next = AtomicU32::new(0);
@@ -159,7 +160,7 @@ fn frozen_while_routers_ask(fleet: &Fleet) -> Vec<String> {
             assert_eq!(answer.status, 200, "{answer:?}");
             match fleet.named(&answer) {
                 0 if after => panic!("an answer names the frozen gateway"),
-                // It may have confirmed this one just before.
+                // It may have confirmed this key just before.
                 0 if is_frozen.load(Ordering::SeqCst) => assert!(frozen.has(&key), "an answer is not true"),
                 _ => {}
             }
@@ -174,7 +175,7 @@ fn frozen_while_routers_ask(fleet: &Fleet) -> Vec<String> {
         wait_until("routers ask", || (next.load(Ordering::SeqCst) > 20).then_some(()));
         frozen.worker.signal(Signal::SIGSTOP);
         is_frozen.store(true, Ordering::SeqCst);
-        // Those whose answers waited for it have theirs after this.
+        // After this, the requests that waited for its confirmation are answered.
         let begun = next.load(Ordering::SeqCst);
         let patient = Instant::now();
         wait_until("routers go on asking", || {

@@ -1,4 +1,4 @@
-//! How a worker ends, and what it may do while it lives: seen to fail for a worker that gives nothing up.
+//! How a worker ends, and the privileges it keeps while it runs: fails with a worker that drops none.
 
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -27,7 +27,7 @@ pub fn a_stopped_worker_announces_it_and_leaves_the_kernel_unchanged(lane: Lane)
         witness.next("the worker is offline", |said| said.topic == STATUS && said.text() == "0");
         assert_eq!((host.wireguard("wg-a"), host.tables("a")), (peers, tables), "{signal} changed the kernel");
 
-        // Another one, of another name, hears it from the server, which has kept it.
+        // A new client, with another name, receives it as a retained message.
         let kept = probe(&host, Role::new("late", &["#"]));
         let state = |topic: &str| kept.next(topic, |said| said.topic == topic && said.retain).text();
         assert_eq!(state(STATUS), "0");
@@ -60,7 +60,7 @@ pub fn a_worker_ends_in_time_although_mqtt_does_not_answer(lane: Lane) {
         assert_eq!((host.wireguard("wg-a"), host.tables("a")), (peers, tables), "{signal} changed the kernel");
         mosquitto = mosquitto_again(mosquitto, &host);
     }
-    // One that has never reached it ends as fast.
+    // A worker that was never connected ends as fast.
     drop(mosquitto);
     let mut worker = host.start_worker();
     worker.wait_for_log("MQTT not connected");
@@ -74,12 +74,12 @@ fn mosquitto_again(mosquitto: Process, host: &Host) -> Process {
 
 pub fn cap_net_admin_is_enough_and_its_absence_is_named(lane: Lane) {
     let host = Host::new("gateway", lane);
-    // Where nobody may read it, wherever the tests were built.
+    // A path that this user may read, wherever the tests were built.
     let program = Path::new("/run/wgkex/wgkex-worker");
     fs::copy(binary("wgkex-worker"), host.path("/run/wgkex/wgkex-worker")).unwrap();
     let nobody = ["--reuid=65534", "--regid=65534", "--clear-groups"];
     let net_admin = ["--inh-caps=-all,+net_admin", "--ambient-caps=-all,+net_admin", "--bounding-set=-all,+net_admin"];
-    // wireguard-go answers only its own user, so this user starts it; /dev/net/tun is everybody's on most systems.
+    // wireguard-go answers only its own user, so this user starts it; on most systems every user may open /dev/net/tun.
     host.run("chown 65534 /run/wgkex /run/wireguard");
     host.run("mknod -m 666 /run/tun c 10 200 && mount --bind /run/tun /dev/net/tun");
     let privileges = [&nobody[..], &net_admin].concat();
@@ -140,8 +140,7 @@ fn peers_topic(rest: &str) -> String {
     format!("wireguard-metrics/test_{rest}/gateway/connected_peers")
 }
 
-/// A gateway with its interfaces, a Mosquitto and a broker, but without a worker.
-/// Seen to fail where actix is left to it: it tried to accept for ever, and the broker was deaf.
+/// Fails with actix's own handling of a closed listener: it tried to accept for ever, and the broker served nobody.
 pub fn a_listener_that_is_closed_from_outside_ends_the_broker_and_is_opened_again_by_the_worker(lane: Lane) {
     let Single { mut broker, worker, host } = Single::new(lane, "");
     let close = |port| host.run(&format!("ss -K -tln 'sport = :{port}'"));
@@ -162,6 +161,7 @@ pub fn a_listener_that_is_closed_from_outside_ends_the_broker_and_is_opened_agai
     assert_eq!(host.wireguard("wg-a"), peers);
 }
 
+/// A gateway with its interfaces, a Mosquitto and a broker, but without a worker.
 fn with_mosquitto(lane: Lane) -> (Host, Process, Process) {
     let host = Host::new("gateway", lane);
     host.configure("mqtt: {broker_url: 127.0.0.1}\n");
@@ -179,7 +179,7 @@ pub fn a_worker_ends_in_time_with_twenty_thousand_peers(lane: Lane) {
     let (host, _mosquitto, _broker) = with_mosquitto(lane);
     fill(&host, 20_000);
     let tables = host.tables("a");
-    // While it reads the tables for the first time, and when it has nothing to do.
+    // During the first read of the tables, and when idle.
     for ready in ["wgkex_worker_mqtt_connected ", r#"wgkex_worker_domain_up{domain="test_a"} "#] {
         let mut worker = host.start_worker();
         wait_until(ready, || host.metric(9586, ready).filter(|value| value == "1"));
@@ -188,7 +188,7 @@ pub fn a_worker_ends_in_time_with_twenty_thousand_peers(lane: Lane) {
     assert_eq!(host.tables("a"), tables);
 }
 
-/// Has the C tools put so many keys into `test_a`.
+/// Has the C tools install so many keys in `test_a`.
 fn fill(host: &Host, keys: u32) {
     let file = |name: &str, line: &dyn Fn(&str, &str) -> String| {
         let lines: Vec<_> = (0..keys).map(key).map(|key| line(&key, &link_local(&key))).collect();
@@ -213,7 +213,7 @@ pub fn sighup_applies_the_log_level_of_a_worker_and_names_what_the_rest_needs(la
     assert!(reloaded.contains("log_level"), "{reloaded}");
     nonsense();
     worker.wait_for_log("DEBUG wgkex_worker");
-    // The interfaces are made by a command, and the rest is the broker's.
+    // The interfaces are set up by a command, and the other keys are the broker's.
     host.configure(
         "setup: {key_dir: /run/wgkex, vxlan_id: 98}\nmqtt_listen: {max_connections: 99}\ntenants: {grace: 5}\n",
     );
@@ -223,10 +223,10 @@ pub fn sighup_applies_the_log_level_of_a_worker_and_names_what_the_rest_needs(la
     assert!(!worker.log().contains("take effect after a restart"), "{}", worker.log());
 }
 
-/// Two would undo each other's work.
+/// Two workers would undo each other's changes.
 pub fn a_second_worker_does_not_start_and_a_killed_ones_successor_does(lane: Lane) {
     let Single { mut broker, worker, host } = Single::new(lane, "");
-    // One of a unit counts processes in a PID namespace of its own here.
+    // A worker in a unit has process ids of its own PID namespace here.
     drop(worker);
     host.run("chown -R root: /run/wgkex/state");
     let mut worker = host.start_worker_as_root();
@@ -246,7 +246,7 @@ pub fn a_second_worker_does_not_start_and_a_killed_ones_successor_does(lane: Lan
     assert!(broker.is_running());
     host.configure("");
 
-    // A reader, and one of our own, is in nobody's way.
+    // A process with a shared lock, and a restarted worker of our own, do not prevent the start.
     let reader = host.start(
         "reader",
         Path::new("/bin/sh"),

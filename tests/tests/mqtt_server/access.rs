@@ -1,4 +1,4 @@
-//! Users, and what they may.
+//! Users and their rights.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -13,7 +13,7 @@ use wgkex_tests::scripted::{Manner, Worker, endpoint, key_for, peers_of, status}
 use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack};
 use wgkex_tests::{key, wait_until};
 
-/// A server with these users, and the one whose name and password is `gw1` for all probes.
+/// A server with these users; all probes log in with user name and password `gw1`.
 pub fn stack(users: &[(&str, &str)]) -> Stack {
     Stack::start(plan(users, ""))
 }
@@ -34,7 +34,7 @@ pub fn as_user(name: &str, id: &str) -> Connect {
     Connect { login: Some(Login::new(name, name)), ..connect(id) }
 }
 
-/// Such a user that is let in.
+/// Such a user whose login is accepted.
 pub fn join(stack: &Stack, name: &str, id: &str) -> RawClient {
     let (raw, code) = RawClient::try_connect(stack.mqtt, &as_user(name, id));
     assert_eq!(code, Some(ConnectReturnCode::Success), "{name} as {id}");
@@ -73,8 +73,8 @@ fn each_refused_client_is_logged_once_with_the_reason() {
         assert!(user.is_none_or(|user| line.contains(&format!("user=\"{user}\""))), "{line}");
     }
 
-    // Operators see them without the log, too: neither what strangers do everywhere, nor an address. The client may see its end
-    // before it is counted.
+    // Operators also see refused clients without the log: neither connections without MQTT, nor addresses. A client may
+    // see the end of its connection before it is counted.
     let refused = wait_until("all are counted", || {
         let refused = stack.get("/status.json").json()["refused_clients"].clone();
         let counted: u64 = refused.as_array()?.iter().filter_map(|client| client["count"].as_u64()).sum();
@@ -123,7 +123,7 @@ fn a_wrong_password_is_refused_and_the_right_one_admitted() {
     let _ = join(&stack, "gw1", "gw1");
 }
 
-/// Passwords are verified two at a time; those who wait longer than they may hear that, too.
+/// Passwords are verified two at a time; clients that wait longer than allowed may be refused, too.
 #[test]
 fn wrong_passwords_keep_no_client_out_that_logged_in_before() {
     let stack = stack(&TWO);
@@ -186,7 +186,7 @@ fn a_worker_may_do_its_own_work_and_nothing_else() {
     assert_eq!(code, Some(ConnectReturnCode::NotAuthorized), "a will for another worker");
 }
 
-/// Seen to fail without the share of a user.
+/// Fails without the limit per user.
 #[test]
 fn a_worker_with_all_the_retained_messages_it_may_have_leaves_room_for_others() {
     let mut stack = stack(&TWO);
@@ -220,7 +220,7 @@ fn a_worker_cannot_take_anothers_connection_over() {
         let (_, code) = RawClient::try_connect(stack.mqtt, &as_user("gw2", id));
         assert_eq!(code, Some(ConnectReturnCode::BadClientId), "{id}");
     }
-    // These may be called so; they are others all the same.
+    // These clients may use such ids; they are distinct all the same.
     let (mut same, mut broker) = (join(&stack, "gw1-applied", "gw1-applied"), join(&stack, "b", "gw1"));
     for raw in [&mut first, &mut second, &mut same, &mut broker] {
         raw.send(&Packet::PingReq);

@@ -1,4 +1,4 @@
-//! What ends rumqttd's own server, or damages what it keeps, done to ours.
+//! Attacks that end rumqttd's own server, or damage its state, run against ours.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -82,7 +82,7 @@ fn another_version_of_mqtt_is_refused_with_the_reason() {
     assert_stands(&mut stack);
 }
 
-/// Subscribers that read nothing come and go in every way there is, while two publishers say all they can.
+/// Subscribers that read nothing connect and end in all ways, while two publishers publish as fast as they can.
 #[test]
 fn slow_subscribers_that_leave_during_a_flood_disturb_no_other_client() {
     let mut stack = stack();
@@ -119,7 +119,7 @@ fn churn(server: std::net::SocketAddr, n: u32, end: Instant) -> u32 {
         match round % 4 {
             0 => raw.send(&Packet::Disconnect),
             1 => raw.close(),
-            // The next one takes its place.
+            // The next one takes over its client id.
             2 => drop(RawClient::connect(server, &format!("churn-{n}"))),
             _ => raw.send(&Packet::Unsubscribe(Unsubscribe { pkid: 5, topics: vec!["#".into(), "never".into()] })),
         }

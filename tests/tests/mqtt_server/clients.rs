@@ -1,4 +1,4 @@
-//! Clients that others wrote: Mosquitto's, and the Python library that the original wgkex uses.
+//! Other implementations of clients: Mosquitto's, and the Python library of the original wgkex.
 
 use std::process::{Command, Output};
 
@@ -37,7 +37,7 @@ fn mosquittos_clients_publish_subscribe_keep_and_clear() {
     assert_eq!(raw.receive().topic, "kept/end");
     let output = client(&stack, "mosquitto_sub", &["-V", "mqttv5", "-t", "#", "-W", "20"]);
     assert!(!output.status.success() && String::from_utf8_lossy(&output.stderr).contains("rotocol"), "{output:?}");
-    // A line of many messages.
+    // Many messages, one per line.
     let lines: Vec<_> = (0..1000).map(|n| n.to_string()).collect();
     let mut raw = RawClient::connect(stack.mqtt, "raw");
     raw.subscribe(&[("lines", QoS::AtLeastOnce)]);
@@ -54,7 +54,7 @@ fn mosquittos_clients_publish_subscribe_keep_and_clear() {
     assert_stands(&mut stack);
 }
 
-/// What `with_paho.py` does, it does in both generations of the library; it names what is wrong.
+/// Runs the checks of `with_paho.py` with both generations of the library; it names the failing one.
 #[test]
 fn the_originals_library_does_all_that_it_can() {
     let mut stack = stack();

@@ -1,4 +1,4 @@
-//! What one user may take of the server beside others: seats, memory, and its time.
+//! The share of the server that one user may take: connections, memory, and CPU time.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -14,7 +14,7 @@ use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack};
 use crate::access::{TWO, join, plan, stack};
 use crate::{assert_stands, memory};
 
-/// What is said when a program's connection is lost, the broker's own, too.
+/// The log line for a lost connection of a program, also of the broker's own.
 const LOST: &str = "MQTT not connected";
 
 fn slowed(stack: &Stack, reason: &str) -> f64 {
@@ -32,7 +32,7 @@ fn ping(raw: &mut RawClient) {
     assert_eq!(raw.read(), Some(Packet::PingResp));
 }
 
-/// On the server before, the ninth connection of gw1 took the last place, and gw2 heard that the server is full.
+/// Regression: the ninth connection of gw1 took the last place, and gw2 was refused for a full server.
 #[test]
 fn a_worker_with_many_client_ids_takes_no_connections_of_others() {
     let mut stack = Stack::start(plan(&TWO, ", max_connections: 10"));
@@ -42,7 +42,7 @@ fn a_worker_with_many_client_ids_takes_no_connections_of_others() {
         unused.push(join(&stack, "gw1", &format!("gw1-x{n}")));
         ping(&mut used);
     }
-    // Those that were silent for longest made room: four are left, with the one that is used.
+    // The connections that were silent for longest made room: four are left, including the one in use.
     unused[..17].iter_mut().for_each(RawClient::wait_for_end);
     unused[17..].iter_mut().for_each(ping);
     let mut others: Vec<_> = ["gw2", "gw2-applied"].map(|id| join(&stack, "gw2", id)).into();
@@ -51,12 +51,12 @@ fn a_worker_with_many_client_ids_takes_no_connections_of_others() {
     stack.wait_until_ready();
 }
 
-/// On the server before, 30 MB were in memory.
+/// Regression: 30 MB were in memory.
 #[test]
 fn packets_that_do_not_end_take_little_memory_and_none_is_lost() {
     const SIZE: usize = 1_000_000;
     let mut stack = stack(&TWO);
-    // What it may not say is acknowledged, and goes nowhere.
+    // A message on a forbidden topic is acknowledged, and not delivered.
     let packet = written(&Packet::Publish(Publish { pkid: 1, ..Publish::new("x", QoS::AtLeastOnce, vec![0; SIZE]) }));
     let (most, rest) = packet.split_at(SIZE * 9 / 10);
     let mut raws: Vec<_> = (0..30).map(|n| join(&stack, "gw1", &format!("gw1-{n}"))).collect();
@@ -89,7 +89,7 @@ fn packets_that_do_not_end_take_little_memory_and_none_is_lost() {
     assert!(slowed(&stack, "unfinished") > 0.0);
 }
 
-/// On the server before, it was compared with each subscription, and answered.
+/// Regression: it was compared with each subscription, and answered.
 #[test]
 fn a_packet_of_too_many_topics_ends_the_connection() {
     let mut stack = stack(&TWO);
@@ -112,7 +112,7 @@ fn a_packet_of_too_many_topics_ends_the_connection() {
     stack.wait_until_ready();
 }
 
-/// Ends what goes on in the background, also when a test fails.
+/// Ends the background work, also when a test fails.
 struct End<'a>(&'a AtomicBool);
 
 impl Drop for End<'_> {
@@ -121,7 +121,7 @@ impl Drop for End<'_> {
     }
 }
 
-/// As a worker with a stolen password would: all that costs the server more than the sender, over and over.
+/// Sends packets that cost the server more than the sender, over and over, like an attacker with a worker's password.
 fn flood(stack: &Stack, over: &AtomicBool) {
     let say = |topic: &str, payload: &[u8], retain| {
         written(&Packet::Publish(Publish { retain, ..Publish::new(topic, QoS::AtMostOnce, payload) }))
@@ -148,7 +148,7 @@ fn flood(stack: &Stack, over: &AtomicBool) {
                 }
             });
         }
-        // Another one that comes and goes, with a will each time.
+        // Another client that reconnects again and again, with a will each time.
         scope.spawn(move || {
             let login = Some(Login::new("gw1", "gw1"));
             let connect = Connect { login, ..connect_with_will("gw1-again", "wireguard-worker/gw1/status", "0") };
@@ -159,7 +159,7 @@ fn flood(stack: &Stack, over: &AtomicBool) {
     });
 }
 
-/// On the server before, the broker and gw2 were thrown out as too slow, and routers heard 503.
+/// Regression: the broker and gw2 were disconnected as too slow, and routers got 503.
 #[test]
 fn a_flooding_worker_slows_down_only_itself() {
     let plan = plan(&TWO, "").config("confirm_timeout: 20\nconfirm_budget: 20");
@@ -188,7 +188,7 @@ fn a_flooding_worker_slows_down_only_itself() {
     stack.wait_until_ready();
 }
 
-/// Says `messages` as fast as it can, and waits until all are acknowledged.
+/// Publishes `messages` as fast as it can, and waits until all are acknowledged.
 fn say_all(raw: &mut RawClient, messages: impl Iterator<Item = (String, Vec<u8>)>) {
     let publish = |(topic, payload)| Publish { pkid: 7, ..Publish::new(topic, QoS::AtLeastOnce, payload) };
     let (mut bytes, mut count) = (BytesMut::new(), 0);
@@ -203,8 +203,8 @@ fn say_all(raw: &mut RawClient, messages: impl Iterator<Item = (String, Vec<u8>)
     });
 }
 
-/// Keys as from another broker, and a worker's word of each, alone. It fails with a rate of 1,000 a
-/// second and nothing at once, or with messages dropped beyond it.
+/// Keys as from another broker, and a worker's confirmation of each, alone. Fails with a limit of 1,000 a second
+/// without a burst, or if messages beyond the limit are dropped.
 #[test]
 fn a_normal_worker_is_never_slowed_down_and_acknowledged_messages_are_delivered() {
     const KEYS: u32 = 20_000;
@@ -228,7 +228,7 @@ fn message_of(worker: &str, size: usize) -> BytesMut {
     written(&Packet::Publish(Publish::new(format!("wgkex/worker/{worker}/x"), QoS::AtMostOnce, vec![b'x'; size])))
 }
 
-/// On the server before, the subscriber that reads slowly was disconnected, and sometimes those that had nothing to read.
+/// Regression: the subscriber that reads slowly was disconnected, and sometimes those without messages.
 #[test]
 fn users_that_publish_much_at_once_end_no_subscriber_that_reads() {
     let users = [("gw1", "worker"), ("gw2", "worker"), ("gw3", "worker"), ("b", "broker")];
@@ -244,7 +244,7 @@ fn users_that_publish_much_at_once_end_no_subscriber_that_reads() {
         for (worker, count, size) in bursts {
             let mut raw = join(&stack, worker, worker);
             let burst = message_of(worker, size).repeat(count);
-            // It waits until all is read.
+            // Waits until the server has read all.
             scope.spawn(move || {
                 raw.send_bytes(&burst);
                 ping(&mut raw);
@@ -265,7 +265,7 @@ fn users_that_publish_much_at_once_end_no_subscriber_that_reads() {
     stack.wait_until_ready();
 }
 
-/// Nobody waits long for a client that does not take what it is sent: it misses some, and is disconnected.
+/// No publisher waits long for a client that does not read: that client misses messages, and is disconnected.
 #[test]
 fn a_subscriber_that_reads_nothing_stops_nobody() {
     let users = [("gw1", "worker"), ("gw2", "worker"), ("gw3", "worker"), ("gw4", "worker"), ("b", "broker")];
@@ -295,8 +295,8 @@ fn a_subscriber_that_reads_nothing_stops_nobody() {
     stack.wait_until_ready();
 }
 
-/// Without users everybody may do everything, at any pace that the broker keeps up with. On the server before, its own
-/// connections were thrown out as too slow.
+/// Without users any client may do everything, at any rate that the broker can process. Regression: its own connections
+/// were ended as too slow.
 #[test]
 fn the_brokers_own_session_is_never_evicted() {
     let mut stack = Stack::start(Plan::new(Bus::Embedded));

@@ -1,4 +1,4 @@
-//! What one client can take of the server, and for how long.
+//! Limits of what one client can take of the server, and for how long.
 
 use std::time::{Duration, Instant};
 
@@ -8,13 +8,13 @@ use wgkex_tests::wait_until;
 
 use crate::{assert_stands, memory, stack};
 
-/// As much as no client may take.
+/// More memory than any client may take.
 const MUCH: u64 = 100 << 20;
 
 #[test]
 fn connections_without_a_connect_packet_are_closed_and_make_room() {
     let mut stack = stack();
-    // More than may wait at once, in all states of a CONNECT.
+    // More connections than may wait at once, in all states of a CONNECT.
     let mut strangers: Vec<_> = (0..600).map(|_| RawClient::connect_tcp(stack.mqtt)).collect();
     for (n, stranger) in strangers.iter_mut().enumerate() {
         stranger.send_bytes(&b"\x10\x0d\0\x04MQTT\x04\x02"[..n % 10]);
@@ -48,7 +48,7 @@ fn a_packet_that_is_too_large_ends_the_connection_before_it_is_read_whole() {
     let mut raw = RawClient::connect(stack.mqtt, "raw");
     raw.publish("large", vec![0; 1_000_000], 1, false);
     assert!(matches!(raw.read(), Some(Packet::PubAck(_))), "a megabyte is not too large");
-    // The header alone, of 2 MiB; and of 250 MiB before a CONNECT.
+    // Only the header, of 2 MiB; and of 250 MiB before a CONNECT.
     raw.send_bytes(b"\x30\x80\x80\x80\x01");
     raw.wait_for_end();
     let mut raw = RawClient::connect_tcp(stack.mqtt);

@@ -1,8 +1,8 @@
-//! The MQTT server inside the broker, as clients and attackers meet it.
+//! The MQTT server inside the broker, tested with clients and attackers.
 //!
-//! Each attack was seen to succeed by taking its guard out of the server, one at a time: the endings of links, the check of
-//! topics, the limits of connections, of those who wait, of packets and of what is to be sent, the keep-alive, the order of
-//! wills, the client ids bound to users, users kept apart, messages without payload.
+//! Each attack succeeds if its guard is removed from the server: the ends of connections, the check of topics, the
+//! limits of connections, of waiting clients, of packets and of queued messages, the keep-alive, the order of wills,
+//! the client ids bound to users, the isolation of users, messages without payload.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by it")]
 
@@ -27,7 +27,8 @@ fn stack() -> Stack {
     Stack::start(Plan::new(Bus::Embedded))
 }
 
-/// Shows that the server stands: one client still hears another, at both qualities, and the broker is still ready.
+/// Checks that the server works: a client receives another's messages, with either quality of service, and the broker
+/// is ready.
 fn assert_stands(stack: &mut Stack) {
     let mut subscriber = RawClient::connect(stack.mqtt, "stands-subscriber");
     subscriber.subscribe(&[("stands/+", QoS::AtLeastOnce)]);
@@ -41,14 +42,14 @@ fn assert_stands(stack: &mut Stack) {
     stack.wait_until_ready();
 }
 
-/// One client that hears `filter`, and one that speaks.
+/// A subscriber to `filter`, and a publisher.
 fn pair(server: SocketAddr, filter: &str) -> (RawClient, RawClient) {
     let mut subscriber = RawClient::connect(server, "subscriber");
     subscriber.subscribe(&[(filter, QoS::AtLeastOnce)]);
     (subscriber, RawClient::connect(server, "publisher"))
 }
 
-/// What the broker has in memory, in bytes.
+/// The resident memory of the broker, in bytes.
 fn memory(stack: &mut Stack) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", stack.broker().pid())).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();

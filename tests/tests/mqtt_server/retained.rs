@@ -1,4 +1,4 @@
-//! What is kept, and last wills.
+//! Retained messages and last wills.
 
 use std::collections::BTreeSet;
 
@@ -13,7 +13,7 @@ use crate::{assert_stands, pair, stack};
 
 const MANY: usize = 10_000;
 
-/// Keeps a message on each of `kept/0` to `kept/9999`.
+/// Retains a message on each of `kept/0` to `kept/9999`.
 fn keep_many(stack: &Stack) {
     let mut publisher = RawClient::connect(stack.mqtt, "publisher");
     for n in 0..MANY {
@@ -22,7 +22,7 @@ fn keep_many(stack: &Stack) {
     }
 }
 
-/// What is found on `filter`: until a message of the finder's own comes, which is not kept.
+/// The retained messages that match `filter`; a message of this client, which is not retained, marks their end.
 fn found(raw: &mut RawClient, filter: &str, qos: QoS) -> Vec<Publish> {
     raw.subscribe(&[(filter, qos), ("end", QoS::AtMostOnce)]);
     raw.publish("end", "", 0, false);
@@ -45,7 +45,7 @@ fn ten_thousand_messages_reach_each_subscription_at_each_qos() {
     assert!(stack.metric("wgkex_broker_mqtt_retained").is_some_and(|kept| kept >= 10_000.0));
 }
 
-/// The router forwards messages after they were acknowledged, also to a subscription that came after that.
+/// rumqttd's router forwards messages after they were acknowledged, also to a later subscription.
 #[test]
 fn a_subscription_has_what_was_published_before_it_as_retained_only() {
     let stack = stack();
@@ -122,7 +122,8 @@ fn a_publish_after_a_session_takeover_wins_over_the_old_will() {
     }
 }
 
-/// Who comes back says it again; for who does not, the last will is due when the server starts again.
+/// A client that reconnects publishes its state again; for others, the last will is published when the server starts
+/// again.
 #[test]
 fn states_survive_a_restart_and_a_worker_that_does_not_come_back_is_offline() {
     let mut stack = stack();
@@ -132,7 +133,7 @@ fn states_survive_a_restart_and_a_worker_that_does_not_come_back_is_offline() {
     let (mut left, _) = RawClient::try_connect(stack.mqtt, &connect("left"));
     left.publish("kept", "1", 1, true);
     assert!(matches!(left.read(), Some(Packet::PubAck(_))));
-    // Its last will is taken back by its farewell.
+    // Its DISCONNECT discards its last will.
     left.send(&Packet::Disconnect);
     left.wait_for_end();
     for signal in [Signal::SIGTERM, Signal::SIGKILL] {
@@ -161,7 +162,7 @@ fn states_survive_a_restart_and_a_worker_that_does_not_come_back_is_offline() {
     drop(stays);
 }
 
-/// Waits until what was said so far is on disk: something that is said now is, and what came before is written with it.
+/// Waits until all earlier messages are on disk: publishes another message, and waits until that is written.
 fn wait_until_written(stack: &Stack, name: &str) {
     let topic = format!("written/{name}");
     let mut raw = RawClient::connect(stack.mqtt, "raw");

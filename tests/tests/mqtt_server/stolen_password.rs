@@ -1,4 +1,4 @@
-//! One stolen password: what a worker says harms nobody but its own gateway.
+//! One stolen password: a worker's messages harm only its own gateway.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -20,7 +20,7 @@ fn stack(config: &str) -> Stack {
     Stack::start(Plan::new(Bus::Embedded).config(config).listen(&format!("users: {{{}}}", users.join(", "))))
 }
 
-/// Who says something from now on.
+/// Logs later probes in as this user.
 fn log_in(stack: &mut Stack, name: &str) {
     stack.plan.credentials = Some((name.into(), name.into()));
 }
@@ -44,7 +44,7 @@ fn installed(worker: &str, keys: &[String]) -> Said {
     said(format!("wgkex/worker/{worker}/applied"), payload.to_string(), 1, false)
 }
 
-/// What a worker says of itself, with any key.
+/// A worker's data, with any key.
 fn data(worker: &str, domain: &str, key: &str) -> Said {
     let data = json!({ "ExternalAddress": "gw", "Port": 1, "PublicKey": key, "LinkAddress": "fe80::1" });
     said(format!("wireguard-worker/{worker}/{domain}/data"), data.to_string(), 1, true)
@@ -54,7 +54,7 @@ fn proven() -> String {
     format!(r#"wgkex_broker_live_keys{{domain="{DOMAIN}",state="proven"}}"#)
 }
 
-/// Waits until the broker has heard all that a worker said before. The key `n` must be new.
+/// Waits until the broker has received all earlier messages of a worker. The key `n` must be new.
 fn is_heard(stack: &Stack, worker: &Worker, n: u32) {
     let before = stack.metric(&proven()).unwrap();
     assert_eq!(stack.v1(DOMAIN, &key(n)).status, 200);
@@ -62,7 +62,7 @@ fn is_heard(stack: &Stack, worker: &Worker, n: u32) {
     stack.wait_for_metric(&proven(), before + 1.0);
 }
 
-/// All live keys, as a gateway gets them that lacks them all.
+/// All live keys, as in the snapshot for a gateway without any.
 fn live_keys(stack: &Stack, worker: &str) -> BTreeSet<String> {
     let pages = format!("wgkex/worker/{worker}/pages");
     let asker = Probe::connect(stack.mqtt, Role::new(&format!("{worker}-asks"), &[&pages]).credentials(worker, worker));
@@ -81,8 +81,8 @@ fn live_keys(stack: &Stack, worker: &str) -> BTreeSet<String> {
     }
 }
 
-/// Seen to fail on the program that took a worker's word for a router's: 320 keys of the thief's were live, those of
-/// routers that had a handshake were not, and none of the thief's had a limit.
+/// Regression: a worker's report counted like a router's request: 320 keys of the thief were live, those of routers
+/// with handshakes were not, and no limit applied to the thief's.
 #[test]
 fn keys_that_only_one_worker_reports_reach_no_gateway_and_evict_no_key() {
     let mut stack = stack("live_keys: {max: 320}\nlimits: {per_domain: {burst: 202, per_second: 0.001}}");
@@ -105,14 +105,15 @@ fn keys_that_only_one_worker_reports_reach_no_gateway_and_evict_no_key() {
     assert!(live("claimed").unwrap() <= 320.0, "what it says is bounded");
     assert_eq!(live_keys(&stack, "gw1"), keys(0..201).into_iter().collect());
 
-    // One that a router sends has had a handshake already; that a worker spoke of it lets none past a limit.
+    // A key that a router sends after a worker reported its handshake is proven at once; the report exempts no key from
+    // a limit.
     assert_eq!(stack.v1(DOMAIN, &key(1_000)).status, 200);
     stack.wait_for_metric(&proven(), 202.0);
     assert_eq!(stack.v1(DOMAIN, &key(1_001)).status, 429);
 }
 
-/// Seen to fail where whatever a worker says is reserved: the routers of 64 made-up domains got 403, and so did the one
-/// that was connected, and the one whose address another key derives.
+/// Fails with a broker that reserves every key in a worker's data: the routers of 64 made-up domains got 403, and so
+/// did the connected one, and the one whose address another key derives.
 #[test]
 fn a_worker_reserves_no_routers_key() {
     let mut stack = stack("");
@@ -137,7 +138,7 @@ fn a_worker_reserves_no_routers_key() {
     let refused: Vec<_> = (100..200).filter(|n| stack.v1(DOMAIN, &key(*n)).status != 200).collect();
     assert!(refused.is_empty(), "made-up domains count: {refused:?}");
 
-    // A word that changes all the time is good for one key at most.
+    // Data that changes all the time reserves one key at most.
     thief.probe.say_all((300..340).map(|n| data("gw2", DOMAIN, &key(n))));
     is_heard(&stack, &thief, 203);
     let refused: Vec<_> = (300..340).filter(|n| stack.v1(DOMAIN, &key(*n)).status != 200).collect();
@@ -145,15 +146,15 @@ fn a_worker_reserves_no_routers_key() {
     assert_eq!(stack.v1(DOMAIN, &wgkex_tests::scripted::gateway_key("gw1")).status, 403, "a gateway's own stays so");
 }
 
-/// Seen to fail where a report of a key that a worker claims did not count: after a broker lost its live keys, its router got
-/// 403.
+/// Fails if a report of a key that another worker claims does not count: after a broker lost its live keys, its router
+/// got 403.
 #[test]
 fn a_handshake_that_another_worker_reports_makes_a_claimed_key_a_routers() {
     let mut stack = stack("");
     let honest = gateway(&mut stack, "gw1", Manner::Confirms);
     log_in(&mut stack, "gw2");
     let thief = stack.probe(Role::new("gw2", &[]));
-    // Its first data counts at once, a change after a minute.
+    // A worker's first data counts at once, a change after a minute.
     thief.say_all([hello("gw2"), peers_of("gw2", DOMAIN, "0"), data("gw2", DOMAIN, &key(1)), status("gw2", "1")]);
     stack.wait_for_gateways(2);
     let claimed = format!(r#"wgkex_broker_live_keys{{domain="{DOMAIN}",state="claimed"}}"#);
@@ -166,7 +167,7 @@ fn a_handshake_that_another_worker_reports_makes_a_claimed_key_a_routers() {
     drop(thief);
 }
 
-/// What a worker says of itself that drains.
+/// The hello of a draining worker.
 fn draining(worker: &str) -> Said {
     let hello = r#"{"version":"1","can":["confirm"],"drain":{"since":7}}"#;
     said(format!("wgkex/worker/{worker}/hello"), hello, 1, true)
@@ -176,8 +177,8 @@ fn is_draining(stack: &Stack, worker: &str) {
     stack.wait_for_metric(&format!("wgkex_broker_gateway_draining{{gateway=\"{worker}\"}}"), 1.0);
 }
 
-/// Seen to fail where the last report of a handshake alone decided where a router is connected: it got the thief's gateway,
-/// where it had never been, although its own had reported handshakes.
+/// Fails if only the last report of a handshake decides where a router is connected: it got the thief's gateway, with
+/// which it never had a handshake, although its own gateway had reported handshakes.
 #[test]
 fn a_worker_that_drains_keeps_no_router_that_the_broker_sent_elsewhere() {
     let mut stack = stack("rebalance: {over: 0}");
@@ -202,7 +203,7 @@ fn a_worker_that_drains_keeps_no_router_that_the_broker_sent_elsewhere() {
     }
 }
 
-/// Seen to fail where a gateway that drains kept such a router for ever.
+/// Fails with a broker for which a draining gateway keeps such a router for ever.
 #[test]
 fn a_router_that_was_sent_back_to_its_gateway_and_requests_again_at_once_gets_another() {
     let mut stack = stack("rebalance: {over: 0}");
@@ -224,7 +225,7 @@ fn a_router_that_was_sent_back_to_its_gateway_and_requests_again_at_once_gets_an
     }
 }
 
-/// Seen to fail where the word of any worker that confirms counted in any domain.
+/// Fails if the confirmation of any worker counts in any domain.
 #[test]
 fn a_worker_confirms_nothing_in_a_domain_that_it_does_not_serve() {
     let mut stack = stack("confirm_timeout: 1\nconfirm_budget: 1");

@@ -12,7 +12,7 @@ use wgkex_tests::wait_until;
 
 use crate::assert_stands;
 
-/// Writes a new certificate for 127.0.0.1, its key, and that of its issuer.
+/// Writes a new certificate for 127.0.0.1, its key, and the certificate of its issuer.
 fn issue(dir: &Path, issuer: &str) {
     let mut params = CertificateParams::new(Vec::new()).unwrap();
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -36,7 +36,7 @@ fn stack() -> Stack {
     stack
 }
 
-/// Says something by TLS, to a server whose certificate is to be issued by `issuer`.
+/// Publishes a message by TLS, to a server whose certificate must be issued by `issuer`.
 fn publish(stack: &Stack, issuer: &str, more: &[&str]) -> Output {
     let mut command = Command::new("mosquitto_pub");
     command.args(["-h", "127.0.0.1", "-p", &stack.mqtt.port().to_string(), "-q", "1", "-t", "tls/x", "-m", "secret"]);
@@ -47,7 +47,7 @@ fn publish(stack: &Stack, issuer: &str, more: &[&str]) -> Output {
 fn idle_connections_block_no_tls_handshake() {
     let mut stack = stack();
     let mut idle: Vec<_> = (0..50).map(|_| TcpStream::connect(stack.mqtt).unwrap()).collect();
-    // Half a handshake, too.
+    // Others send half a handshake.
     for stream in idle.iter_mut().skip(25) {
         std::io::Write::write_all(stream, b"\x16\x03\x01\0\xa5\x01").unwrap();
     }

@@ -1,4 +1,4 @@
-//! Clients that have not logged in: those that say nothing, and those that guess passwords.
+//! Clients that have not logged in: silent connections, and password guesses.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use wgkex_tests::wait_until;
 use crate::access::{TWO, as_user, join, stack};
 use crate::assert_stands;
 
-/// Something that goes on in the background until it is dropped.
+/// Background work that runs until it is dropped.
 struct Ongoing {
     over: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
@@ -49,7 +49,7 @@ fn address(last: u8) -> Ipv4Addr {
     [127, 0, 0, last].into()
 }
 
-/// Sixty silent connections from each of ten addresses. Some of those that are closed are replaced.
+/// Sixty silent connections from each of ten addresses. Some of the closed ones are replaced.
 fn silent_crowd(server: SocketAddr) -> Ongoing {
     let dial = move |last| RawClient::connect_tcp_from(address(last), server);
     let mut crowd: Vec<_> = (2..12).flat_map(|last| (0..60).map(move |_| (last, dial(last)))).collect();
@@ -65,7 +65,7 @@ fn metric(stack: &Stack, reason: &str) -> f64 {
     stack.metric(&format!("wgkex_broker_mqtt_refused_total{{reason=\"{reason}\"}}")).unwrap_or_default()
 }
 
-/// On the server before, the first gateway found all places taken.
+/// Regression: the first gateway found no free place.
 #[test]
 fn silent_connections_keep_no_gateway_out() {
     let mut stack = stack(&TWO);
@@ -73,7 +73,7 @@ fn silent_connections_keep_no_gateway_out() {
     let crowd = silent_crowd(stack.mqtt);
     wait_until("the crowd takes all places", || (metric(&stack, "full") > 0.0).then_some(()));
     for round in 0..10 {
-        // An address that logged in before, one that never did, and one that has many of the crowd.
+        // An address that has logged in before, one that never has, and one with many silent connections.
         for last in [1, 100 + round, 2] {
             let code = RawClient::connect_tcp_from(address(last), stack.mqtt).log_in(&as_user("gw1", "gw1"));
             assert_eq!(code, Some(ConnectReturnCode::Success), "round {round} from 127.0.0.{last}");
@@ -94,7 +94,7 @@ fn guess(user: &str, password: &str) -> Connect {
     Connect { login: Some(Login::new(user, password)), ..connect(user) }
 }
 
-/// On the server before, all guesses were verified.
+/// Regression: all guesses were verified.
 #[test]
 fn password_guesses_from_one_address_are_limited_and_block_no_other_client() {
     let mut stack = stack(&TWO);
@@ -113,7 +113,7 @@ fn password_guesses_from_one_address_are_limited_and_block_no_other_client() {
     });
     let answered = || metric(&stack, "guesses") + metric(&stack, "password");
     wait_until("many guesses are answered", || (answered() >= 100.0).then_some(()));
-    // Each for the first time: a password that was right is known without a look.
+    // Each for the first time: a password that was right before is not verified again.
     for (last, user) in [(3, "gw1"), (2, "b")] {
         let code = RawClient::connect_tcp_from(address(last), stack.mqtt).log_in(&as_user(user, user));
         assert_eq!(code, Some(ConnectReturnCode::Success), "{user} from 127.0.0.{last}");
@@ -124,8 +124,8 @@ fn password_guesses_from_one_address_are_limited_and_block_no_other_client() {
     assert_stands_with_users(&mut stack);
 }
 
-/// Thirty-two connections from each of sixteen addresses, each with a wrong password. Some of those that are
-/// closed are replaced.
+/// Thirty-two connections from each of sixteen addresses, each with a wrong password. Some of the closed ones are
+/// replaced.
 fn guessing_crowd(server: SocketAddr) -> Vec<Ongoing> {
     let of_address = |last| {
         let mut number = 0;
@@ -144,13 +144,13 @@ fn guessing_crowd(server: SocketAddr) -> Vec<Ongoing> {
     (2..18).map(of_address).collect()
 }
 
-/// On the server before, each was closed at once, unanswered, as long as others came.
+/// Regression: each was closed at once, without an answer, as long as others connected.
 #[test]
 fn password_guesses_from_many_addresses_keep_no_gateway_out() {
     let mut stack = stack(&TWO);
     let crowd = guessing_crowd(stack.mqtt);
     wait_until("the crowd takes all places", || (metric(&stack, "full") > 0.0).then_some(()));
-    // Each for the first time, from where nobody was before.
+    // Each for the first time, from a new address.
     for (last, user) in [(101, "gw1"), (102, "gw2"), (103, "b")] {
         wait_until(&format!("{user} is let in from 127.0.0.{last}"), || {
             let code = RawClient::connect_tcp_from(address(last), stack.mqtt).log_in(&as_user(user, user));
@@ -161,7 +161,7 @@ fn password_guesses_from_many_addresses_keep_no_gateway_out() {
     assert_stands_with_users(&mut stack);
 }
 
-/// On the server before, it was 19 MiB for each of many threads.
+/// Regression: 19 MiB for each of many threads.
 #[test]
 fn parallel_password_guesses_take_the_memory_of_one_hash() {
     let mut stack = stack(&TWO);
@@ -183,7 +183,7 @@ fn parallel_password_guesses_take_the_memory_of_one_hash() {
     assert_stands_with_users(&mut stack);
 }
 
-/// On the server before, a name that no user has was refused in a hundredth of the time.
+/// Regression: an unknown name was refused in a hundredth of the time.
 #[test]
 fn a_wrong_name_takes_as_long_as_a_wrong_password() {
     let stack = stack(&TWO);
@@ -193,7 +193,7 @@ fn a_wrong_name_takes_as_long_as_a_wrong_password() {
         assert_eq!(raw.log_in(&guess(user, "wrong")), Some(ConnectReturnCode::NotAuthorized));
         begun.elapsed()
     };
-    // The least of several, and on a machine that is busy of more.
+    // The minimum of several attempts, of more on a busy machine.
     let (mut known, mut unknown) = (Duration::MAX, Duration::MAX);
     for round in 2..82 {
         known = known.min(takes("gw1", address(round)));
@@ -205,7 +205,7 @@ fn a_wrong_name_takes_as_long_as_a_wrong_password() {
     panic!("{unknown:?} for a wrong name, {known:?} for a wrong password");
 }
 
-/// A stop does not wait for those who say nothing, and who comes after that finds a place at once.
+/// A stop does not wait for silent connections, and later clients are accepted at once.
 #[test]
 fn without_users_silent_connections_keep_no_client_out_either() {
     let mut stack = crate::stack();

@@ -1,4 +1,4 @@
-//! The forms of calls and of answers.
+//! The forms of requests and answers.
 
 use std::fs;
 use std::io::{Read as _, Write as _};
@@ -13,7 +13,7 @@ use wgkex_tests::stack::free_address;
 
 use crate::desk::{CHANGES, Desk, LOGIN, READS, Store, client, server, with, with_each_store};
 
-/// Refuses with JSON that has a text, and the field if there is one.
+/// Checks for an error in JSON with a text, and the field if there is one.
 fn assert_error(answer: &Response, status: u16, field: Option<&str>) {
     assert_eq!(answer.status, status, "{answer:?}");
     let error = &answer.json()["error"];
@@ -88,7 +88,7 @@ fn wa28_calls_come_over_tls_and_no_password_is_logged() {
         assert_eq!(call(version, "admin:s3cret"), "200", "{version}");
         assert_eq!(call(version, "admin:wr0ng"), "401", "{version}");
     }
-    // So do the calls of a node, if it is shown who signed the certificate.
+    // So do the calls of a node that trusts the issuer of the certificate.
     fs::write(dir.join("password"), "s3cret\n").unwrap();
     let node = |more: &[&str]| {
         let mut command = Command::new(binary("wgkex-node"));
@@ -122,7 +122,8 @@ fn wa28_calls_come_over_tls_and_no_password_is_logged() {
 const ALERT: u8 = 21;
 const HANDSHAKE: u8 = 22;
 
-/// The type of the first record that a server sends to who offers TLS 1.1 (`minor` 2) or 1.2 (3), with what suits either.
+/// The type of the first record of a server's answer to an offer of TLS 1.1 (`minor` 2) or 1.2 (3), with suites for
+/// both.
 fn answer_to_hello(server: SocketAddr, minor: u8) -> u8 {
     let extensions = [
         [0, 10, 0, 4, 0, 2, 0, 23].as_slice(), // the group secp256r1
@@ -372,7 +373,7 @@ fn an_unchanged_config_is_not_sent_again() {
     });
 }
 
-/// Other paths have the form of the registry's errors where there is one, and the key exchange there is as before.
+/// Other paths get the registry's errors if it is enabled, and the key exchange is unchanged.
 #[test]
 fn an_unknown_path_below_the_routes_is_refused_as_the_routes_do() {
     let desk = Desk::start(&Store::Sqlite, "");

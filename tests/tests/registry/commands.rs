@@ -5,7 +5,7 @@ use wgkex_tests::key;
 
 use crate::desk::{Desk, Store};
 
-/// What a command of the broker prints, if it ends well; else its errors.
+/// The output of a command of the broker if it succeeds; else its errors.
 fn run(desk: &Desk, arguments: &[&str]) -> Result<String, String> {
     let mut process = desk.stack.program("wgkex-broker", arguments);
     let status = process.wait();
@@ -101,7 +101,7 @@ fn clients_of_another_registry_are_imported_with_their_addresses() {
             assert_eq!(desk.lease("c3", server), origin.lease("c3", server));
         }
     }
-    // What cannot be added is named, and what is not there can be removed.
+    // A client that cannot be added is named, and one that does not exist can be removed.
     desk.add_server("s3", "192.168.4.0", 24, 20);
     desk.leased("c9", "s3", 9);
     desk.leased("c9", "s1", 9);

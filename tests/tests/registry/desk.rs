@@ -1,4 +1,4 @@
-//! A broker with a registry, and calls of it.
+//! A broker with a registry, and calls of its API.
 
 use std::fs;
 
@@ -12,14 +12,14 @@ use wgkex_tests::stack::{Bus, Plan, Stack};
 pub const LOGIN: &str = "Authorization: Basic YWRtaW46czNjcmV0";
 const JSON: &str = "Content-Type: application/json;";
 
-/// Where the tables are.
+/// The storage of the tables.
 #[derive(Debug, Clone)]
 pub enum Store {
     Sqlite,
     Postgres(Database),
 }
 
-/// The routes, without the slash at the end: which only read, which change something.
+/// The routes, without the slash at the end: those that only read, and those that change something.
 pub const READS: [&str; 6] =
     ["client/list_all", "server/list_all", "server/config", "server/wireguard_ip", "server/exists", "client/config"];
 pub const CHANGES: [&str; 5] = ["server/add", "client/add", "client/delete", "server/delete", "server/remove_peer"];
@@ -73,7 +73,8 @@ impl Desk {
         desk
     }
 
-    /// A broker of this name that is ready, on the bus of the first one; with a bus of its own if it is that. Needs root.
+    /// A broker of this name that is ready, on the bus of the first one; without a first one, on its own bus. Needs
+    /// root.
     pub fn on_bus(store: &Store, name: &str, first: Option<&Self>) -> Self {
         let mut desk = Self::prepare(store, "");
         let config = std::mem::take(&mut desk.stack.plan.config);
@@ -106,7 +107,7 @@ impl Desk {
         self.connect().post(route, fields)
     }
 
-    /// Adds a server that is reached at an address of the documentation, and fails if that is refused.
+    /// Adds a server with an endpoint in the documentation's addresses, and fails if that is refused.
     pub fn add_server(&self, name: &str, network: &str, mask: u8, reserved: u64) {
         let added = self.post("server/add/", &server(name, network, mask, reserved));
         assert_eq!((added.status, added.body.as_str()), (201, ""), "{name}");
@@ -128,7 +129,7 @@ impl Desk {
         self.lease(name, server).unwrap()
     }
 
-    /// Everything that can be read.
+    /// All readable data.
     pub fn everything(&self) -> Value {
         let [clients, servers] = ["client/list_all", "server/list_all"].map(|route| self.get(route, &json!({})).json());
         json!({ "clients": clients, "servers": servers })

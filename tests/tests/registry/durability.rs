@@ -1,4 +1,4 @@
-//! What was acknowledged is there after a kill, and a database that is away harms nothing else.
+//! Acknowledged changes survive a kill, and an unavailable database affects no other service.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -18,15 +18,16 @@ use wgkex_tests::{key, wait_within};
 
 use crate::desk::{CHANGES, Desk, READS, Store, client, server, with_each_store};
 
-/// What is alerted on.
+/// The metric for alerts.
 const STORAGE_UP: &str = "wgkex_broker_registry_storage_up";
-/// How many clients are acknowledged and told their address before each kill, so that it hits a registry under load.
+/// The number of clients that are acknowledged and have read their address before each kill, so that it hits a registry
+/// under load.
 const BEFORE_A_KILL: usize = 10;
-/// How long that may take, on a busy machine too.
+/// How long that may take, also on a busy machine.
 const LOADED: Duration = Duration::from_secs(60);
-/// How long a call may take while the database is away.
+/// The limit of a call while the database is unavailable.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How long the registry may take to be back.
+/// The limit for the registry to be available again.
 const RETURN: Duration = Duration::from_secs(20);
 
 #[test]
@@ -70,11 +71,11 @@ fn wa23_a_kill_loses_nothing_that_was_acknowledged() {
 /// A client whose adding was acknowledged.
 struct Acknowledged {
     number: u32,
-    /// What was read afterwards, if the broker was there.
+    /// The address read afterwards, if the broker answered.
     address: Option<String>,
 }
 
-/// Adds clients over and over, also while nobody listens, and returns those that were acknowledged; counts in `told`
+/// Adds clients over and over, also while no broker listens, and returns those that were acknowledged; counts in `told`
 /// those whose address was read.
 fn add_until(
     broker: SocketAddr,
@@ -97,7 +98,7 @@ fn add_until(
                 acknowledged.insert(name, Acknowledged { number, address });
             }
             Ok(_) => {}
-            // It is not up again.
+            // The broker is not up again.
             Err(_) => thread::sleep(Duration::from_millis(5)),
         }
     }
@@ -135,8 +136,8 @@ fn wa23_a_kill_loses_no_delete_and_no_new_key() {
     });
 }
 
-/// Adds clients, gives them another key, deletes them, and adds half of them again, also while nobody listens. Returns by which
-/// key each may be there, none if it may be gone: what was acknowledged, and all that was tried after that.
+/// Adds clients, gives them another key, deletes them, and adds half of them again, also while no broker listens.
+/// Returns the keys by which each may exist, none if it may be deleted: the acknowledged one, and all later attempts.
 fn change_until(
     broker: SocketAddr,
     caller: u32,
@@ -171,7 +172,7 @@ fn change_until(
     clients
 }
 
-/// A call about a client, while the broker may not be there.
+/// A call about a client, while the broker may be down.
 fn post(broker: SocketAddr, route: &str, body: &Value) -> std::io::Result<Response> {
     let body = body.to_string();
     let head = format!(
@@ -223,14 +224,14 @@ fn wa25_a_database_that_is_away_is_503_and_back_by_itself_and_routers_do_not_not
     }
 }
 
-/// Fields that fit every route.
+/// Fields that suit every route.
 fn bodies() -> Value {
     let mut fields = server("s1", "192.168.9.0", 24, 20);
     fields["client_name"] = json!("c1");
     fields
 }
 
-/// Failed before: `PostgreSQL` ends such a transaction with a rollback when it is told to commit, and reports no error.
+/// Regression: `PostgreSQL` ends such a transaction with a rollback on COMMIT, and reports no error.
 #[test]
 fn what_was_acknowledged_is_there_where_another_call_broke_the_transaction_of_both() {
     let altering = proxy::Manner::Altering("ROLLBACK TO SAVEPOINT job", "ROLLBACK TO SAVEPOINT jox");
@@ -257,7 +258,7 @@ fn what_was_acknowledged_is_there_where_another_call_broke_the_transaction_of_bo
     assert_eq!(lost, Vec::<u32>::new());
 }
 
-/// Failed before: what a transaction had not done after 4 s was answered with 503.
+/// Regression: a transaction that took more than 4 s was answered with 503.
 #[test]
 fn many_callers_are_served_by_a_database_that_is_far_away() {
     let line = proxy::Manner::Slow { delay: Duration::from_millis(8), rate: u32::MAX };
@@ -278,7 +279,7 @@ fn two_brokers_on_one_postgresql_serve_one_registry() {
     two_brokers_serve_one_registry(&Store::Postgres(postgres::database()));
 }
 
-/// Failed before: of two that write, one saw what there was before it waited for the other.
+/// Regression: of two writers, one read the data from before it waited for the other.
 #[test]
 fn two_brokers_serve_one_registry_whatever_isolation_is_the_databases_default() {
     let server_of_tables = Postgres::start();
@@ -305,7 +306,7 @@ fn two_brokers_serve_one_registry(store: &Store) {
     assert_eq!(first.everything(), second.everything());
 }
 
-/// Agents take an empty list for the truth, so that a second file would take the peers of all gateways that ask there.
+/// Agents trust an empty list, so a second file would remove the peers of all gateways that request there.
 #[test]
 #[ignore = "needs root: tests/run netns"]
 fn of_two_brokers_with_sqlite_on_one_bus_the_second_refuses_and_says_so() {
@@ -323,7 +324,7 @@ fn of_two_brokers_with_sqlite_on_one_bus_the_second_refuses_and_says_so() {
     assert_eq!(second.stack.metric(STORAGE_UP), Some(1.0), "it is not needed");
     assert!(second.stack.get("/").body.contains("broker b1 has the registry of this bus"));
     assert_eq!(first.stack.get("/status.json").json()["registry"]["elsewhere"], Value::Null);
-    // Workers do not ask it.
+    // Workers do not request leases from it.
     let witness = first.stack.probe(Role::new("witness", &["wgkex/broker/+/hello"]));
     let offers = |broker: &str, is_offered: bool| {
         let topic = format!("wgkex/broker/{broker}/hello");
@@ -331,11 +332,11 @@ fn of_two_brokers_with_sqlite_on_one_bus_the_second_refuses_and_says_so() {
     };
     offers("b1", true);
     offers("b2", false);
-    // The first one is away, and comes back.
+    // The first broker is killed, and starts again.
     first.restart_by(Signal::SIGKILL);
     assert_eq!(second.post("server/exists", &json!({ "server_name": "s1" })).status, 503);
     assert_eq!(first.post("server/exists", &json!({ "server_name": "s1" })).status, 200);
-    // The second one is started again while the first one and the bus are away, and then first.
+    // The second one is restarted while the first one and the bus are down, and starts before it.
     assert!(first.stack.stop_broker().success());
     second.restart_by(Signal::SIGTERM);
     second.stack.broker().wait_for_log("another broker has the registry, by what is kept");
@@ -344,7 +345,7 @@ fn of_two_brokers_with_sqlite_on_one_bus_the_second_refuses_and_says_so() {
     first.stack.wait_until_ready();
     assert_eq!(second.post("server/exists", &json!({ "server_name": "s1" })).status, 503);
     assert_eq!(first.post("server/exists", &json!({ "server_name": "s1" })).status, 200);
-    // The first one gives it up.
+    // The first broker's registry is disabled.
     first.stack.plan.config.clear();
     first.stack.write_config();
     assert!(first.stack.stop_broker().success());
@@ -361,7 +362,7 @@ fn a_damaged_database_is_left_alone() {
     desk.stack.stop_broker();
     let file = desk.stack.state_dir().join("registry.sqlite");
     std::fs::write(&file, b"this is no database, and was one once").unwrap();
-    // Where the log is left, SQLite has all of it from there.
+    // With the log in place, SQLite restores everything from it.
     for log in ["registry.sqlite-wal", "registry.sqlite-shm"] {
         let _ = std::fs::remove_file(desk.stack.state_dir().join(log));
     }
@@ -386,7 +387,7 @@ fn tables_of_another_version_in_postgresql_are_left_alone() {
             "UPDATE wgkex_layout SET version = version - 1",
             "newer than those",
         ),
-        // Tables of nobody's version are in the way of the first migration, which changes nothing then.
+        // Tables of an unknown version prevent the first migration, which then changes nothing.
         (
             "ALTER TABLE wgkex_layout RENAME TO layout_away",
             "ALTER TABLE layout_away RENAME TO wgkex_layout",

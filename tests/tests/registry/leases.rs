@@ -1,4 +1,4 @@
-//! Which address a client gets, and what frees it.
+//! The address that a client gets, and when it becomes free.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Barrier;
@@ -43,7 +43,7 @@ fn wa6_wa8_leases_begin_behind_the_reserved_addresses_and_the_lowest_free_one_is
     });
 }
 
-/// As one that comes from another registry.
+/// As for clients that are imported from another registry.
 #[test]
 fn a_client_can_name_the_address_that_it_is_to_have() {
     with_each_store(|desk| {
@@ -65,7 +65,7 @@ fn a_client_can_name_the_address_that_it_is_to_have() {
             assert_eq!(add("c4", 4, wrong), refused(400), "{wrong}");
         }
         assert_eq!(desk.everything(), before);
-        // Others get what is between.
+        // Others get the addresses in between.
         let leased: Vec<_> = (5..8).map(|n| desk.leased(&format!("c{n}"), "s1", n)).collect();
         assert_eq!(leased, ["192.168.2.22", "192.168.2.24", "192.168.2.26"]);
         desk.post("client/delete/", &json!({ "client_name": "c1" }));
@@ -74,7 +74,7 @@ fn a_client_can_name_the_address_that_it_is_to_have() {
     });
 }
 
-/// Clients come and go in no order; a plain set says which address each one gets.
+/// Clients are added and deleted in random order; a plain set determines the address that each one gets.
 #[test]
 fn the_lowest_free_address_is_leased_whoever_left_before() {
     with_each_store(|desk| {

@@ -1,5 +1,5 @@
-//! The registry: the REST interface of `wireguard_api`, with SQLite and with `PostgreSQL`. The tests `wa...` are those of the
-//! list of what that system does, by their numbers.
+//! The registry: the REST interface of `wireguard_api`, with SQLite and with `PostgreSQL`. The tests `wa...` have the
+//! numbers of the list of that system's behaviours.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by it")]
 

@@ -1,5 +1,5 @@
-//! The agent of `wireguard_api`, played by what it sends and writes: as a gateway it adds its server and polls for its peers, as a
-//! client it leases an address at each of its servers.
+//! The agent of `wireguard_api`, simulated by its requests and the files that it writes: as a gateway it adds its
+//! server and polls for its peers, as a client it leases an address at each of its servers.
 
 use std::fs;
 use std::process::Command;
@@ -10,10 +10,10 @@ use wgkex_tests::key;
 
 use crate::desk::{Desk, LOGIN, Store, server, with_each_store};
 
-/// The private key of a file that the agent writes; which one does not matter here.
+/// The private key of a file that the agent writes; any key serves here.
 const PRIVATE_KEY: &str = "6Hl7K8kyzNhCjJJlqlJjMGMPTzMMTX8RB1eDWMNJTH8=";
 
-/// What Go's HTTP client sends for a call of the agent, by a connection of its own.
+/// The request of Go's HTTP client for a call of the agent, on a connection of its own.
 fn send(desk: &Desk, method: &str, route: &str, login: Option<&str>, fields: &Value) -> Response {
     let body = fields.to_string();
     let login = login.map(|login| format!("{login}\r\n")).unwrap_or_default();
@@ -35,7 +35,7 @@ fn get(desk: &Desk, route: &str, fields: &Value) -> Response {
 /// The agent of a gateway.
 struct Gateway<'a> {
     desk: &'a Desk,
-    /// What its config says of the server.
+    /// The server in its config.
     server: Value,
     /// The answer of its last poll.
     polled: String,
@@ -57,7 +57,7 @@ impl<'a> Gateway<'a> {
         (Self { desk, server, polled: String::new() }, interface)
     }
 
-    /// What a poll writes of peers; none if the answer is that of the last one.
+    /// The peers that a poll writes; none if the answer is that of the last one.
     fn poll(&mut self) -> Option<String> {
         let answer = get(self.desk, "server/config/", &json!({ "server_name": self.server["server_name"] }));
         assert_eq!(answer.status, 200, "any other answer would take all peers away");
@@ -74,7 +74,7 @@ impl<'a> Gateway<'a> {
     }
 }
 
-/// The agent of a client: the file that it writes for a server. Older ones ask for the config without a password.
+/// The file that the agent of a client writes for a server. Older ones request the config without a password.
 fn lease(desk: &Desk, name: &str, server: &str, number: u32, login: Option<&str>) -> String {
     let new = json!({ "client_name": name, "server_name": server, "public_key": key(number) });
     let added = send(desk, "POST", "client/add/", Some(LOGIN), &new);
@@ -94,7 +94,7 @@ fn lease(desk: &Desk, name: &str, server: &str, number: u32, login: Option<&str>
     )
 }
 
-/// Whether `wg-quick` takes it.
+/// Checks that `wg-quick` accepts the text.
 fn assert_is_config(desk: &Desk, text: &str) {
     let file = desk.stack.dir().join("s1.conf");
     fs::write(&file, text).unwrap();
@@ -125,7 +125,7 @@ fn an_old_agent_works_unchanged_as_a_gateway_and_as_a_client() {
         assert_eq!((gateway.poll(), gateway.poll()), (Some(peer(1, 21) + &peer(2, 22)), None));
         assert_is_config(desk, &(interface.clone() + &peer(1, 21) + &peer(2, 22)));
 
-        // Clients without their file ask again; a gateway that starts again finds its server.
+        // Clients without their file request again; a gateway that starts again finds its server.
         assert_eq!(lease(desk, "laptop", "s1", 1, Some(LOGIN)), expected);
         assert_eq!(gateway.poll(), None, "nothing is new");
         let (mut gateway, again) = Gateway::start(desk, settings);

@@ -1,4 +1,4 @@
-//! Gateways that are servers get what changed at a broker, whatever became of its database or of theirs.
+//! Gateways that are servers receive changes made at a broker, also after a loss of its database or of their state.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -18,11 +18,11 @@ use crate::desk::{CHANGES, Desk, LOGIN, READS, Store, client, server, with_each_
 
 /// The server of the gateway.
 const SERVER: &str = "{network: 10.77.0.0/24, reserved: 20, listen_port: 52820}";
-/// How soon a gateway has what changed.
+/// The time in which a gateway receives a change.
 const SOON: Duration = Duration::from_secs(2);
-/// More clients than the broker's session and its queue hold messages.
+/// More clients than the broker's session and its queue have room for messages.
 const MANY: u32 = 2000;
-/// The tables on disk, and what SQLite keeps beside them.
+/// The database file and SQLite's log beside it.
 const FILES: [&str; 2] = ["registry.sqlite", "registry.sqlite-wal"];
 
 fn wait_for_server(desk: &Desk, name: &str) {
@@ -50,7 +50,7 @@ fn delete_client(desk: &Desk, name: &str) {
     assert_eq!(desk.post("client/delete/", &json!({ "client_name": name })).status, 200);
 }
 
-/// Puts the files of the tables in the place of those in another directory.
+/// Replaces the database files by those of another directory.
 fn copy(from: &Path, to: &Path) {
     for file in FILES {
         let _ = fs::remove_file(to.join(file));
@@ -60,13 +60,13 @@ fn copy(from: &Path, to: &Path) {
     }
 }
 
-/// What names the state of a server's clients.
+/// The `ETag` of a server's clients.
 fn tag(desk: &Desk, server: &str) -> String {
     let path = format!("/api/v1/server/config?server_name={server}");
     desk.stack.connect().request("HEAD", &path, &[LOGIN], b"").header("etag").unwrap().to_owned()
 }
 
-/// Runs `change` without the broker's process.
+/// Runs `change` while the broker is stopped.
 fn while_stopped(desk: &mut Desk, change: impl FnOnce()) {
     assert!(desk.stack.stop_broker().success());
     change();
@@ -74,8 +74,8 @@ fn while_stopped(desk: &mut Desk, change: impl FnOnce()) {
     desk.stack.wait_until_ready();
 }
 
-/// Failed before: revisions counted changes, so that those after the copy had the numbers of those that were lost, which
-/// the gateway took for old ones.
+/// Regression: revisions counted changes, so that changes after the restore had the numbers of lost ones, and the
+/// gateway ignored them as old.
 #[test]
 fn a_restored_copy_of_the_database_reaches_gateways_and_no_version_comes_twice() {
     let mut desk = Desk::start(&Store::Sqlite, "");
@@ -108,7 +108,7 @@ fn a_restored_copy_of_the_database_reaches_gateways_and_no_version_comes_twice()
     delete(&desk, "s1", 2);
     wait_for_peers(&gateway, [1, 3, 11, 12, 13]);
 
-    // The gateway is away meanwhile, and there are as many changes as were lost.
+    // The gateway is down meanwhile, and there are as many changes as were lost.
     drop(gateway);
     while_stopped(&mut desk, || copy(&backup, &state));
     add(&desk, "s1", 21..25);
@@ -116,7 +116,7 @@ fn a_restored_copy_of_the_database_reaches_gateways_and_no_version_comes_twice()
     wait_for_peers(&gateway, (1..4).chain(21..25));
 }
 
-/// All calls are refused, and that is said where operators look.
+/// Checks that all calls are refused, and that log, page, hello and doctor report it.
 fn assert_emptied(desk: &mut Desk) {
     let fields = with_client(server("s1", "10.77.0.0", 24, 20));
     for route in READS.iter().chain(&CHANGES) {
@@ -137,13 +137,13 @@ fn assert_emptied(desk: &mut Desk) {
     assert!(line.contains("fail registry: ") && line.contains("broker.registry.json"), "{line}");
 }
 
-/// Fields that fit every route.
+/// Fields that suit every route.
 fn with_client(mut fields: Value) -> Value {
     fields["client_name"] = json!("c1");
     fields
 }
 
-/// Failed before: they were made anew, and the gateway lost all peers within a second.
+/// Regression: the tables were created anew, and the gateway lost all peers within a second.
 #[test]
 fn gateways_keep_their_peers_where_the_tables_are_gone_until_an_operator_confirms_that() {
     let mut desk = Desk::start(&Store::Sqlite, "");
@@ -163,7 +163,7 @@ fn gateways_keep_their_peers_where_the_tables_are_gone_until_an_operator_confirm
             }
         });
         assert_emptied(&mut desk);
-        // It asks within a second, and its servers are announced again.
+        // The gateway requests its leases within a second, and announces its servers again.
         thread::sleep(2 * SOON);
         assert_eq!(gateway.peers("s1"), (1..4).map(key).collect());
     }
@@ -199,7 +199,7 @@ fn an_empty_postgresql_database_is_not_taken_for_the_one_that_had_servers() {
     assert_eq!(desk.everything(), before);
 }
 
-/// Each call is answered by one of two brokers, which know of one another only by the database and the bus.
+/// Each call is answered by one of two brokers, which share only the database and the bus.
 #[test]
 #[ignore = "needs root: tests/run netns"]
 fn two_brokers_on_one_postgresql_and_one_bus_are_one_registry_and_each_pushes() {
@@ -214,7 +214,7 @@ fn two_brokers_on_one_postgresql_and_one_bus_are_one_registry_and_each_pushes() 
         kept.contains("\"revision\"").then_some(())
     });
 
-    // Equal calls at both come to one thing.
+    // Equal calls at both have one result.
     let mut added = at_once(&desks, |desk| desk.post("server/add", &server("s2", "192.168.2.0", 24, 20)).status);
     added.sort_unstable();
     assert_eq!(added, [vec![201], vec![409; 19]].concat());
@@ -222,7 +222,7 @@ fn two_brokers_on_one_postgresql_and_one_bus_are_one_registry_and_each_pushes() 
     let leases = first.get("server/config", &json!({ "server_name": "s2" })).json();
     assert_eq!(leases["peers"].as_array().unwrap().len(), 1, "{leases}");
 
-    // Whoever answers has told the gateway.
+    // The broker that answers has informed the gateway.
     for (n, desk) in (0..20).zip(desks.into_iter().cycle()) {
         add(desk, "s1", [n]);
         wait_within(SOON, "the gateway has the client", || gateway.peers("s1").contains(&key(n)).then_some(()));
@@ -233,7 +233,7 @@ fn two_brokers_on_one_postgresql_and_one_bus_are_one_registry_and_each_pushes() 
         wait_within(SOON, "the gateway has it no more", || (!is_there()).then_some(()));
     }
 
-    // One deletes what the other adds.
+    // One broker deletes clients while the other adds some.
     for round in 0..20 {
         let numbers = 2000 + 4 * round..2004 + 4 * round;
         thread::scope(|scope| {
@@ -251,7 +251,7 @@ fn text(value: &Value) -> String {
     value.as_str().unwrap().to_owned()
 }
 
-/// What ten callers at each broker get at the same time.
+/// The statuses for ten callers at each broker at the same time.
 fn at_once(desks: &[&Desk; 2], call: impl Fn(&Desk) -> u16 + Sync) -> Vec<u16> {
     thread::scope(|scope| {
         let call = &call;
@@ -260,7 +260,7 @@ fn at_once(desks: &[&Desk; 2], call: impl Fn(&Desk) -> u16 + Sync) -> Vec<u16> {
     })
 }
 
-/// Says which server a worker is, as one does that has started.
+/// Publishes the hello of a worker with this server, as at its start.
 fn announce(desk: &Desk, worker: &str, name: &str, number: u32, network: &str) -> Probe {
     let server = json!({
         "public_key": key(number), "network": network, "reserved": 20, "endpoint_address": "gw.example",
@@ -271,7 +271,7 @@ fn announce(desk: &Desk, worker: &str, name: &str, number: u32, network: &str) -
     desk.stack.probe(Role::new(worker, &[]).greeting(vec![said(topic, servers, 1, true)]))
 }
 
-/// Failed before: a request for the leases of such a server had no answer.
+/// Regression: a request for the leases of such a server was not answered.
 #[test]
 fn a_gateway_whose_server_was_deleted_and_given_away_while_it_was_away_loses_its_peers() {
     with_each_store(|desk| {
@@ -295,7 +295,7 @@ fn a_gateway_whose_server_was_deleted_and_given_away_while_it_was_away_loses_its
     });
 }
 
-/// Its clients are still in the registry, as those of the worker that it was.
+/// Its clients are still in the registry, under the worker's former name.
 #[test]
 fn a_gateway_that_has_another_name_keeps_its_peers() {
     let desk = Desk::start(&Store::Sqlite, "");
@@ -310,19 +310,19 @@ fn a_gateway_that_has_another_name_keeps_its_peers() {
     let gateway = InMemory::start_server(&desk.stack, "gw9", "s1", SERVER);
     wait_for_peers(&gateway, 1..4);
     for _ in 0..2 {
-        // The second one shows that the first had no answer.
+        // The second request shows that the first was not answered.
         witness.next_on("wgkex/worker/gw9/lease-requests");
     }
     wait_for_peers(&gateway, 1..4);
 }
 
-/// The gateway's worker goes on all the time. What is deleted while it does not hear of it is gone afterwards.
+/// The gateway's worker keeps running. Clients deleted while it receives no messages are removed afterwards.
 #[test]
 fn wa25_a_gateway_keeps_its_peers_without_mqtt_broker_or_database_and_is_right_after_that() {
     let mut server_of_tables = Postgres::start();
     let store = Store::Postgres(server_of_tables.database("registry"));
     let mut desk = Desk::on_mosquitto(&store);
-    // On a bus that the gateway does not hear.
+    // On a bus to which the gateway is not connected.
     let other = Desk::start(&store, "");
     let gateway = InMemory::start_server(&desk.stack, "gw1", "s1", SERVER);
     wait_for_server(&desk, "s1");
@@ -355,7 +355,8 @@ fn wa25_a_gateway_keeps_its_peers_without_mqtt_broker_or_database_and_is_right_a
     wait_for_peers(&gateway, 4..6);
 }
 
-/// Failed before: what found the queue of the broker's session full was lost, and the gateway learned that a minute later.
+/// Regression: changes beyond the queue of the broker's session were lost, and the gateway received them a minute
+/// later.
 #[test]
 fn what_changes_while_the_bus_stands_still_reaches_gateways_when_it_goes_on() {
     let mut desk = Desk::on_mosquitto(&Store::Sqlite);
@@ -363,7 +364,7 @@ fn what_changes_while_the_bus_stands_still_reaches_gateways_when_it_goes_on() {
     wait_for_server(&desk, "s1");
     add(&desk, "s1", [0]);
     wait_for_peers(&gateway, [0]);
-    // The gateway has asked for all leases, and does not ask again.
+    // The gateway has requested all leases, and does not request them again.
     thread::sleep(2 * SOON);
     desk.stack.mosquitto().signal(Signal::SIGSTOP);
     thread::scope(|scope| {
@@ -382,7 +383,7 @@ fn what_changes_while_the_bus_stands_still_reaches_gateways_when_it_goes_on() {
     wait_within(Duration::from_secs(20), "the gateway has all", || (gateway.peers("s1") == expected).then_some(()));
 }
 
-/// Failed before: it was to be deleted first, although no client would lose anything.
+/// Regression: the server had to be deleted first, although no client would lose a lease.
 #[test]
 fn a_server_has_another_network_as_long_as_no_client_has_a_lease() {
     with_each_store(|desk| {
@@ -400,14 +401,14 @@ fn a_server_has_another_network_as_long_as_no_client_has_a_lease() {
         wait_until("the page has it", || desk.stack.get("/").body.contains(problem).then_some(()));
         assert_eq!(own(desk)["server_wg_ip"], "10.78.0.1");
         assert_eq!(desk.lease("c1", "s1").as_deref(), Some("10.78.0.21"));
-        // It takes the new one as soon as the client has left.
+        // The registry accepts the new network as soon as the client is deleted.
         delete_client(desk, "c1");
         let _worker = announce(desk, "gw1", "s1", 900, "10.79.0.0/24");
         wait_for(desk, "10.79.0.1");
     });
 }
 
-/// Failed before: it was in the registry when the broker said again what it is, a minute later.
+/// Regression: it was in the registry only at the broker's next hello, a minute later.
 #[test]
 fn a_server_that_is_announced_while_the_database_is_away_is_in_the_registry_soon_after_its_return() {
     let mut server_of_tables = Postgres::start();

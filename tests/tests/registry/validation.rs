@@ -1,4 +1,4 @@
-//! What a server and a client may be.
+//! Valid and invalid fields of servers and clients.
 
 use serde_json::{Value, json};
 

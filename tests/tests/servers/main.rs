@@ -1,4 +1,4 @@
-//! MQTT servers that others run, with what they do and do not do.
+//! Third-party MQTT servers, and their peculiarities.
 
 mod mosquitto;
 mod nats;

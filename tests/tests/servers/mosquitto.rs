@@ -1,5 +1,6 @@
-//! Mosquitto gives a subscription of quality of service 1 about a thousand of the retained messages, and drops the rest. Brokers subscribe to
-//! states with quality of service 0, and gateways publish theirs again: either is enough, so this held on the code before as well.
+//! Mosquitto gives a subscription of quality of service 1 about a thousand of the retained messages, and drops the
+//! rest. Brokers subscribe to states with quality of service 0, and gateways publish theirs again: either is enough, so
+//! this is no regression test.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -18,17 +19,18 @@ use wgkex_tests::{key, wait_until};
 /// With them each gateway has eight retained messages.
 const DOMAINS: [&str; 3] = ["ffx_a", "ffx_b", "ffx_c"];
 
-/// Gateways that are played.
+/// Scripted gateways.
 const PLAYED: usize = 999;
 
-/// A real worker, whose messages are the last that are retained.
+/// A real worker, whose messages are the last retained ones.
 const REAL: &str = "real";
 
-/// How long after a broker came up a gateway publishes its states for it, and how often it does in any case.
+/// The delay after a broker's start at which a gateway publishes its states for it, and the interval at which it does
+/// so in any case.
 const FOR_A_NEWCOMER: Duration = Duration::from_secs(5);
 const ALWAYS: Duration = Duration::from_secs(60);
 
-/// Within a minute, on a machine that does other things, too.
+/// Within a minute, on a busy machine.
 const KNOWN: Duration = Duration::from_secs(240);
 
 #[test]
@@ -46,8 +48,9 @@ fn a_broker_knows_more_gateways_than_the_server_gives_it_retained() {
     played.live_until(|| missing.find(&stack));
 }
 
-/// Debian's Mosquitto with this setting ends the connection of a client that publishes what its access list does not allow.
-/// Before, none stood: no router was served, and the log said that the server lets a program have one connection only.
+/// Debian's Mosquitto with this setting ends the connection of a client that publishes on a topic outside its access
+/// list. Regression: no connection lasted, no router was served, and the log blamed a server with one connection per
+/// program.
 #[test]
 fn with_the_originals_access_list_routers_are_served_and_missing_rights_are_logged() {
     let mut stack = Stack::prepare(Plan::new(Bus::Mosquitto));
@@ -73,7 +76,7 @@ fn with_the_originals_access_list_routers_are_served_and_missing_rights_are_logg
     assert!(log.matches("MQTT connected").count() <= 4, "{log}");
 }
 
-/// Gateways on one connection, which publish their states again as real ones do.
+/// Gateways on one connection, which publish their states again like real ones.
 struct Played {
     probe: Probe,
     states: Vec<Vec<Said>>,
@@ -87,7 +90,7 @@ impl Played {
         Self { probe, states }
     }
 
-    /// A broker has come up: all publish their states for it, and then again and again.
+    /// After a broker's start: all gateways publish their states for it, and then again and again.
     fn live_until(&self, mut is_done: impl FnMut() -> Result<(), String>) {
         let begun = Instant::now();
         let rounds = iter::once((FOR_A_NEWCOMER, false)).chain(iter::repeat((ALWAYS, true)));
@@ -120,7 +123,7 @@ fn states(name: &str) -> Vec<Said> {
     [hello].into_iter().chain(data).chain(counts).chain([status(name, "1")]).collect()
 }
 
-/// Gateways that the broker's page has not shown yet as online, with a version and with a count for each domain.
+/// Gateways that the broker's page does not yet show as online, with a version and with a count for each domain.
 struct Missing(BTreeSet<String>);
 
 impl Missing {
@@ -128,7 +131,7 @@ impl Missing {
         Self((0..PLAYED).map(name).chain([REAL.to_owned()]).collect())
     }
 
-    /// Looks at the page; says what is still missing.
+    /// Reads the page; returns the gateways that are still missing.
     fn find(&mut self, stack: &Stack) -> Result<(), String> {
         let page = Http::try_connect(stack.http).map_err(|error| error.to_string())?.get("/").body;
         let known = page.split("<tr>").filter(|row| {

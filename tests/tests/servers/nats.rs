@@ -1,4 +1,5 @@
-//! NATS: a cluster of three nodes that lose one another, and a server that takes no name with a dot.
+//! NATS: a cluster of three nodes that lose connection to each other, and a server that accepts no topic level with a
+//! dot.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -15,21 +16,21 @@ use wgkex_tests::{key, wait_within};
 
 /// A quiet machine needs less than a minute.
 const COMPLETE: Duration = Duration::from_secs(240);
-/// How long nodes are gone, and what comes before and after that.
+/// How long nodes are down, and the time before and after that.
 const WHILE: Duration = Duration::from_secs(3);
 
-/// Nothing that got a 200 is missing at a gateway in the end, whichever nodes died meanwhile; and routers are served again
-/// after each return.
+/// Every key that got a 200 is at a gateway in the end, whichever nodes were killed meanwhile; and routers are served
+/// again after each restart.
 ///
-/// Seen to fail with the programs of 45144ed in one of eight runs of four such rounds: the cluster refused a subscription
-/// for a moment, and the broker never subscribed again. `bus::server` has the same with a scripted server, which fails each
+/// Fails with the programs of 45144ed in one of eight runs of four such rounds: the cluster refused a subscription for
+/// a moment, and the broker never subscribed again. `bus::server` has the same with a scripted server, and fails each
 /// time.
 #[test]
 fn no_message_is_lost_when_nodes_stop_and_start() {
     let (mut cluster, mut stack) = start(3, Plan::new(Bus::Mosquitto));
     let gateways = ["gw1", "gw2", "gw3"].map(|name| InMemory::start(&stack, name));
     let routers = Routers::default();
-    // All programs are on the first node that lives: the first, and then the second.
+    // All programs are connected to the first running node: the first one, and then the second.
     for dead in [&[0][..], &[1, 2]] {
         let before = routers.accepted().len();
         routers.ask_during(&stack, || {
@@ -54,7 +55,7 @@ fn no_message_is_lost_when_nodes_stop_and_start() {
     stack.wait_until_ready();
 }
 
-/// Failed before: the reason was that the server refuses the subscription, and not what it may be that it does not take.
+/// Regression: the reason in the log was a refused subscription, and not the dot as its probable cause.
 #[test]
 fn a_host_name_with_a_dot_is_named_as_the_reason() {
     let (_server, mut stack) = start(1, Plan::new(Bus::Mosquitto).domains(["ffx_a.b"]));
@@ -66,7 +67,7 @@ fn a_host_name_with_a_dot_is_named_as_the_reason() {
     stack.broker().wait_for_log(reason);
 }
 
-/// A cluster of so many nodes, and a broker that was told of it.
+/// A cluster of so many nodes, and a broker connected to it.
 fn start(nodes: usize, plan: Plan) -> (Cluster, Stack) {
     let mut stack = Stack::prepare(plan);
     let cluster = Cluster::start(stack.dir(), nodes);
@@ -89,7 +90,7 @@ impl Routers {
         self.accepted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lets routers ask until `fault` is over.
+    /// Lets routers request until `fault` returns.
     fn ask_during(&self, stack: &Stack, fault: impl FnOnce()) {
         self.is_over.store(false, Ordering::Relaxed);
         thread::scope(|scope| {
@@ -114,7 +115,7 @@ impl Routers {
     }
 }
 
-/// Ends the asking, also if the test fails meanwhile.
+/// Stops the requests, also if the test fails meanwhile.
 struct Over<'a>(&'a AtomicBool);
 
 impl Drop for Over<'_> {

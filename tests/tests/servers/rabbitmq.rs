@@ -1,6 +1,7 @@
-//! RabbitMQ gives no retained message to a subscription with a wildcard.
+//! RabbitMQ delivers no retained message to a subscription with a wildcard.
 //!
-//! Failed while programs published their states only once on a connection: the broker that started last knew no gateway.
+//! Regression: programs published their states only once per connection, and the broker that started last knew no
+//! gateway.
 
 use std::time::Duration;
 
@@ -9,7 +10,7 @@ use wgkex_tests::in_memory::InMemory;
 use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack, V1, V2};
 use wgkex_tests::{key, wait_within};
 
-/// Within a minute, on a machine that does other things, too.
+/// Within a minute, on a busy machine.
 const SERVED: Duration = Duration::from_secs(90);
 
 /// A new key, by each version.

@@ -15,7 +15,7 @@ use wgkex_tests::{DEADLINE, key, wait_until, wait_within};
 
 use crate::SCHEMA;
 
-/// How long the death of a broker may stay unnoticed (issue: 40 s).
+/// How long the end of a broker may stay undetected (issue: 40 s).
 const DEATH: Duration = Duration::from_secs(40);
 
 /// A member that reads all the time, as it has to answer pings.
@@ -72,7 +72,7 @@ impl Member {
 
 impl Drop for Member {
     fn drop(&mut self) {
-        // It may be closed.
+        // The connection may be closed.
         let _ = self.stream.shutdown(Shutdown::Both);
     }
 }
@@ -91,7 +91,7 @@ fn brokers_by<const N: usize>(plan: &Plan, names: [&str; N]) -> [Stack; N] {
     })
 }
 
-/// A broker on a machine of this name, at a Mosquitto that is there, or at a new one.
+/// A broker on a machine of this name, at a running Mosquitto, or at a new one.
 fn broker_by(plan: Plan, name: &str, mqtt: Option<SocketAddr>) -> Stack {
     let mut stack = Stack::prepare(plan.host_name(name));
     match mqtt {
@@ -108,7 +108,7 @@ fn is_coordinator(stack: &Stack, is_one: bool) {
     stack.wait_for_metric("wgkex_broker_tenants_coordinator", f64::from(u8::from(is_one)));
 }
 
-/// Each of them is told the same wherever it is connected.
+/// Each member receives the same messages at any broker.
 #[test]
 #[ignore = "needs root: tests/run netns"]
 fn members_at_different_brokers_see_each_other_and_leave_with_their_broker() {
@@ -134,7 +134,7 @@ fn members_at_different_brokers_see_each_other_and_leave_with_their_broker() {
         Some("1008 a member has this public_key and is connected")
     );
 
-    // The server of the bus is away for a moment, and nobody notices.
+    // The MQTT server is killed and restarted, without effect on members.
     first.kill_and_restart_bus();
     for stack in [&mut first, &mut second] {
         stack.wait_until_ready();
@@ -144,7 +144,7 @@ fn members_at_different_brokers_see_each_other_and_leave_with_their_broker() {
     a.hears_of(4, "10.64.0.4");
     b.hears_of(4, "10.64.0.4");
 
-    // The coordinator dies.
+    // The coordinator is killed.
     let _ = first.broker().end_by(Signal::SIGKILL);
     let died = Instant::now();
     let mut left = [b.message(), b.message()].map(|message| message["removed_peer"].as_str().unwrap().to_owned());
@@ -156,7 +156,7 @@ fn members_at_different_brokers_see_each_other_and_leave_with_their_broker() {
     assert_eq!((back.address.as_str(), &back.peers), ("10.64.0.1", &vec!["N2".to_owned()]));
     b.hears_of(1, "10.64.0.1");
 
-    // It comes back, follows, and dies again.
+    // It starts again as a follower, and is killed again.
     first.start_broker();
     first.wait_until_ready();
     let fifth = Member::join(&first, 5);
@@ -171,7 +171,7 @@ fn members_at_different_brokers_see_each_other_and_leave_with_their_broker() {
     assert!(died.elapsed() < DEATH, "{:?}", died.elapsed());
     b.hears_nothing();
 
-    // One that stops says so at once.
+    // A broker that stops announces it at once.
     first.start_broker();
     first.wait_until_ready();
     let sixth = Member::join(&first, 6);
@@ -182,7 +182,7 @@ fn members_at_different_brokers_see_each_other_and_leave_with_their_broker() {
     assert!(stopped.elapsed() < Duration::from_secs(10), "{:?}", stopped.elapsed());
 }
 
-/// They stand still, their connections stay, and no last will tells of them.
+/// The brokers are stopped by SIGSTOP: their connections stay, and no last will is published.
 #[test]
 #[ignore = "needs root: tests/run netns"]
 fn members_of_a_broker_that_says_nothing_more_leave_and_joins_end_in_time_until_then() {
@@ -205,7 +205,7 @@ fn members_of_a_broker_that_says_nothing_more_leave_and_joins_end_in_time_until_
     let stopped = Instant::now();
     let refused = Member::try_join(&second, 4).err().unwrap_or_default();
     assert!(refused.starts_with("1013 "), "{refused}");
-    // 5 s, and what a busy machine takes.
+    // 5 s, and a margin for a busy machine.
     assert!(stopped.elapsed() < Duration::from_secs(8), "{:?}", stopped.elapsed());
     b.hears_leave(&a.address);
     assert!(stopped.elapsed() < DEATH, "{:?}", stopped.elapsed());
@@ -213,17 +213,18 @@ fn members_of_a_broker_that_says_nothing_more_leave_and_joins_end_in_time_until_
     assert_eq!((back.address.as_str(), &back.peers), (a.address.as_str(), &vec!["N2".to_owned()]));
     b.hears_of(1, &back.address);
 
-    // It goes on, and follows the one that took its place.
+    // It continues, as a follower of the new coordinator.
     first.broker().signal(Signal::SIGCONT);
     is_coordinator(&first, false);
-    // The other takes its sessions again once both know of that: a second for each of its registrations.
+    // The other broker accepts its sessions again once both know the coordinator: a second for each of its
+    // registrations.
     std::thread::sleep(Duration::from_secs(3));
     let new = wait_until("the first broker has a place for a member", || Member::try_join(&first, 5).ok());
     b.hears_of(5, &new.address);
     back.hears_of(5, &new.address);
 }
 
-/// Each of them would go to the broker that gives the addresses, by the session that has routers' keys.
+/// Any such frame would go to the coordinator, over the session that also carries routers' keys.
 #[test]
 #[ignore = "needs root: tests/run netns"]
 fn what_a_member_sends_unasked_goes_to_no_other_broker() {
@@ -238,7 +239,7 @@ fn what_a_member_sends_unasked_goes_to_no_other_broker() {
             member.send(first, payload.as_bytes()).unwrap();
         }
     }
-    // It is behind all of them.
+    // The ping is sent after all of them.
     member.send(0x89, b"x").unwrap();
     while member.receive().unwrap() != Frame::Control {}
     drop(member);
@@ -249,7 +250,7 @@ fn what_a_member_sends_unasked_goes_to_no_other_broker() {
     assert!(!frames.iter().any(|text| is_request("alive", text)), "{frames:?}");
 }
 
-/// A long grace time leaves many addresses behind, which a broker tells another one when they meet.
+/// With a long grace time many addresses are held, which a broker sends to another one when they connect.
 #[test]
 #[ignore = "needs root: tests/run netns"]
 fn brokers_that_know_100_000_held_addresses_find_together_and_no_member_leaves() {
@@ -269,12 +270,12 @@ fn brokers_that_know_100_000_held_addresses_find_together_and_no_member_leaves()
     first.wait_until_ready();
     is_coordinator(&first, true);
     let [second, third] = ["b2", "b3"].map(|name| broker_by(plan(), name, Some(first.mqtt)));
-    // A join comes behind all that a broker is told when it starts, and ends after 5 s.
+    // A join is queued behind all that a broker receives at its start, and times out after 5 s.
     let join = |stack, number| wait_until("it is a member", || Member::try_join(stack, number).ok());
     let (b, c) = (join(&second, 2), join(&third, 3));
     b.hears_of(3, &c.address);
     for stack in [&second, &third] {
-        // A join that was refused for want of time may leave an address behind, for which another one is given up.
+        // A join that timed out may leave a held address, for which another one is given up.
         wait_within(2 * DEADLINE, "the addresses are known", || {
             let held = stack.metric("wgkex_broker_tenants_held_addresses")?;
             (held >= f64::from(HELD - 100)).then_some(())
@@ -288,7 +289,7 @@ fn brokers_that_know_100_000_held_addresses_find_together_and_no_member_leaves()
     assert_eq!(d.peers, ["N2", "N3"]);
 }
 
-/// Members that join and leave at three brokers at the same time know the truth in the end.
+/// Members that join and leave at three brokers at the same time have the right peers in the end.
 #[test]
 #[ignore = "needs root: tests/run netns"]
 fn members_at_three_brokers_that_join_at_once_have_different_addresses_and_all_know_all() {

@@ -1,5 +1,5 @@
-//! Tenants: the tests `os...` are those of the list of what the original does, by their numbers. Most of what a client sees, a
-//! client of another maker sees (`with_websockets.py`); what needs many connections or restarts is here.
+//! Tenants: the tests `os...` have the numbers of the list of the original's behaviours. Most behaviour is tested with
+//! the Python library's client (`with_websockets.py`); tests that need many connections or restarts are here.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by it")]
 
@@ -40,7 +40,7 @@ fn plan(settings: &str) -> Plan {
     Plan::new(Bus::Embedded).config(&format!("tenants: {{enabled: true{settings}}}"))
 }
 
-/// A scenario of the script that runs.
+/// A running scenario of the script.
 struct Script {
     scenario: String,
     child: Child,
@@ -73,7 +73,7 @@ impl Script {
         assert_eq!(found.trim_end(), line, "{} (apt-get install python3-websockets)", self.scenario);
     }
 
-    /// Waits for this text among what it prints for a terminal.
+    /// Waits for this text in its terminal output.
     fn wait_until_it_shows(&mut self, text: &str) {
         let mut shown = String::new();
         while !shown.contains(text) {
@@ -86,7 +86,7 @@ impl Script {
         writeln!(self.input, "on").unwrap();
     }
 
-    /// Waits for its good end.
+    /// Waits until it ends with success.
     fn finish(mut self) {
         let status = self.child.wait().unwrap();
         assert!(status.success(), "{} (apt-get install python3-websockets)", self.scenario);
@@ -95,7 +95,7 @@ impl Script {
 
 impl Drop for Script {
     fn drop(&mut self) {
-        // It may have ended by itself.
+        // The process may have ended by itself.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -111,12 +111,12 @@ fn wait_until_kept(stack: &Stack, addresses: i64) {
     });
 }
 
-/// What the script does in a scenario against a broker with these settings.
+/// Runs a scenario of the script against a broker with these settings.
 fn scenario(name: &str, settings: &str) {
     Script::start(&stack_with(settings), name, &[]).finish();
 }
 
-/// As the README says.
+/// By the commands of the README.
 #[test]
 fn a_member_by_hand_joins_and_learns_of_another() {
     let stack = stack_with("");
@@ -179,7 +179,7 @@ fn os09_a_bad_join_gets_a_code_and_a_reason_and_takes_nothing() {
     scenario("os9", "");
 }
 
-/// The clients are impatient, too: some do not wait for the reason.
+/// Some clients do not wait for the close frame.
 #[test]
 fn os09_ten_thousand_bad_joins_leak_nothing() {
     let mut stack = stack_with("");
@@ -191,11 +191,11 @@ fn os09_ten_thousand_bad_joins_leak_nothing() {
                 0 => socket.text("x").unwrap(),
                 1 => socket.send(0x82, b"x").unwrap(),
                 2 => socket.text(r#"{"display_name":"A","public_key":"AAAA"}"#).unwrap(),
-                // A frame without end, and none at all.
+                // A frame without an end, and no frame at all.
                 3 => std::io::Write::write_all(&mut socket.stream(), b"\x81\xff\0\0\0\xff\0\0\0\0\0\0\0\0").unwrap(),
                 _ => continue,
             }
-            // A close frame after a frame without end is a part of it.
+            // A close frame after an incomplete frame is a part of that.
             let closed = if n % 5 == 3 { socket.close_frame() } else { socket.closed() };
             let (code, reason) = closed.unwrap();
             assert!([1003, 1008, 1009].contains(&code) && !reason.is_empty(), "{n}: {code} {reason}");
@@ -235,7 +235,7 @@ fn os11_of_members_that_join_at_once_each_learns_of_each_other_once() {
     scenario("os11", "");
 }
 
-/// As many joins as in five minutes with three a second, and as many leaves.
+/// As many joins and leaves as in five minutes at three joins a second.
 #[test]
 fn os12_what_members_put_together_during_churn_is_the_truth() {
     Script::start(&stack_with(", grace: 0.05"), "os12", &["1000"]).finish();
@@ -250,7 +250,8 @@ fn os13_a_member_that_does_not_read_is_dropped_and_announced() {
     }
 }
 
-/// The answers together are far more than what all connections may hold, and nobody reads its own before all have joined.
+/// All answers together are far larger than the buffers of all connections, and no member reads its answer before all
+/// have joined.
 #[test]
 fn members_of_a_large_tenant_that_come_at_once_all_get_in_and_hold_little() {
     const MEMBERS: u32 = 200;
@@ -301,27 +302,27 @@ fn os16_a_key_has_one_member_the_one_that_is_alive() {
     scenario("os16", "");
 }
 
-/// The ping comes before what waits: on a slow line the answer would come too late otherwise.
+/// The ping is sent before queued messages: on a slow connection the pong would be too late otherwise.
 #[test]
 fn os16_a_member_that_is_alive_keeps_its_place_however_much_waits_for_it() {
     const WAITING: u32 = 1_300;
     let stack = stack_with("");
     let mut slow = WebSocket::begin(narrow_connection(stack.http), "/tenants/t").unwrap();
     slow.join("slow", &key(0)).unwrap();
-    // Announced with 1.6 KB.
+    // An announcement of 1.6 KB.
     let name = "\u{1}".repeat(255);
     for n in 1..=WAITING {
         WebSocket::open(stack.http, "/tenants/t").unwrap().join(&name, &key(n)).unwrap();
-        // It is alive all the time.
+        // The member sends pongs all the time.
         slow.send(0x8a, b"").unwrap();
     }
     let mut twin = WebSocket::open(stack.http, "/tenants/t").unwrap();
     twin.text(&serde_json::json!({ "display_name": "twin", "public_key": key(0) }).to_string()).unwrap();
-    // The answer to what comes after its join shows that the member is asked.
+    // The pong to a ping after the join shows that the broker has begun to ping the other member.
     twin.send(0x89, b"x").unwrap();
     assert_eq!(twin.receive().unwrap(), Frame::Control);
     WebSocket::open(stack.http, "/tenants/u").unwrap().join("A", &key(0)).unwrap();
-    // A third of all that waits, and more than its connection holds.
+    // A third of all queued messages, and more than its connection's buffers hold.
     for _ in 0..WAITING * 2 / 3 {
         slow.receive().unwrap();
     }
@@ -330,8 +331,8 @@ fn os16_a_member_that_is_alive_keeps_its_place_however_much_waits_for_it() {
     stack.wait_for_metric("wgkex_broker_tenants_leaves_total{reason=\"silent\"}", 0.0);
 }
 
-/// A connection that takes little that is not read, in segments as on a line: with those of the loopback, which are larger than its
-/// buffer, TCP waits for seconds.
+/// A connection with a small receive buffer, in segments of an Ethernet's size: with those of the loopback, which are
+/// larger than the buffer, TCP waits for seconds.
 fn narrow_connection(server: SocketAddr) -> TcpStream {
     let socket = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
     setsockopt(&socket, RcvBuf, &(16 << 10)).unwrap();
@@ -428,7 +429,7 @@ fn a_broker_that_stops_says_so_and_does_not_wait() {
     let mut stack = stack_with("");
     let mut script = Script::start(&stack, "stop", &[]);
     script.wait_for("joined");
-    // One that does not answer the close frame.
+    // A member that does not answer the close frame.
     let mut deaf = WebSocket::open(stack.http, "/tenants/t").unwrap();
     deaf.join("deaf", &key(1)).unwrap();
     let begun = Instant::now();
@@ -445,7 +446,7 @@ fn endpoints_are_shown_on_demand_only() {
     Script::start(&stack, "endpoints", &["203.0.113.7"]).finish();
 }
 
-/// Also behind a proxy, which brings many clients.
+/// Also behind a proxy, which forwards many clients.
 #[test]
 fn one_client_does_not_take_the_networks_of_all_tenants() {
     let plan = Plan::new(Bus::Embedded).config("trusted_proxies: [127.0.0.1]");
@@ -502,7 +503,7 @@ fn the_counts_of_tenants_are_on_the_page_and_no_id_is() {
     }
 }
 
-/// More WebSockets than there is room for, where few files may be open, leave room for routers and for those that join.
+/// More WebSockets than the limit of open files allows leave room for routers and for clients that join.
 #[test]
 fn websockets_take_no_place_of_routers_and_those_that_do_not_join_go_first() {
     let mut plan = plan("");
@@ -523,7 +524,7 @@ fn websockets_take_no_place_of_routers_and_those_that_do_not_join_go_first() {
     assert_eq!(stack.v2(DOMAIN, &key(1)).status, 200);
     let mut late = open(1000).unwrap();
     late.join("late", &key(1000)).unwrap();
-    // All members are there.
+    // All members are still connected.
     for member in &mut members {
         member.send(0x89, b"x").unwrap();
         while member.receive().unwrap() != Frame::Control {}
@@ -547,7 +548,7 @@ mod netns {
         assert!(Command::new("ip").args(words.split(' ')).status().unwrap().success(), "ip {words}");
     }
 
-    /// What the member sends goes nowhere, and nobody is told.
+    /// The member's packets are dropped, without any notification.
     #[test]
     #[ignore = "needs root: tests/run netns"]
     fn os06_a_member_that_is_lost_silently_is_removed() {
@@ -590,7 +591,7 @@ mod netns {
         inside("route add blackhole 10.9.0.1/32");
         let lost = Instant::now();
         assert_eq!(watcher.message().unwrap(), serde_json::json!({ "removed_peer": "10.64.0.2" }));
-        // The connection stood all the time, and the aim is half of what was promised.
+        // The connection was open all the time, and the broker aims at half of the documented time.
         assert!((Duration::from_secs(5)..Duration::from_secs(25)).contains(&lost.elapsed()), "{:?}", lost.elapsed());
         stack.wait_for_metric("wgkex_broker_tenants_leaves_total{reason=\"silent\"}", 1.0);
     }

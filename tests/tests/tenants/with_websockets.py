@@ -19,7 +19,7 @@ import websockets
 from websockets.exceptions import ConnectionClosed, ConnectionClosedError, InvalidStatusCode
 
 LIMIT = 30
-# Each refusal is to come within 5 s; the rest is for a machine that is busy.
+# Each refusal is due within 5 s; the rest is a margin for a busy machine.
 REFUSAL = 6
 URL = sys.argv[2]
 ARGUMENTS = sys.argv[3:]
@@ -122,7 +122,7 @@ async def os2():
     await a.joined(b)
     c = await join("t", "C")
     assert c.peers == [a.object, b.object]
-    # What B gets first is C's announcement, not its own.
+    # B receives C's announcement first, not its own.
     await b.joined(c)
 
 
@@ -132,7 +132,7 @@ async def os3():
     assert d.peers == [] and d.address.rsplit(".", 1)[0] != a.address.rsplit(".", 1)[0]
     assert (await join("T")).peers == [], "case counts"
     await a.joined(b)
-    # The next that A and B get is of their own tenant, by whichever of its names.
+    # The next message of A and B is about a join of their own tenant, under either of its names.
     e = await join("%74")
     await a.joined(e)
     await b.joined(e)
@@ -159,13 +159,13 @@ async def os6():
             await a.joined(b)
             begun = time.monotonic()
             await leave(b.ws)
-            # Once: the next that A gets is the next join.
+            # Once: A's next message is the next join.
             await a.removed(b.address)
             left = time.monotonic()
             await (await a.ws.ping())
             times.append(left - begun - 10 * (time.monotonic() - left))
-        # Within 1 s, beside what a busy machine takes for anything, but for one; no ping of the broker was needed, which takes
-        # 10 s at least.
+        # All but one within 1 s, with a margin for a busy machine; no ping of the broker was needed, which takes 10 s at
+        # least.
         assert quantile(times, 0.8) < 1 and max(times) < 9, times
     await a.joined(await join("t"))
 
@@ -246,7 +246,7 @@ async def os9():
             for frame in frames:
                 await ws.write_frame(*frame)
             assert "UTF-8" in await refusal(ws, [1003])
-    # Nobody was told, no address and no network is lost. A name of 255 bytes is echoed as it is.
+    # No member was notified, no address and no network is lost. A name of 255 bytes is echoed unchanged.
     name = "\u00e4\u0000\"\\ %" + "n" * 248
     assert len(name.encode()) == 255
     b = await join("t", name)
@@ -270,7 +270,7 @@ async def os10():
     for tenant in ["t", "u"] * 50:
         await times.come_and_go(tenant)
     times.assert_short()
-    # 10 s for the join, 5 s for the close, and what a busy machine takes.
+    # 10 s for the join, 5 s for the close, and a margin for a busy machine.
     lifetimes = await asyncio.gather(*silent)
     assert 9 < min(lifetimes) and max(lifetimes) < 20, lifetimes
 
@@ -288,7 +288,7 @@ async def os11():
         assert len(set(known)) == 199 and set(known) == everybody - {member.key}
 
     await asyncio.gather(*(learn(member) for member in members))
-    # Nothing else has come.
+    # No other message was received.
     last = await join("t", "last")
     await asyncio.gather(*(member.joined(last) for member in members))
 
@@ -358,7 +358,7 @@ async def os13():
             await times.come_and_go("t", "n" * 255)
 
     async def beat():
-        # It is alive, so that it is dropped for nothing but what it does not read.
+        # It sends pongs, so that only unread messages can be the reason for its removal.
         while not removed.is_set():
             await slow.ws.pong()
             await asyncio.sleep(1)
@@ -366,7 +366,7 @@ async def os13():
     beating, churning = asyncio.ensure_future(beat()), [asyncio.ensure_future(churn()) for _ in range(4)]
     await watch()
     await asyncio.gather(*churning)
-    # The queue, and what the kernel and the connection have of messages of 100 bytes at least.
+    # The queue, and messages of at least 100 bytes in the buffers of kernel and connection.
     assert 4096 < heard < 4096 + 4000, heard
     times.assert_short()
     beating.cancel()
@@ -427,7 +427,7 @@ async def os16():
     await a.joined(c)
     await b.joined(c)
 
-    # A member whose connection is there, and who does not answer.
+    # A member with an open connection that does not answer.
     d = await join("t", "D", ping_interval=None)
     for member in (a, b, c):
         await member.joined(d)
@@ -435,11 +435,11 @@ async def os16():
     begun = time.monotonic()
     joining = asyncio.ensure_future(join("t", "E", own=d.key))
     await asyncio.sleep(0.5)
-    # Another one waits for both, for no longer.
+    # Another join waits for both, but not longer.
     async with connect("t") as ws:
         sent = time.monotonic()
         await ws.send(json.dumps({"display_name": "F", "public_key": d.key}))
-        # Too late for 1008 where the machine is busy.
+        # On a busy machine it is too late for 1008.
         await refusal(ws, [1008, 1013])
         assert time.monotonic() - sent < REFUSAL
     e = await joining
@@ -449,7 +449,7 @@ async def os16():
         await member.removed(d.address)
         await member.joined(e)
 
-    # Of ten at once one gets in.
+    # One of ten simultaneous joins is accepted.
     async def outcome(own):
         ws = await connect("t")
         await ws.send(json.dumps({"display_name": "F", "public_key": own}))
@@ -510,7 +510,7 @@ async def os18():
     assert (await join("u", **bearer(other))).peers == []
     print("changed?", flush=True)
     input()
-    # The first token is gone; who is a member stays one.
+    # The first token is removed; existing members stay connected.
     until = time.monotonic() + LIMIT
     while await status_of("/tenants/t", **bearer(first)) != 401:
         assert time.monotonic() < until
@@ -576,7 +576,7 @@ async def one_client():
         async with connect("t16", **client(address)) as ws:
             await ws.send(json.dumps({"display_name": "B", "public_key": key()}))
             assert "tenants" in await refusal(ws, [1008])
-    # It is not banned.
+    # The client is not banned.
     members.append(await join("t0", **client("203.0.113.7")))
     members.append(await join("t16", **client("203.0.113.8")))
     await members[3].ws.close()
@@ -633,7 +633,7 @@ async def main():
     except BaseException:
         traceback.print_exc()
         os._exit(1)
-    # Without waiting for what is still open.
+    # Ends without waiting for open connections.
     os._exit(0)
 
 
