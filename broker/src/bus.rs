@@ -1,5 +1,5 @@
-//! What the broker receives and publishes by MQTT, on two sessions: one for what workers publish, which answers wait for, and
-//! one for keys and whatever is long.
+//! The messages that the broker receives and publishes by MQTT, on two sessions: one for messages of workers, for which
+//! answers to routers wait, and one for keys and long messages.
 //!
 //! Tasks: the two sessions, which pass each message to [`subscriber`]; [`announcer`], which publishes this broker's presence;
 //! [`sync_server`], which answers requests for live keys. Keys themselves are published by [`crate::exchange`].

@@ -1,6 +1,7 @@
-//! The subcommands of `wgkex-broker`: what an operator calls by hand. None of them runs a task, and none needs the
-//! broker's own state: [`doctor`] finds what is wrong, [`status`] asks a broker that runs for what its page shows, [`admin_client`] makes admin calls,
-//! [`tenant_token`] makes tokens of tenants, [`mqtt_acl`] prints access lists for other MQTT servers, from the rules that the embedded one enforces.
+//! The subcommands of `wgkex-broker`: the commands that an operator calls by hand. None of them runs a task, and none
+//! needs the broker's own state: [`doctor`] finds what is wrong, [`status`] prints the status of a running broker,
+//! [`admin_client`] makes admin calls, [`tenant_token`] makes tokens of tenants, [`mqtt_acl`] prints access lists for
+//! other MQTT servers, from the rules that the embedded one enforces.
 
 pub mod admin_client;
 pub mod doctor;
@@ -19,16 +20,16 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 
-/// How a command ends that makes something out of the config or of nothing.
+/// The exit codes of a command that makes something out of the config or of nothing.
 pub const MAKE_ENDS: &str = "Exits with 0, or with 1 if it cannot be made.";
 
-/// Prints what a command has to say.
+/// Prints the output of a command.
 pub fn print(text: &str) -> anyhow::Result<()> {
     let mut stdout = io::stdout();
     stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).context("stdout")
 }
 
-/// Prints what a command has to say, or why it could not be done, and returns how the process ends: 0 or 1.
+/// Prints the output of a command, or its error, and returns the exit code: 0 or 1.
 #[must_use]
 pub fn print_or_complain(text: anyhow::Result<String>) -> ExitCode {
     match text.and_then(|text| print(&text)) {
@@ -40,8 +41,8 @@ pub fn print_or_complain(text: anyhow::Result<String>) -> ExitCode {
     }
 }
 
-/// Says why a command could not be done.
+/// Prints the error of a command.
 fn complain(error: &anyhow::Error) {
-    // There is nobody else to tell.
+    // There is no other place for the error.
     let _ = writeln!(io::stderr(), "error: {error:#}");
 }

@@ -9,14 +9,14 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use ipnet::IpNet;
 use wgkex_common::http::connections::PeerKind;
 
-/// What counts as one client.
+/// A client, as limits count it.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Client {
     /// This machine's operator, who connects from loopback without a proxy.
     Local,
     /// An IPv4 address, or the /56 that a household or a server gets of IPv6.
     Address(IpAddr),
-    /// All clients that a proxy brings without their addresses.
+    /// All clients whose proxy does not pass on their addresses.
     Unnamed,
 }
 
@@ -55,8 +55,8 @@ fn is_local(address: IpAddr) -> bool {
     address == IpAddr::V4(Ipv4Addr::LOCALHOST) || address == IpAddr::V6(Ipv6Addr::LOCALHOST)
 }
 
-/// The kind of peer that a connection has, before anything came on it. `is_proxied`: a proxy at this machine's address
-/// that is not trusted has sent a request; then no connection from there goes without a limit.
+/// The kind of peer that a connection has, before any data was received on it. `is_proxied`: a proxy at this machine's
+/// address that is not trusted has sent a request; then no connection from there is exempt from limits.
 #[must_use]
 pub fn peer_kind(peer: IpAddr, trusted: &[IpNet], is_proxied: bool) -> PeerKind {
     if is_in(trusted, peer) {
@@ -84,7 +84,7 @@ pub fn is_private(address: IpAddr) -> bool {
     }
 }
 
-/// The client of a request that `peer` brought, whose [`address_of_request`] this is.
+/// The client of a request on a connection from `peer`; `address` is its [`address_of_request`].
 pub fn client_of_request(peer: IpAddr, trusted: &[IpNet], address: Option<IpAddr>) -> Client {
     match address {
         None => Client::Unnamed,
@@ -93,10 +93,11 @@ pub fn client_of_request(peer: IpAddr, trusted: &[IpNet], address: Option<IpAddr
     }
 }
 
-/// The address of the client whose request `peer` brought, by the values of its headers in their order. A proxy adds at the
-/// right what it knows, so from there on the first counts that is no trusted proxy itself. Where that is not an address,
-/// or the two headers differ, one of them may come from the sender, and the client is not known; nor is it where a proxy
-/// on this machine is not trusted. `is_proxied`: any header is a proxy's.
+/// The address of the client of a request on a connection from `peer`, by the values of its headers in their order. A
+/// proxy appends the address of its own client at the right, so the last hop that is not a trusted proxy counts. If
+/// that is not an address, or the two headers differ, the sender may have written one of them, and the client is not
+/// known; nor is it if a proxy on this machine is not trusted. `is_proxied`: the request has a header that only proxies
+/// add.
 pub fn address_of_request<'a>(
     peer: IpAddr,
     trusted: &[IpNet],
@@ -129,8 +130,8 @@ fn first_untrusted(hops: &[Option<IpAddr>], trusted: &[IpNet]) -> Option<IpAddr>
     found
 }
 
-/// The `for=` of each element of a `Forwarded`; none if it is not well-formed, since a quote that the sender left open could
-/// hide what the proxy added.
+/// The `for=` of each element of a `Forwarded`; none if it is not well-formed, since a quote that the sender left open
+/// could hide the hop that the proxy appended.
 fn elements(value: &str) -> Option<Vec<Option<IpAddr>>> {
     let mut rest = value;
     let mut elements = Vec::new();
@@ -155,7 +156,7 @@ fn elements(value: &str) -> Option<Vec<Option<IpAddr>>> {
     }
 }
 
-/// A token or a quoted text at the beginning of `text`, and what follows.
+/// A token or a quoted text at the beginning of `text`, and the rest.
 fn parameter(text: &str) -> Option<(String, &str)> {
     let Some(quoted) = text.strip_prefix('"') else {
         let (token, rest) = text.split_at(text.find([';', ',']).unwrap_or(text.len()));
@@ -204,7 +205,7 @@ mod tests {
         ["192.0.2.0/24", "2001:db8:ffff::/48"].map(|network| network.parse().unwrap()).to_vec()
     }
 
-    /// What a request with these headers is taken for: an address, [`UNNAMED`] or [`LOCAL`].
+    /// The client of a request with these headers: an address, [`UNNAMED`] or [`LOCAL`].
     fn said(peer: &str, forwarded: &[&str], x_forwarded_for: &[&str]) -> String {
         let is_proxied = !forwarded.is_empty() || !x_forwarded_for.is_empty();
         let (forwarded, listed) = (forwarded.iter().copied(), x_forwarded_for.iter().copied());
@@ -251,7 +252,7 @@ mod tests {
         }
     }
 
-    /// Seen to fail with the proxy itself in the place of a sender who is not known: on loopback it had no limit.
+    /// Seen to fail when the proxy's address stood for an unknown sender: on loopback it had no limit.
     #[test]
     fn only_a_client_on_loopback_that_is_no_proxy_has_no_limit() {
         for peer in ["127.0.0.1", "::1", "::ffff:127.0.0.1"] {
@@ -299,7 +300,7 @@ mod tests {
             (&["for=\"[2001:db8::17]:4711\";proto=http;by=203.0.113.43"], "2001:db8::"),
             (&["proto=https; for=\"\\1\\9\\8.51.100.1\""], "198.51.100.1"),
             (&["for=\"[::ffff:198.51.100.1]\""], "198.51.100.1"),
-            // What the sender wrote stands at the left.
+            // The hops that the sender wrote are at the left.
             (&["for=1.1.1.1, for=198.51.100.1"], "198.51.100.1"),
             (&["for=1.1.1.1", "for=198.51.100.1"], "198.51.100.1"),
             (&["for=\"x,y;z\" , for=198.51.100.1"], "198.51.100.1"),
@@ -320,7 +321,7 @@ mod tests {
             (&["for=\"[198.51.100.1]\""], UNNAMED),
             (&["for=\"198.51.100.1:\""], UNNAMED),
             (&["for=\"fe80::1%eth0\""], UNNAMED),
-            // A quote left open must not swallow what the proxy added.
+            // A quote left open must not hide the hop that the proxy appended.
             (&["for=1.1.1.1;x=\", for=198.51.100.1"], UNNAMED),
             (&["for=1.1.1.1;x=\", for=\"[2001:db8::17]\""], UNNAMED),
             (&["for=1.1.1.1;x=\", for=198.51.100.1;proto=\"https\""], UNNAMED),

@@ -1,9 +1,9 @@
-//! The database of what must not be a second late, such as leases: each change is a transaction that is committed before it is
-//! acknowledged. SQLite in `state_dir`, or `PostgreSQL` where several brokers share it; one SQL for both.
+//! The database of state that must be on disk at once, such as leases: each change is a transaction that is committed
+//! before it is acknowledged. SQLite in `state_dir`, or `PostgreSQL` where several brokers share it; one SQL for both.
 //!
-//! Tasks: a thread of its own ([`Database::start`]) owns the connection and runs one job after the other, so that neither a slow
-//! disk nor a slow server keeps a thread of the HTTP servers waiting. What has queued meanwhile is committed together.
-//! Callers: the rooms with tables, by [`Database::run`].
+//! Tasks: one thread ([`Database::start`]) owns the connection and runs one job after the other, so that neither a slow
+//! disk nor a slow server keeps a thread of the HTTP servers waiting. Jobs that queue up meanwhile are committed
+//! together. Callers: the rooms with tables, by [`Database::run`].
 
 mod connection;
 mod filled_mark;
@@ -30,8 +30,8 @@ pub use self::types::{Access, DatabaseError, Migrations};
 const QUEUE: usize = 1024;
 /// Jobs that are committed together at most.
 const BATCH: usize = 128;
-/// How long they may take together; those that are left then are the first of the next ones. Other brokers wait for a lock
-/// meanwhile, and give up after 3 s.
+/// How long they may take together; the jobs that are left then are the first of the next batch. Other brokers wait for
+/// a lock meanwhile, and give up after 3 s.
 const BATCH_TIME: Duration = Duration::from_secs(2);
 /// How long a caller waits for its job.
 const PATIENCE: Duration = Duration::from_secs(8);
@@ -55,7 +55,8 @@ pub enum State {
     Down(String),
 }
 
-/// Work for the thread. `run` does it within a transaction and returns what is to be done when that has ended.
+/// Work for the thread. `run` does it within a transaction and returns a function to be called when the transaction has
+/// ended.
 struct Job {
     access: Access,
     run: Box<dyn FnOnce(&mut Transaction<'_>) -> Finish + Send>,
@@ -65,8 +66,9 @@ struct Job {
 type Finish = Box<dyn FnOnce(Result<(), DatabaseError>)>;
 
 impl Database {
-    /// Starts the thread. It opens the database at its first job and again after each failure, so that a server which is away
-    /// keeps nobody from starting. One that `mark` says has lost its tables is not used. The receiver ends with the thread.
+    /// Starts the thread. It opens the database at its first job and again after each failure, so that an unreachable
+    /// server does not keep a broker from starting. A database that has lost its tables by `mark` is not used. The
+    /// receiver ends with the thread.
     pub fn start(
         location: Location,
         migrations: Migrations,
@@ -89,9 +91,9 @@ impl Database {
         self.state.borrow().clone()
     }
 
-    /// Runs `work` in a transaction, and returns when that is committed. An error of `work` takes back what it did.
-    /// `committed` is called on the thread, after the commit and before anything else is done there: calls have the order of
-    /// the changes.
+    /// Runs `work` in a transaction, and returns when that is committed. An error of `work` rolls back its changes.
+    /// `committed` is called on the thread, after the commit and before anything else is done there: calls have the
+    /// order of the changes.
     pub async fn run<T, E>(
         &self,
         access: Access,
@@ -105,7 +107,7 @@ impl Database {
         let (answer, answered) = oneshot::channel();
         let run = move |transaction: &mut Transaction<'_>| {
             if answer.is_closed() {
-                // Nobody waits any more, and the caller was told that it is not done.
+                // The caller no longer waits, and has received the error that it is not done.
                 let nothing: Finish = Box::new(|_| {});
                 return nothing;
             }
@@ -115,7 +117,7 @@ impl Database {
                 if let Ok(result) = &result {
                     committed(result);
                 }
-                // The caller may have gone.
+                // The caller may no longer wait.
                 let _ = answer.send(result);
             });
             finish
@@ -138,19 +140,19 @@ impl Database {
     }
 }
 
-/// What the thread has.
+/// The state of the thread.
 struct Worker {
     connector: Connector,
     connection: Option<Connection>,
     state: watch::Sender<State>,
     /// The last attempt to connect failed.
     is_away: bool,
-    /// The last job that may write could not, though the database was there.
+    /// The last job that may write failed, though the database was reachable.
     is_write_failing: bool,
 }
 
 impl Worker {
-    /// Runs jobs until nobody can send any more. Those that only read wait for no other broker's changes.
+    /// Runs jobs until all senders are dropped. Jobs that only read do not wait for changes of other brokers.
     fn run(mut self, mut queue: mpsc::Receiver<Job>) {
         let mut jobs = Vec::with_capacity(BATCH);
         while !jobs.is_empty() || queue.blocking_recv_many(&mut jobs, BATCH) > 0 {
@@ -169,7 +171,7 @@ impl Worker {
                     jobs.append(&mut batch);
                 }
                 self.report(access, outcome);
-                // Without a database the others are dropped here; their callers notice.
+                // Without a database the remaining jobs are dropped here; their callers receive an error.
             }
         }
     }
@@ -205,15 +207,15 @@ impl Worker {
         }
         let connected = self.connector.connect();
         self.is_away = connected.is_err();
-        // Where nothing can be done, no write says anything.
+        // Without a connection, the outcome of the last write has no meaning.
         self.is_write_failing &= connected.is_ok();
         let mut connection = connected?;
         connection.begin(access)?;
         Ok(connection)
     }
 
-    /// Publishes whether the database can be used, and logs each change of that. After a write that failed only one that does
-    /// not means that it can, unless the database was away for reads, too.
+    /// Publishes whether the database can be used, and logs each change of that. After a failed write only a successful
+    /// one shows that it can be used, unless connecting has failed since.
     fn report(&mut self, access: Access, outcome: Result<(), DatabaseError>) {
         if access == Access::Write {
             self.is_write_failing = outcome.is_err() && !self.is_away;
@@ -297,7 +299,7 @@ mod tests {
         newer.run(Access::Write, |transaction| insert(transaction, 1), |()| {}).await.unwrap();
         drop(newer);
         let error = loop {
-            // The thread of the newer one gives the file back when it has ended.
+            // The thread of the newer database releases the file when it has ended.
             let error = rows(&open(&file, TABLE)).await.unwrap_err().to_string();
             if !error.contains("another process") {
                 break error;
@@ -308,7 +310,7 @@ mod tests {
         assert_eq!(rows(&newer).await.unwrap().len(), 1);
     }
 
-    /// Failed before: it was made anew, and was empty.
+    /// Failed before: the database was created again, and was empty.
     #[tokio::test]
     async fn a_database_that_had_rows_and_lost_its_tables_is_refused_until_it_is_back() {
         let dir = tempfile::tempdir().unwrap();
@@ -344,7 +346,7 @@ mod tests {
         assert_eq!((rows(&database).await.unwrap().len(), mark.contradicted()), (1, None));
     }
 
-    /// The answer of a call may come before the state.
+    /// The result of a call may be received before the new state.
     async fn wait_until_up(database: &Database) {
         while database.state() != State::Up {
             tokio::time::sleep(Duration::from_millis(1)).await;

@@ -1,7 +1,7 @@
 //! `doctor`: what is wrong with a broker, and what to do about it. No IO: [`crate::cli::doctor`] gathers [`Facts`], and
 //! [`findings`] decides about them.
 //!
-//! Each room of checks is a file: [`fleet`], [`listeners`], [`workers`]; what the worker's doctor checks, too, is in
+//! Each room of checks is a file: [`fleet`], [`listeners`], [`workers`]; checks shared with the worker's doctor are in
 //! [`wgkex_common::doctor`].
 
 pub mod facts;
@@ -20,10 +20,10 @@ use self::facts::{BusFacts, Facts};
 use crate::fleet::status::ProblemKind;
 use crate::http::status::Status;
 
-/// With room for fewer connections a fleet of 3,300 routers is kept waiting when all come at once.
+/// With room for fewer connections a fleet of 3,300 routers is kept waiting when all connect at once.
 const CONNECTIONS: usize = 4096;
 
-/// What every check finds, in the order in which one would look.
+/// The findings of every check, in the order in which an operator would check.
 #[must_use]
 pub fn findings(facts: &Facts) -> Vec<Finding> {
     let status = facts.running.as_ref().ok();
@@ -38,7 +38,7 @@ pub fn findings(facts: &Facts) -> Vec<Finding> {
     findings.extend(workers::retained(facts));
     findings.extend(workers::named(facts));
     findings.extend(files::state(Program::Broker, &facts.state, running.as_ref()));
-    // What the running broker cannot read is one of its problems, without the line.
+    // A list that the running broker cannot read is one of its problems, without the line.
     let is_problem = |key: &str| running.iter().any(|running| running.lists_damaged.iter().any(|list| list == key));
     let is_new = |list: &&ListFacts| list.damage.is_some() || !is_problem(list.key);
     let lists: Vec<_> = facts.lists.iter().filter(is_new).cloned().collect();
@@ -49,7 +49,7 @@ pub fn findings(facts: &Facts) -> Vec<Finding> {
     findings
 }
 
-/// What the running broker publishes of its process.
+/// The process data that the running broker publishes.
 fn process(status: &Status) -> Running {
     let subjects = |is_it: fn(ProblemKind) -> bool| {
         status.problems.iter().filter(move |problem| is_it(problem.kind)).map(|problem| problem.subject.clone())

@@ -4,9 +4,9 @@
 //! Owners: [`in_flight`] has the state of every key between its request and its answer, behind the shared handle of
 //! [`handle`]; [`rate_limit`] counts keys that are not known yet.
 //!
-//! Previous stop of a key: [`crate::http`], with the body that [`request`] reads. Next stop: [`crate::fleet`], which selects
-//! its gateway and remembers it, and [`crate::bus`], which brings what gateways report of it. A key that comes to nothing
-//! ends as a [`Rejection`].
+//! Previous stop of a key: [`crate::http`], with the body that [`request`] reads. Next stop: [`crate::fleet`], which
+//! selects its gateway and remembers it, and [`crate::bus`], which receives the gateways' reports about it. A request
+//! that fails ends as a [`Rejection`].
 
 pub mod handle;
 pub mod in_flight;

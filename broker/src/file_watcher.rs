@@ -9,10 +9,10 @@ use std::time::Duration;
 use tokio::task::spawn_blocking;
 use tokio::time::sleep;
 
-/// How often to look at files.
+/// How often to check files.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// What tells one version of a file from another: time, size and inode; none for a file that is not there.
+/// Identifies a version of a file: time, size and inode; none for a file that is not there.
 pub type FileVersion = Option<(i64, i64, u64, u64)>;
 
 /// The version that is there now.
@@ -21,8 +21,8 @@ pub fn file_version(file: &Path) -> FileVersion {
     Some((file.mtime(), file.mtime_nsec(), file.len(), file.ino()))
 }
 
-/// Has `renew` called whenever there is a complete new version of what `of` was read from, for ever. Files may be slow, and nothing
-/// else waits for them.
+/// Calls `renew` whenever there is a complete new version of the files that `of` was read from, for ever. Files may be
+/// slow, so they are read on threads for blocking calls.
 pub async fn watch<T, V>(of: Arc<T>, version: fn(&T) -> V, renew: fn(&T))
 where
     T: Send + Sync + 'static,
@@ -47,12 +47,12 @@ struct FileWatcher<V> {
 }
 
 impl<V: Copy + PartialEq> FileWatcher<V> {
-    /// What is there is in use.
+    /// The version `taken` is in use.
     fn new(taken: V) -> Self {
         Self { taken, last: taken }
     }
 
-    /// Whether what is there `now` is new, and was so at the last look.
+    /// Whether the version `now` is new, and did not change since the last check.
     fn is_stable(&mut self, now: V) -> bool {
         let is_still = std::mem::replace(&mut self.last, now) == now;
         is_still && std::mem::replace(&mut self.taken, now) != now

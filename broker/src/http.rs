@@ -3,9 +3,9 @@
 //! port, and that of admin calls ([`admin`]), on a port of its own.
 //!
 //! Tasks: none of their own; each server has actix's worker threads, and every handler runs on one of them. Owners:
-//! `wgkex_common::http::connections` has the open connections, [`App`] what the handlers share. Previous stop of a key:
-//! the router. Next stop: [`crate::exchange`], which answers or refuses; of an admin call: the access lists, and then
-//! [`crate::bus`] and [`crate::fleet`], whose gateways confirm it.
+//! `wgkex_common::http::connections` has the open connections, [`App`] the state that the handlers share. Previous stop
+//! of a key: the router. Next stop: [`crate::exchange`], which answers or refuses; of an admin call: the access lists,
+//! and then [`crate::bus`] and [`crate::fleet`], whose gateways confirm it.
 
 pub mod admin;
 mod body;
@@ -54,10 +54,10 @@ pub use self::metrics::Metrics;
 pub use self::missed_proxies::MissedProxies;
 pub use self::refused_domains::RefusedDomains;
 
-/// Seconds after which a router may ask again. Routers try every minute anyway.
+/// Seconds after which a router may repeat its request. Routers do so every minute anyway.
 const RETRY_SECONDS: u32 = 10;
 
-/// What every handler needs.
+/// The state that every handler needs.
 #[derive(Clone)]
 pub struct App {
     /// The domains that are served.
@@ -76,9 +76,9 @@ pub struct App {
     pub connections: Connections,
     /// The networks of the trusted proxies.
     pub trusted: Arc<[IpNet]>,
-    /// The proxies nearby that bring requests and are not trusted.
+    /// The proxies nearby that forward requests and are not trusted.
     pub missed_proxies: Arc<MissedProxies>,
-    /// What is counted here.
+    /// The metrics of the HTTP servers.
     pub metrics: Metrics,
     /// The metrics of the fleet, which are up to date only when they are read.
     pub fleet_metrics: fleet::Metrics,
@@ -179,7 +179,7 @@ async fn readyz(app: Data<App>) -> HttpResponse {
         }
         Some(reason) => (StatusCode::SERVICE_UNAVAILABLE, vec![reason]),
     };
-    // Whose client id is in use elsewhere is ready at one moment and not at the next.
+    // A broker whose client id is in use elsewhere is ready at one moment and not at the next.
     lines.extend(app.names_in_use(Instant::now()).into_iter().map(|problem| problem.text));
     HttpResponse::build(status).content_type(ContentType::plaintext()).body(lines.join("\n") + "\n")
 }

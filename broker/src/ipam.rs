@@ -1,9 +1,9 @@
-//! Which addresses are free: the arithmetic of pools, without IO and without an owner. A pool is a range of addresses in a
-//! network ([`Range`]), or a network that is cut into equal ones ([`Blocks`]); both number what they have, and who hands it
-//! out takes the lowest free number.
+//! Which addresses are free: the arithmetic of pools, without IO and without an owner. A pool is a range of addresses
+//! in a network ([`Range`]), or a network that is cut into equal ones ([`Blocks`]); both number their members, and
+//! callers hand out the lowest free number.
 //!
-//! Callers keep what is taken: in a database, of which [`lowest_free`] gets the taken numbers in order; or in memory, by a
-//! [`FreeList`].
+//! Callers keep the taken numbers: in a database, of which [`lowest_free`] gets the taken numbers in order; or in
+//! memory, by a [`FreeList`].
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -124,7 +124,8 @@ pub fn lowest_free(from: u128, taken: impl IntoIterator<Item = u128>) -> u128 {
 /// How far beyond the numbers handed out [`FreeList::take_this`] goes: it remembers each number between.
 const SKIPPED_MAX: u128 = 1 << 16;
 
-/// The free ones of the numbers from `first` to `last`, in memory. Its size is that of what was handed out.
+/// The free ones of the numbers from `first` to `last`, in memory. Its size grows with the numbers that were handed
+/// out.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FreeList {
     first: u128,
@@ -273,7 +274,7 @@ mod tests {
         assert_eq!(Blocks::new(net("::/0"), 128).unwrap().network(7), Some(net("::7/128")));
     }
 
-    /// What a caller does to a pool.
+    /// An operation of a caller on a pool.
     #[derive(Debug, Clone)]
     enum Step {
         Take,

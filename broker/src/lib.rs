@@ -7,8 +7,8 @@
 //! [`doctor`] decides what is wrong with a broker.
 //! [`mqtt_server`] is the MQTT server for all of that, unless the config names another one.
 //!
-//! [`registry`] and [`tenants`] are front doors of their own: their keys come to gateways only as leases, of servers and of the
-//! hub ([`registry::push`]).
+//! [`registry`] and [`tenants`] are separate interfaces: their keys reach gateways only as leases, of servers and of
+//! the hub ([`registry::push`]).
 //!
 //! Tasks: [`run`] starts and supervises all of them, as a list of named services.
 
@@ -86,7 +86,7 @@ use crate::registry::push::{self, LeasePublisher};
 use crate::tenants::{FrontDoor, TenantEventSender, TenantService, TenantTasks};
 use crate::tls::Certificate;
 
-/// How long the MQTT server may take to acknowledge that this broker goes.
+/// How long the MQTT server may take to acknowledge this broker's farewell.
 const FAREWELL_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long a session may take to disconnect, and the disk to take the last changes.
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
@@ -94,10 +94,10 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 const SERVER_STOP_TIMEOUT: Duration = Duration::from_secs(2);
 /// How often expired live keys are removed, and idle rate limits.
 const EXPIRY_INTERVAL: Duration = Duration::from_secs(10);
-/// How often to look for idle connections.
+/// How often to check for idle connections.
 const IDLE_CHECK: Duration = Duration::from_secs(1);
 
-/// What a changed config means to a broker that runs.
+/// How a running broker uses the keys of a changed config.
 fn key_use() -> KeyUse {
     KeyUse {
         live: vec!["workers", "rebalance"],
@@ -115,7 +115,7 @@ fn key_use() -> KeyUse {
     }
 }
 
-/// What several services use.
+/// The state that several services use.
 struct Broker {
     config: Config,
     fleet: Fleet,
@@ -125,7 +125,7 @@ struct Broker {
     drains: DrainStore,
     /// The clients that the embedded MQTT server had trouble with.
     client_troubles: ClientTroubles,
-    /// The session that receives what workers publish.
+    /// The session that receives messages of workers.
     bus: MqttHandle,
     /// The session that publishes keys.
     keys: MqttHandle,
@@ -147,7 +147,7 @@ struct Metrics {
     tenants: tenants::Metrics,
 }
 
-/// What receives other brokers' messages, and what they are told of it.
+/// The receivers of other brokers' messages, and the services that this broker announces to them.
 struct SharedServices {
     leases: LeaseSender,
     holder: registry::holder::Holder,
@@ -229,7 +229,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     Ok(services.run_until("broker", stop).await?)
 }
 
-/// What a broker with this config keeps in `state_dir`.
+/// The files that a broker with this config keeps in `state_dir`.
 fn state_files(config: &Config) -> Vec<StateFile> {
     let registry = config.registry.is_some();
     let files = [
@@ -259,7 +259,7 @@ impl Broker {
             });
     }
 
-    /// The two sessions, and what works with what they receive.
+    /// The two sessions, and the tasks that handle their messages.
     fn start_bus(&self, services: &mut Services, session: Session, keys_session: Session, shared: SharedServices) {
         let SharedServices { leases, holder, tenant_events: tenants, served_tenants } = shared;
         let Self {
@@ -339,7 +339,7 @@ impl Broker {
             .spawn("the announcer", |stop| announce(announcer, name, handles, stop));
     }
 
-    /// What writes and reads the files of tenants. Returns their service, which is to be started last.
+    /// The tasks that write and read the files of tenants. Returns their service, which is to be started last.
     fn start_tenant_files(&self, services: &mut Services, tasks: TenantTasks) -> TenantService {
         let TenantTasks { service, store, tokens, .. } = tasks;
         let state_kept = self.metrics.tenants.state_kept.clone();
@@ -354,7 +354,7 @@ impl Broker {
         service
     }
 
-    /// What answers routers and operators, and what reports this broker's state to the service manager.
+    /// The servers for routers and operators, and the task that reports this broker's state to the service manager.
     fn start_http<const N: usize>(
         &self,
         services: &mut Services,
@@ -413,7 +413,7 @@ impl Broker {
         Ok(())
     }
 
-    /// What brings leases to the gateways that are servers.
+    /// The tasks that publish leases to the gateways that are servers.
     fn start_registry(&self, services: &mut Services, events: LeaseReceiver) {
         if let Some(registry) = &self.registry {
             let publisher =
@@ -495,7 +495,7 @@ async fn serve_mqtt(mut server: MqttServer, stop: impl Future<Output = ()>) {
     }
 }
 
-/// Publishes this broker's presence until `stop` returns, and then that it goes; or until a session ends.
+/// Publishes this broker's presence until `stop` returns, and then its farewell; or until a session ends.
 async fn announce(
     announcer: Announcer,
     name: BrokerName,
@@ -525,8 +525,8 @@ fn open_https(https: Https) -> anyhow::Result<(TcpListener, Arc<Certificate>)> {
     Ok((listener, Certificate::open("broker_listen.tls", https.cert_file, https.key_file)?))
 }
 
-/// No gateway, and the live keys as they were when this broker ended, as far as `lists` admit them; and what writes these to
-/// disk.
+/// No gateway, and the live keys as they were when this broker ended, as far as `lists` admit them; and the task that
+/// writes these to disk.
 fn fleet(config: &Config, lists: &Handle) -> anyhow::Result<(Fleet, KeyStore)> {
     let ttl = Some(config.live_keys.ttl);
     let (store, buffer, remembered) =

@@ -1,11 +1,11 @@
 //! The MQTT 3.1.1 server inside the broker, used unless `mqtt.broker_url` names another one.
 //!
-//! The way of a client: a [`handshake_limiter`] permit, [`handshake`] (TLS, CONNECT, [`users`] and their [`password`]), a client slot
-//! of the [`broker`], and then [`connection`], which moves packets between the socket and its [`session`]. A session
-//! publishes and subscribes as [`acl`] allows; [`quota`] limits what one user takes. Published messages go through the
-//! [`log`], the only file that knows rumqttd, and into [`retained`] if they are to be retained. No client publishes more than
-//! the others can read, see [`progress`]. What operators are shown of clients that are refused, or that replace each other, is
-//! in [`client_troubles`].
+//! The way of a client: a [`handshake_limiter`] permit, [`handshake`] (TLS, CONNECT, [`users`] and their [`password`]),
+//! a client slot of the [`broker`], and then [`connection`], which moves packets between the socket and its
+//! [`session`]. A session publishes and subscribes as [`acl`] allows; [`quota`] limits the resources of one user.
+//! Published messages go through the [`log`], the only file that knows rumqttd, and into [`retained`] if they are to be
+//! retained. No client publishes more than the others can read, see [`progress`]. [`client_troubles`] has the clients
+//! that were refused, or that replace each other, for operators.
 //!
 //! Owners: [`broker::MessageBroker`] has the log, the retained messages, the wills and the client slots, for all
 //! connections; each connection owns its session; [`retained_store`] owns the file. Tasks: one accept loop for each of the
@@ -125,7 +125,7 @@ impl MqttServer {
         Ok(Self { own: address, credentials, troubles, certificate, over, ended: Some(ended) })
     }
 
-    /// Returns when it ends, which it should not do of itself.
+    /// Returns when it ends without having been stopped.
     pub async fn ended(&mut self) -> Ended {
         if let Some(ended) = &mut self.ended {
             let _ = ended.await;
@@ -134,7 +134,8 @@ impl MqttServer {
         Ended("the MQTT server")
     }
 
-    /// How this broker itself connects: to an endpoint of its own, for which neither TLS nor a crowd of clients stand in the way.
+    /// How this broker itself connects: to a separate endpoint, which has no TLS, and room however many clients connect
+    /// to the other one.
     #[must_use]
     pub fn access(&self, mqtt: &Mqtt) -> Mqtt {
         Mqtt { server: MqttAddress::Own(self.own), credentials: Some(self.credentials.clone()), ..mqtt.clone() }
@@ -182,7 +183,7 @@ fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
     bind().with_context(|| format!("mqtt_listen {address}"))
 }
 
-/// What every connection needs.
+/// The state that every connection needs.
 #[derive(Clone)]
 struct Context {
     broker: Arc<MessageBroker>,
@@ -378,7 +379,7 @@ mod tests {
         (broker, server.start((public, endpoint()), (own, endpoint()), File::open(dir).unwrap().0))
     }
 
-    /// Such a server would start and let nobody in.
+    /// Such a server would start and admit no client.
     #[test]
     fn a_listener_that_cannot_be_served_is_an_error() {
         let dir = tempfile::tempdir().unwrap();

@@ -1,9 +1,10 @@
 //! The registry: servers, their clients, and the addresses that these lease, as the system `wireguard_api` has them, over its
 //! REST interface.
 //!
-//! Tasks: those of [`push`], which bring leases to the gateways, and [`Registry::count`]; the thread of [`crate::database`] owns the
-//! tables. Previous stop of a request: the HTTP server's routes ([`http::registry`](crate::http::registry)), which read it into checked values ([`model`]).
-//! [`store`] decides within a transaction, and [`crate::ipam`] which address is free.
+//! Tasks: those of [`push`], which publish leases to the gateways, and [`Registry::count`]; the thread of
+//! [`crate::database`] owns the tables. Previous stop of a request: the HTTP server's routes
+//! ([`http::registry`](crate::http::registry)), which read it into checked values ([`model`]). [`store`] decides within
+//! a transaction, and [`crate::ipam`] which address is free.
 
 mod call_error;
 pub mod holder;
@@ -52,19 +53,19 @@ pub const MIGRATIONS: Migrations = Migrations(&[store::CREATE_TABLES, store::ADD
 /// The file in `state_dir`, where the tables are in no `PostgreSQL`.
 pub const FILE: StateFile = StateFile::sqlite("registry.sqlite", Schema { migrations: MIGRATIONS.0 });
 
-/// What the routes share. Clones share it.
+/// The state that the routes share. Clones share it.
 #[derive(Clone)]
 pub struct Registry {
     database: Database,
     pub(crate) login: Login,
     holder: Holder,
-    /// Whether the config of a client is open to everybody who knows its name.
+    /// Whether the config of a client is open to every caller that knows its name.
     pub(crate) is_client_config_open: bool,
     /// Lists of servers' clients as they were sent last.
     pub(crate) config_cache: ConfigCache,
     /// Places for large answers that callers do not share.
     pub(crate) large_answers: Arc<Semaphore>,
-    /// What changed at workers' servers goes there.
+    /// Receives the changes of workers' servers.
     pending: PendingLeases,
     refused: RefusedServers,
     pub(crate) metrics: Metrics,
@@ -82,7 +83,7 @@ pub struct RegistryStatus {
     pub storage_up: bool,
     /// The broker that has the registry instead of this one.
     pub elsewhere: Option<BrokerName>,
-    /// The file by which there were servers, if the database has no tables now.
+    /// The file that records that there were servers, if the database has no tables now.
     #[serde(default)]
     pub emptied: Option<String>,
     /// How many servers there are, counted at most 15 s ago.
@@ -118,13 +119,14 @@ impl Registry {
         ))
     }
 
-    /// What changed and is to be published.
+    /// The changes that are to be published.
     #[must_use]
     pub fn pending(&self) -> PendingLeases {
         self.pending.clone()
     }
 
-    /// Looks whether there are servers now. Others are told of that, and tables that are gone later are missed by it.
+    /// Checks whether there are servers now. If so, that is recorded: it is announced to other brokers, and shows a
+    /// later loss of the tables.
     pub async fn look(&self) {
         let counts = timeout(LOOK_TIMEOUT, self.database.run(Access::Read, store::counts, |_| {})).await;
         if let Ok(Ok(counts)) = counts {
@@ -161,7 +163,7 @@ impl Registry {
         self.holder.other().is_some() || !matches!(self.database.state(), State::Down(_))
     }
 
-    /// What it is now.
+    /// Its state now.
     #[must_use]
     pub fn status(&self) -> RegistryStatus {
         let number = |gauge: &IntGauge| u64::try_from(gauge.get()).unwrap_or_default();
@@ -194,7 +196,7 @@ impl Registry {
         self.database.run(Access::Read, work, |_| {}).await
     }
 
-    /// Changes something, and has what changed at workers' servers published.
+    /// Makes a change, and queues the changes of workers' servers for publication.
     pub(crate) async fn change(
         &self,
         work: impl FnOnce(&mut Transaction<'_>, SystemTime) -> Result<Vec<ServerChange>, CallError> + Send + 'static,

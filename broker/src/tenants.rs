@@ -1,16 +1,20 @@
 //! Tenants: programs that open a WebSocket at `/tenants/ID` get an address in the tenant's network, and learn which other
 //! members there are. WireGuard itself is the members' affair.
 //!
-//! Members of a tenant may be connected to different brokers of a bus. One broker gives the addresses, [`crate::fleet::election`] says which;
-//! it has the [`authority`], which decides with [`pool`] and [`table`]. [`sessions`] are those of this broker, which learn what
-//! was decided, here or there, and [`clients`] whose they are; [`coordination`] has both together; brokers send each other [`frame`]s, numbered by
-//! [`streams`]. [`hub`] is the gateway by which members reach each other, if there is one. All of that is without IO and clock.
+//! Members of a tenant may be connected to different brokers of a bus. One broker, elected by
+//! [`crate::fleet::election`], gives the addresses; it has the [`authority`], which decides with [`pool`] and
+//! [`table`]. [`sessions`] are those of this broker, which receive the decisions, and [`clients`] counts them by
+//! client; [`coordination`] has both the authority and the sessions; brokers send each other [`frame`]s, numbered by
+//! [`streams`]. [`hub`] is the gateway by which members reach each other, if there is one. All of that is without IO
+//! and clock.
 //!
-//! Tasks: [`service`] owns all of it, one task since nothing there waits; [`store`] writes the addresses behind; [`tokens`] reads
-//! the file of tokens again; and one for each WebSocket, [`socket`], on the HTTP server's threads, whose [`outlet`] waits for what its
-//! client has not read. [`message`] has the messages, [`close`] the reasons for which a WebSocket is closed.
+//! Tasks: [`service`] owns all of it, one task since nothing there waits; [`store`] writes the addresses behind;
+//! [`tokens`] reads the file of tokens again; and one for each WebSocket, [`socket`], on the HTTP server's threads,
+//! whose [`outlet`] waits until its client has read the messages before. [`message`] has the messages, [`close`] the
+//! reasons for which a WebSocket is closed.
 //!
-//! Previous stop: the HTTP server, whose requests for `/tenants/` come to [`http::tenants`](crate::http::tenants). Next stop: the other brokers, by MQTT.
+//! Previous stop: the HTTP server, whose requests for `/tenants/` are handled by
+//! [`http::tenants`](crate::http::tenants). Next stop: the other brokers, by MQTT.
 
 mod authority;
 mod clients;
@@ -62,7 +66,7 @@ pub use self::store::FILE;
 use self::tokens::Tokens;
 pub use self::troubles::Troubles;
 
-/// What the HTTP server needs of tenants. Clones share it.
+/// The tenants, as the HTTP server uses them. Clones share it.
 #[derive(Debug, Clone)]
 pub struct FrontDoor {
     pub(crate) handle: TenantsHandle,
@@ -77,7 +81,7 @@ impl FrontDoor {
         self.metrics.state_kept.get() != 0
     }
 
-    /// What operators should know.
+    /// The troubles that operators should know.
     pub fn troubles(&self) -> Troubles {
         self.troubles.lock().clone()
     }
@@ -94,18 +98,18 @@ pub struct TenantTasks {
     pub service: TenantService,
     /// It writes their addresses behind.
     pub store: AddressStore,
-    /// What reads the file of tokens again, if there is one.
+    /// Reads the file of tokens again, if there is one.
     pub tokens: Option<Arc<Tokens>>,
-    /// Tells it of other brokers.
+    /// Passes it the messages of other brokers.
     pub events: TenantEventSender,
-    /// What this broker tells others that it serves.
+    /// The service that this broker announces.
     pub served: watch::Receiver<Served>,
 }
 
-/// What brokers send each other, and how they give addresses.
+/// The version of the frames between brokers, and of the way in which they give addresses.
 const PROTOCOL: u32 = 1;
 
-/// Opens what is kept of tenants, and the file of tokens; none if the config does not enable them.
+/// Opens the stored addresses of tenants, and the file of tokens; none if the config does not enable them.
 pub fn open(config: &Config, metrics: &Metrics) -> anyhow::Result<Option<(TenantTasks, FrontDoor)>> {
     let Some(settings) = &config.tenants else { return Ok(None) };
     let tokens = settings.tokens_file.as_deref().map(Tokens::open).transpose()?;
@@ -130,7 +134,7 @@ pub fn open(config: &Config, metrics: &Metrics) -> anyhow::Result<Option<(Tenant
     Ok(Some((TenantTasks { service, store, tokens, events, served }, door)))
 }
 
-/// A digest of what brokers have to have in common to serve the same tenants.
+/// A digest of the settings that brokers must share to serve the same tenants.
 fn rules(TenantSettings { networks, grace, hub, .. }: &TenantSettings) -> String {
     let TenantNetworks { pool, tenant_length } = networks;
     let hub = hub.as_ref().map_or_else(String::new, |worker| format!(" {worker:?}"));

@@ -1,4 +1,4 @@
-//! What the tests of several rooms share.
+//! The helpers that the tests of several rooms share.
 
 use wgkex_common::PublicKey;
 

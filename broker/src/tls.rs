@@ -36,7 +36,7 @@ impl Certificate {
         Ok(Arc::new(Self { section, cert_file, key_file, current }))
     }
 
-    /// TLS 1.2 and 1.3, with whatever certificate is the current one.
+    /// TLS 1.2 and 1.3, with the current certificate.
     pub fn server(self: &Arc<Self>) -> Result<ServerConfig, TlsError> {
         let config = ServerConfig::builder_with_provider(provider());
         let config =
@@ -44,7 +44,7 @@ impl Certificate {
         Ok(config.with_no_client_auth().with_cert_resolver(self.clone()))
     }
 
-    /// Looks for new files, for ever.
+    /// Checks for new files, for ever.
     pub async fn watch(self: Arc<Self>) {
         file_watcher::watch(self, Self::version, Self::renew).await;
     }
@@ -99,7 +99,7 @@ pub fn validity(section: &str, cert_file: &Path, key_file: &Path) -> Result<Vali
 }
 
 impl Validity {
-    /// What is worst is least.
+    /// Orders validities, the worst one first.
     fn order(&self) -> (u8, Duration) {
         match self {
             Self::Expired(_) => (0, Duration::ZERO),

@@ -1,6 +1,6 @@
-//! The task that publishes this broker's presence: the status on one session, the hello on the other, on every connection
-//! and again when [`Presence`] is due. It also decides when the retained states are complete, so that the broker may serve,
-//! and takes gateways for offline that publish nothing.
+//! The task that publishes this broker's presence: the status on one session, the hello on the other, on every
+//! connection and again when [`Presence`] is due. It also decides when the retained states are complete, so that the
+//! broker may serve, and marks gateways that publish nothing as offline.
 //!
 //! The previous stop of its events is [`subscriber`](super::subscriber), the next one of its messages the MQTT server.
 
@@ -24,12 +24,12 @@ use crate::exchange::handle::InFlightHandle;
 use crate::fleet::Fleet;
 use crate::registry::holder::Holder;
 
-/// The shortest time between two hellos: changes of the lists within it make one.
+/// The shortest time between two hellos: changes of the lists within it share one hello.
 const HELLO_INTERVAL: Duration = Duration::from_millis(200);
-/// How long the own status may take to come back.
+/// How long the MQTT server may take to deliver this broker's own status.
 const ECHO_TIMEOUT: Duration = Duration::from_secs(2);
-/// The same if it came back on an earlier connection: then the server may deliver nothing at all, and the session reconnects
-/// before that.
+/// The same if it was delivered on an earlier connection: then the server may deliver nothing at all, and the session
+/// reconnects before that.
 const REPEATED_ECHO_TIMEOUT: Duration = Duration::from_secs(60);
 /// How often to check whether the retained states are complete, until they are.
 const SYNC_CHECK: Duration = Duration::from_millis(50);
@@ -64,7 +64,7 @@ struct PublishedHello {
     hello: Hello,
 }
 
-/// What gives the announcer something to do.
+/// The events that the announcer handles.
 enum AnnouncerEvent {
     /// The first session is connected, or no longer.
     Bus,
@@ -72,18 +72,18 @@ enum AnnouncerEvent {
     Keys,
     /// The access lists changed.
     Lists,
-    /// What this broker serves for tenants changed.
+    /// The announced service of this broker's tenants changed.
     Tenants,
-    /// A message is about which programs are there.
+    /// A message concerns the presence of programs on the bus.
     Presence(PresenceEvent),
-    /// Something is due.
+    /// A message or a check is due.
     Due,
     /// A session has ended.
     End,
 }
 
 impl Announcer {
-    /// The announcer of this broker: `bus` is the session that receives what workers publish, `keys` the other one.
+    /// The announcer of this broker: `bus` is the session that receives messages of workers, `keys` the other one.
     pub fn new(
         config: &Config,
         [bus, keys]: [MqttHandle; 2],
@@ -115,7 +115,7 @@ impl Announcer {
         }
     }
 
-    /// It says, too, that this broker serves tenants, and that it has a registry, for itself perhaps.
+    /// The hello also announces that this broker serves tenants, and that it has a registry, its own or a shared one.
     pub fn with_served(self, tenants: Option<watch::Receiver<Served>>, registry: Holder) -> Self {
         Self { tenants, registry, ..self }
     }
@@ -156,7 +156,8 @@ impl Announcer {
         self.presence.due().into_iter().chain(self.hello_due).fold(check, Instant::min)
     }
 
-    /// The status is the first message on a connection: it comes back once this broker receives what is retained.
+    /// Publishes the status as the first message of a connection: its delivery shows that this broker receives the
+    /// retained messages.
     fn bus_changed(&mut self) {
         let now = Instant::now();
         if *self.connections[0].borrow_and_update() == ConnectionState::Up {

@@ -26,7 +26,7 @@ struct GatewayErrors {
     budget: LineBudget,
 }
 
-/// What a message of a gateway is about.
+/// The subject of a gateway's message.
 struct Subject<'a> {
     gateway: &'a WorkerName,
     what: &'static str,
@@ -79,7 +79,7 @@ impl InvalidMessages {
     }
 }
 
-/// What a message on `topic` is about; none if no gateway publishes there.
+/// The subject of a message on `topic`; none if gateways do not publish there.
 fn subject(topic: &Topic) -> Option<Subject<'_>> {
     let Owner::Worker(gateway) = topic.owner() else { return None };
     let is_published_by_owner = match topic.direction() {

@@ -1,4 +1,4 @@
-//! The metrics of what the broker receives by MQTT.
+//! The metrics of messages that the broker receives by MQTT.
 
 use prometheus::{Error, IntCounter, IntCounterVec, IntGauge};
 use wgkex_common::wire::ignored::Ignored;

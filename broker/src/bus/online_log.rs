@@ -1,4 +1,4 @@
-//! Which gateways come online and go offline, in the log: a bounded number of lines about each, of which the last is right.
+//! Logs which gateways come online and go offline: a bounded number of lines for each, the last of which is correct.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -12,19 +12,19 @@ use wgkex_common::runtime::line_budget::LineBudget;
 use crate::bus::MAX_LOGGED_GATEWAYS;
 use crate::fleet::status::Offline;
 
-/// Logs whether gateways are online; what changes beyond the [`LineBudget`] once, when its period is over. Clones share
-/// everything.
+/// Logs whether gateways are online; changes beyond the [`LineBudget`] are logged as one, when its period is over.
+/// Clones share everything.
 #[derive(Debug, Clone, Default)]
 pub struct OnlineLog(Arc<Mutex<GatewayLogs>>);
 
 #[derive(Debug, Default)]
 struct GatewayLogs(BTreeMap<WorkerName, GatewayLog>);
 
-/// What was logged of a gateway.
+/// The logged state of a gateway.
 #[derive(Debug)]
 struct GatewayLog {
     state: LoggedState,
-    /// Whether it is online by the last line; none before the first.
+    /// Whether the last line reports it as online; none before the first line.
     logged: Option<bool>,
     budget: LineBudget,
 }
@@ -58,7 +58,7 @@ impl OnlineLog {
         }
     }
 
-    /// A gateway published nothing for too long. That takes so long that the lines need no bound.
+    /// A gateway published nothing for too long. This takes so long that the number of lines needs no bound.
     pub fn on_expired(&self, worker: &WorkerName, offline: Offline) {
         warn!(
             worker = worker.as_str(),
@@ -104,7 +104,8 @@ impl GatewayLogs {
         is_due
     }
 
-    /// The states that are not in the log, of gateways whose periods are over. What is over and logged is forgotten.
+    /// The states that are not in the log, of gateways whose periods are over. Drops gateways whose period is over and
+    /// whose state is logged.
     fn take_due(&mut self, now: Instant) -> Vec<(WorkerName, LoggedState)> {
         let mut due = Vec::new();
         self.0.retain(|worker, gateway| {

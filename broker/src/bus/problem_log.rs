@@ -1,4 +1,4 @@
-//! Problems of the fleet in the log: one warning when one has lasted for a moment, one line when it is over. No clock.
+//! Logs problems of the fleet: one warning when a problem has lasted for a moment, one line when it is over. No clock.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -8,15 +8,15 @@ use wgkex_common::runtime::line_budget::LineBudget;
 
 use crate::fleet::status::{Problem, ProblemKind};
 
-/// How long a problem lasts before it is logged: after a start the states of gateways arrive within seconds, and one that restarts
-/// is no news.
+/// How long a problem lasts before it is logged: after a start the states of gateways arrive within seconds, and a
+/// restart of a gateway is no problem.
 const GRACE: Duration = Duration::from_secs(10);
 
-/// The problems that there are, and which of them were logged.
+/// The current problems, and which of them are logged.
 #[derive(Debug)]
 pub struct ProblemLog {
     known: BTreeMap<ProblemId, KnownProblem>,
-    /// For what a stolen password can change at will.
+    /// Limits the lines about clashes, which the holder of a stolen password can change at will.
     clashes: LineBudget,
 }
 
@@ -46,7 +46,8 @@ impl ProblemLog {
         Self { known: BTreeMap::new(), clashes: LineBudget::new(now) }
     }
 
-    /// These are the problems now. Without the retained states, `is_synced`, nobody knows those of the fleet.
+    /// Replaces the current problems, and logs the changes. While `is_synced` is false, without the retained states,
+    /// problems of the fleet are unknown.
     pub fn update(&mut self, problems: impl IntoIterator<Item = Problem>, is_synced: bool, now: Instant) {
         for Line { text, is_over } in self.lines(problems, is_synced, now) {
             if is_over {
@@ -68,7 +69,7 @@ impl ProblemLog {
         let mut lines = Vec::new();
         for (id, known) in before {
             if id.kind.needs_states() && !is_synced {
-                // It may last; what was not logged begins anew.
+                // The problem may persist; the time of one that is not logged starts again.
                 let since = if known.is_logged { known.since } else { now };
                 self.known.insert(id, KnownProblem { since, ..known });
             } else if known.is_logged {
@@ -91,7 +92,7 @@ impl ProblemLog {
     }
 }
 
-/// Other places log the others.
+/// Other modules log the other kinds.
 fn is_logged_here(kind: ProblemKind) -> bool {
     let is_logged = matches!(
         kind,

@@ -1,6 +1,6 @@
 //! Which sync requests are answered. A program of this version requests keys on a topic on which only it may publish; a
-//! request in its name on the topic on which everybody may publish is somebody else's, and its chunks would go to a program
-//! that does not want them. Programs of older versions request there, and are answered.
+//! request in its name on the topic on which every client may publish is from another program, and its chunks would go
+//! to a program that has not requested them. Programs of older versions request there, and are answered.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ use wgkex_common::{BrokerName, WorkerName};
 
 use crate::bus::sync_queue::SyncQueue;
 
-/// A worker requests keys every 10 seconds. One that has not for this time may be of an older version now.
+/// A worker requests keys every 10 seconds. A worker without a request for this long may run an older version now.
 const REQUEST_LIFETIME: Duration = Duration::from_secs(60);
 /// The most workers, and the most brokers, that are remembered.
 const MAX_NAMES: usize = 4096;
@@ -27,7 +27,7 @@ pub struct Requesters {
     requests: SyncQueue,
     /// When each worker last requested keys on its own topic.
     workers: BTreeMap<WorkerName, Instant>,
-    /// The brokers that do.
+    /// The brokers that request keys on their own topic.
     brokers: BTreeSet<BrokerName>,
 }
 
@@ -48,7 +48,7 @@ impl Requesters {
         Ok(())
     }
 
-    /// Whether a request on a worker's own topic is for this broker. An error if it is in another's name.
+    /// Whether a request on a worker's own topic is for this broker. An error if its `from` names another program.
     pub fn is_for_this_broker(
         &self,
         worker: &WorkerName,

@@ -1,8 +1,9 @@
-//! What the broker receives by MQTT, on two sessions: [`Primary`] gets what workers publish, for which answers wait;
-//! [`Secondary`] gets the keys of other brokers, requests for keys, and what brokers publish of themselves.
+//! The messages that the broker receives by MQTT, on two sessions: [`Primary`] receives those of workers, for which
+//! answers wait; [`Secondary`] receives the keys of other brokers, requests for keys, and the hellos of brokers.
 //!
-//! The previous stop of an outcome is a worker, the next one [`crate::exchange`]; states go to [`crate::fleet`], requests to
-//! [`sync_server`](super::sync_server). What the broker publishes of itself is for [`announcer`](super::announcer).
+//! The previous stop of an outcome is a worker, the next one [`crate::exchange`]; states go to [`crate::fleet`],
+//! requests to [`sync_server`](super::sync_server). This broker's own status and hello go to
+//! [`announcer`](super::announcer).
 
 use std::collections::BTreeSet;
 use std::time::{Instant, SystemTime};
@@ -34,8 +35,8 @@ use crate::tenants::{TenantEvent, TenantEventSender};
 /// The most keys in one message of a worker: twice as many as one of ours puts into it.
 const MAX_KEYS: usize = 4_096;
 
-/// The session that receives what workers publish. A worker on the same machine has the host name as its client id, so the
-/// broker's is another.
+/// The session that receives messages of workers. A worker on the same machine has the host name as its client id, so
+/// the broker's is another.
 pub fn session(config: &Config) -> SessionConfig {
     let own = BrokerName::from(&config.name);
     SessionConfig {
@@ -90,15 +91,15 @@ pub struct Primary {
     pub revocations: PendingRevocations,
     /// Which programs are on the bus.
     pub reporter: Reporter,
-    /// What the log has of gateways that come online and go offline.
+    /// Logs gateways that come online and go offline.
     pub online_log: OnlineLog,
-    /// What cannot be used.
+    /// Logs invalid messages.
     pub invalid: InvalidMessages,
-    /// Which brokers are online; none without tenants.
+    /// Receives which brokers are online; none without tenants.
     pub tenants: Option<TenantEventSender>,
-    /// The same for the registry.
+    /// Receives the same for the registry.
     pub registry: Holder,
-    /// What is counted.
+    /// The metrics.
     pub metrics: Metrics,
 }
 
@@ -152,7 +153,7 @@ impl Primary {
         Ok(())
     }
 
-    /// A worker that reports outcomes or handshakes is alive; true if it is one that does.
+    /// A report of outcomes or handshakes shows that its worker is alive; true if the worker is one that confirms keys.
     fn on_confirmation(&self, worker: &WorkerName, now: Instant) -> bool {
         let mut gateways = self.fleet.gateways();
         let was_online = gateways.is_online(worker);
@@ -163,7 +164,7 @@ impl Primary {
         confirms
     }
 
-    /// What operators are shown of the keys.
+    /// Records the outcomes of keys, which operators see.
     fn on_outcomes(&self, worker: &WorkerName, Applied { domain, installed, failed }: &Applied, now: Instant) {
         let outcomes = installed.iter().map(|key| (key, true)).chain(failed.keys().map(|key| (key, false)));
         let mut live = self.fleet.live();
@@ -172,7 +173,7 @@ impl Primary {
         }
     }
 
-    /// No gateway's report makes a key that it claims as its own a router's.
+    /// A reported handshake does not make a key a router's if the reporting gateway claims the key as its own.
     fn on_handshakes(&self, worker: &WorkerName, handshakes: &Handshakes) {
         let gateways = self.fleet.gateways();
         if !gateways.can_report(worker, &handshakes.domain) {
@@ -250,9 +251,9 @@ pub struct Secondary {
     pub tenants: Option<TenantEventSender>,
     /// Registries of other brokers.
     pub registry: Holder,
-    /// What is published under this broker's name.
+    /// Receives messages that are published under this broker's name.
     pub reporter: Reporter,
-    /// What is counted.
+    /// The metrics.
     pub metrics: Metrics,
 }
 
@@ -314,7 +315,7 @@ impl Secondary {
                 Request::Keys(request) => self.requesters.by_anybody(request)?,
             }
         } else if let Topic::WorkerServers { worker } = topic {
-            // Empty if the worker took it back; what it was before stays in the registry.
+            // Empty if the worker withdrew its servers; those that it announced before stay in the registry.
             if publish.payload.is_empty() {
                 self.on_tenants(TenantEvent::Hub(worker, None));
             } else {
@@ -342,14 +343,15 @@ impl Secondary {
 }
 
 impl Secondary {
-    /// What finds no place is missed there, and registered again.
+    /// An event for which the queue has no room is dropped: the receiver notices a missing frame, and sessions are
+    /// registered again.
     fn on_tenants(&self, event: TenantEvent) {
         if let Some(tenants) = &self.tenants {
             let _ = tenants.try_send(event);
         }
     }
 
-    /// What finds no place is announced or asked for again.
+    /// An event for which the queue has no room is dropped: workers announce servers and request leases again.
     fn on_leases(&self, event: LeaseEvent) {
         if let Some(leases) = &self.leases {
             let _ = leases.try_send(event);
@@ -376,7 +378,7 @@ impl Metrics {
     }
 }
 
-/// Receives any message as both sessions do, for fuzzing: it must come to an end.
+/// Receives any message as both sessions do, for fuzzing: it must terminate.
 #[cfg(any(test, fuzzing))]
 pub fn receive_anything(topic: &str, payload: &[u8], retained: bool) {
     use wgkex_common::access_lists::service::ListService;
@@ -433,7 +435,7 @@ mod tests {
 
     use super::*;
 
-    /// Payloads that are nearly right find more than any bytes do.
+    /// Nearly valid payloads find more errors than random bytes do.
     const PAYLOADS: [&str; 15] = [
         r#"{"from":"b","epoch":1,"number":0,"content":{"requests":["register",{"leave":1}]}}"#,
         r#"{"from":"b","epoch":1,"number":0,"content":{"updates":["snapshot",{"left":["t","10.0.0.1"]}]}}"#,

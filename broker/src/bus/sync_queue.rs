@@ -14,9 +14,9 @@ use wgkex_common::wire::message::{Requester, SyncRequest};
 /// sender sends it again.
 const MAX_REQUESTERS: usize = 4096;
 const MAX_SHARED: usize = 1024;
-/// A requester pauses for so many times as long as its chunk took to collect: it takes a fifth of one core at most.
+/// A requester pauses for this many times as long as its chunk took to collect: so it uses a fifth of one core at most.
 const PAUSE_FACTOR: u32 = 4;
-/// It gets no more bytes a second, since every client waits for what the broker publishes: 60,000 keys.
+/// The most bytes a second for a requester, 60,000 keys: every client waits for the messages that the broker publishes.
 const BYTES_PER_SECOND: u64 = 4 << 20;
 
 /// The queue between the session and the sync server. Clones share everything.
@@ -33,19 +33,19 @@ struct QueueState {
 #[derive(Debug, Default)]
 struct Turns {
     requests: BTreeMap<Requester, VecDeque<SyncRequest>>,
-    /// Those with requests, in the order of their turns.
+    /// The requesters with requests, in the order of their turns.
     order: VecDeque<Requester>,
-    /// Until when those pause that got a chunk.
+    /// The end of the pause of each requester that received a chunk.
     pauses: BTreeMap<Requester, Instant>,
 }
 
-/// What there is to do.
+/// The next step of the sync server.
 #[derive(Debug, PartialEq, Eq)]
 enum Turn {
     Answer(Requester, SyncRequest),
     /// Every requester that waits pauses until then.
     Pause(Instant),
-    /// Nobody waits.
+    /// No request waits.
     Idle,
 }
 
@@ -154,7 +154,7 @@ mod tests {
         turns.push(Requester::Named(worker(from)), request(from, n));
     }
 
-    /// The next requests: who sent each, and its number.
+    /// The next requests: the sender and the number of each.
     fn drain(turns: &mut Turns, now: Instant) -> Vec<(String, u64)> {
         let mut drained = Vec::new();
         while let Turn::Answer(_, request) = turns.next(now) {

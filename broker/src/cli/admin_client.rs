@@ -24,12 +24,12 @@ use crate::http::admin::{NO_DEADLINE, token_hash};
 
 /// The variable with the token.
 const TOKEN: &str = "WGKEX_ADMIN_TOKEN";
-/// How a command ends that asks.
+/// The exit codes of a command that only reads.
 const LOOK_ENDS: &str = "Exits with 0, or with 1 if the broker cannot be reached or refuses the call.";
-/// How a command ends that changes a list.
+/// The exit codes of a command that changes a list.
 const CHANGE_ENDS: &str = "Exits with 0 if it is done, with 2 if it counts here but MQTT or the disk did not take it, with 1 if the broker \
                            cannot be reached or refuses the call.";
-/// How a command ends about a drain, which goes nowhere else.
+/// The exit codes of a command about a drain, which is not published.
 const DRAIN_ENDS: &str = "Exits with 0 if it is done, with 2 if it counts but the disk did not take it, with 1 if the broker cannot be \
                           reached or refuses the call.";
 /// The exit code when it was done, but not everywhere.
@@ -216,7 +216,7 @@ pub enum ListName {
 }
 
 impl AdminCommand {
-    /// Makes the call, and returns how the process ends: 0 if all is done, 2 if not everywhere, 1 if it could not be done.
+    /// Makes the call, and returns the exit code: 0 if all is done, 2 if not everywhere, 1 if it could not be done.
     #[must_use]
     pub fn run(self, file: Option<&Path>) -> ExitCode {
         match self.text(file) {
@@ -231,7 +231,7 @@ impl AdminCommand {
         }
     }
 
-    /// What it prints.
+    /// The text that it prints.
     fn text(self, file: Option<&Path>) -> anyhow::Result<(String, ExitCode)> {
         match self {
             Self::AdminToken => admin_token(),
@@ -289,7 +289,7 @@ impl KeyArgs {
 }
 
 impl ChangeArgs {
-    /// Makes the call, and shows what it came to as `text` has it, or as JSON.
+    /// Makes the call, and returns its result by `text`, or as JSON.
     fn make(
         &self,
         file: Option<&Path>,
@@ -306,7 +306,7 @@ impl ChangeArgs {
 }
 
 impl ConnectionArgs {
-    /// Asks the broker on this machine.
+    /// Sends the call to the broker on this machine.
     fn make(&self, file: Option<&Path>, call: Call<'_>) -> anyhow::Result<Value> {
         let config = Config::load(file)?;
         if config.admin_token_hash.is_none() {
@@ -353,7 +353,7 @@ fn path(path: &str, parameters: &[(&str, Option<String>)]) -> String {
     path
 }
 
-/// What a change came to, for people.
+/// The outcome of a change, as text.
 fn outcome(answer: &Value) -> String {
     let text = |field: &str| answer[field].as_str().unwrap_or_default();
     let is = |field: &str| answer[field] == true;
@@ -391,7 +391,7 @@ fn outcome(answer: &Value) -> String {
     lines
 }
 
-/// What a drain, or its end, came to, for people.
+/// The outcome of a drain, or of its end, as text.
 fn drained(answer: &Value, on: bool) -> String {
     let is = |field: &str| answer[field] == true;
     let mut lines = format!(
@@ -424,7 +424,7 @@ fn explained(result: &str) -> String {
     }
 }
 
-/// The entries, for people: one line each.
+/// The entries as text: one line each.
 fn table(answer: &Value) -> String {
     let mut lines = String::new();
     for entry in answer["keys"].as_array().into_iter().flatten() {

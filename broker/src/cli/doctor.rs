@@ -1,5 +1,5 @@
-//! `doctor`: gathers what the checks need. It asks the running broker, the file system, the kernel and the MQTT server, and
-//! changes none of them.
+//! `doctor`: gathers the facts for the checks. It reads from the running broker, the file system, the kernel and the
+//! MQTT server, and changes none of them.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -45,7 +45,7 @@ pub struct Doctor {
 }
 
 impl Doctor {
-    /// Prints what it finds, and returns how the process ends: 0 if all is well, 1 if there are warnings, 3 if something fails
+    /// Prints the findings, and returns the exit code: 0 if all is well, 1 if there are warnings, 3 if something fails
     /// or the checks cannot be made.
     #[must_use]
     pub fn run(&self, file: Option<&Path>) -> ExitCode {

@@ -16,18 +16,18 @@ pub const TIMEOUT: Duration = Duration::from_secs(15);
 /// The largest answer, in bytes: larger ones are none of a broker's.
 const ANSWER_MAX: u64 = 256 << 20;
 
-/// A listener of the broker, and how it is asked.
+/// A listener of the broker, to which calls are sent.
 pub struct BrokerClient {
     agent: Agent,
     listen: Listen,
     /// The key of the config that names it.
     key: &'static str,
-    /// What to check if nobody answers there.
+    /// The advice if there is no answer.
     hint: &'static str,
     authorization: Option<String>,
 }
 
-/// What is sent.
+/// A call.
 #[derive(Debug, Clone, Copy)]
 pub struct Call<'a> {
     /// GET, POST or DELETE.
@@ -39,7 +39,7 @@ pub struct Call<'a> {
 }
 
 impl<'a> Call<'a> {
-    /// Asks for `path`.
+    /// Requests `path`.
     #[must_use]
     pub fn get(path: &'a str) -> Self {
         Self { method: "GET", path, body: None }
@@ -53,14 +53,14 @@ impl<'a> Call<'a> {
 }
 
 impl BrokerClient {
-    /// The one that routers use.
+    /// The listener for routers.
     #[must_use]
     pub fn for_anybody(config: &Config, timeout: Duration) -> Self {
         let (key, hint) = ("broker_listen", "is it running, and with this config?");
         Self { agent: agent(timeout), listen: config.broker_listen.clone(), key, hint, authorization: None }
     }
 
-    /// The one for admin calls.
+    /// The listener for admin calls.
     #[must_use]
     pub fn for_admin(config: &Config, token: &str, timeout: Duration) -> Self {
         let (key, hint) =
@@ -69,7 +69,7 @@ impl BrokerClient {
         Self { agent: agent(timeout), listen: config.admin_listen.clone(), key, hint, authorization }
     }
 
-    /// The one for calls of the registry, as this user.
+    /// The listener for calls of the registry, with the login of this user.
     #[must_use]
     pub fn for_registry(config: &Config, user: &str, password: &str, timeout: Duration) -> Self {
         let credentials = STANDARD.encode(format!("{user}:{password}"));
@@ -82,8 +82,8 @@ impl BrokerClient {
         self.listen.reachable()
     }
 
-    /// Sends one HTTP request and reads the answer, which has to be JSON, or empty for null; the error is the broker's, or
-    /// what is wrong.
+    /// Sends one HTTP request and reads the answer, which has to be JSON, or empty for null; the error is the broker's,
+    /// or describes the failure.
     pub fn send(&self, Call { method, path, body }: Call<'_>) -> anyhow::Result<Value> {
         let (address, key, hint) = (self.address(), self.key, self.hint);
         let url = format!("http://{address}{path}");
@@ -141,7 +141,7 @@ mod tests {
         Config::parse("", &yaml, "h").unwrap()
     }
 
-    /// What a call comes to whose connection is answered with `answer`, and then left open or closed.
+    /// The result of a call whose connection receives `answer`, and is then left open or closed.
     fn call(answer: &'static str, is_left_open: bool) -> Result<Value, String> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let port = listener.local_addr().unwrap().port();

@@ -41,7 +41,7 @@ pub struct Origin {
     agent: Agent,
 }
 
-/// What the other broker has.
+/// The clients and servers of the other broker.
 pub struct OriginClients {
     /// The fields of `client/add` for each client with an address, which it is to have here, too.
     pub new: Vec<Value>,
@@ -93,7 +93,7 @@ impl Origin {
         })
     }
 
-    /// It wants JSON in the body of a GET, and says what is wrong by the status alone.
+    /// The other broker expects JSON in the body of a GET, and reports errors by the status alone.
     fn get(&self, route: &str, fields: &Value) -> anyhow::Result<Value> {
         let url = format!("{}/api/v1/{route}", self.url);
         let request = self.agent.get(&url).header("Authorization", &self.authorization);
@@ -108,7 +108,7 @@ impl Origin {
     }
 }
 
-/// None for one without an address, as the original keeps those that it had no room for.
+/// None for a client without an address: the original keeps clients for which it had no room.
 fn new_client(name: &str, peering: &Value, addresses: &BTreeMap<&str, BTreeMap<String, String>>) -> Option<Value> {
     let [server, key] = ["server", "public_key"].map(|field| text_of(&peering[field]));
     let lease = addresses.get(server)?.get(key)?;

@@ -100,7 +100,7 @@ fn on_list(ListedKey { list, source, domain, name, reason, until }: &ListedKey) 
     format!("on the list {list}{}", fields.collect::<String>())
 }
 
-/// What a request for a key would come to: a table for each domain, and where the key is now.
+/// The outcome that a request for a key would have: a table for each domain, and where the key is now.
 pub fn explained(report: &ExplainReport, colours: Colours) -> String {
     let domains = report.domains.iter().map(|domain| explained_domain(domain, colours));
     format!("{}\nnow:\n{}", domains.collect::<Vec<_>>().join("\n"), found(&report.now))

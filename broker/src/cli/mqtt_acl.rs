@@ -82,7 +82,7 @@ fn emqx<'a>(users: impl Iterator<Item = (&'a str, Role)>) -> String {
 mod tests {
     use super::*;
 
-    /// As it was printed when the rules were a table of their own, and those of leases.
+    /// The output from before the rules were derived from topics, and the rules of leases.
     const MOSQUITTO: &str = "\
 # Made by wgkex-broker mqtt-acl. For mosquitto.conf: acl_file FILE
 

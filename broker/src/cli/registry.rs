@@ -25,10 +25,10 @@ use crate::cli::registry_json::{addresses_by_key, peerings, text_of};
 use crate::cli::table::{Cell, Colours, table};
 use crate::registry::login::password;
 
-/// How a command ends.
+/// The exit codes.
 const ENDS: &str =
     "Exits with 0, or with 1 if the broker cannot be reached or refuses the call. Needs registry.password_file.";
-/// What stands for a private key that is not there.
+/// The placeholder of a private key that is not given.
 const NO_PRIVATE_KEY: &str = "PRIVATE_KEY_OF_THE_CLIENT";
 
 /// What an operator does about the servers of the registry.
@@ -150,7 +150,7 @@ pub struct ShowClient {
 }
 
 impl ServerCommand {
-    /// Makes the call, and returns how the process ends.
+    /// Makes the call, and returns the exit code.
     #[must_use]
     pub fn run(self, file: Option<&Path>) -> ExitCode {
         print_or_complain(RegistryClient::open(file).and_then(|client| self.text(&client)))
@@ -179,7 +179,7 @@ impl ServerCommand {
 }
 
 impl ServerArgs {
-    /// What is to be known of such a server.
+    /// The note about such a server.
     fn note(&self) -> &'static str {
         let is_ipv4 = matches!(self.network, IpNet::V4(_)) && self.endpoint.parse::<Ipv6Addr>().is_err();
         if is_ipv4 { "" } else { "note: agents of wireguard_api cannot use it, they know IPv4 alone\n" }
@@ -201,7 +201,7 @@ impl ServerArgs {
 }
 
 impl ClientCommand {
-    /// Makes the call, and returns how the process ends.
+    /// Makes the call, and returns the exit code.
     #[must_use]
     pub fn run(self, file: Option<&Path>) -> ExitCode {
         print_or_complain(RegistryClient::open(file).and_then(|client| self.text(&client)))
@@ -298,7 +298,7 @@ impl RegistryClient {
         self.call("client/config", &json!({ "client_name": client, "server_name": server }))
     }
 
-    /// Which addresses there are is asked of each server.
+    /// The addresses are requested from each server.
     fn clients_table(&self, clients: &Value) -> anyhow::Result<String> {
         let servers: BTreeSet<_> = peerings(clients).map(|(_, peering)| text_of(&peering["server"])).collect();
         let addresses = servers.into_iter().map(|server| Ok((server, self.addresses(server)?)));
@@ -365,7 +365,7 @@ impl RegistryClient {
     }
 }
 
-/// What became of the clients that the other broker does not have.
+/// The text about the clients that the other broker does not have.
 fn missing_text(missing: &[(&str, &str)], are_removed: bool) -> String {
     let (count, names) = (missing.len(), missing.iter().map(|(name, server)| format!("{name} at {server}\n")));
     let what = match (count, are_removed) {

@@ -1,10 +1,10 @@
-//! What a registry answers in JSON, this broker's or a `wireguard_api` broker's.
+//! The JSON answers of a registry, this broker's or a `wireguard_api` broker's.
 
 use std::collections::BTreeMap;
 
 use serde_json::Value;
 
-/// The addresses in what `server/config` answers, by key.
+/// The addresses in an answer of `server/config`, by key.
 pub fn addresses_by_key(config: &Value) -> BTreeMap<String, String> {
     let peers = config["peers"].as_array().into_iter().flatten();
     peers.map(|peer| (text_of(&peer["public_key"]).to_owned(), text_of(&peer["ip_address"]).to_owned())).collect()

@@ -23,9 +23,9 @@ use crate::tenants::TenantStatus;
 
 /// The exit code when the broker was reached, and something is wrong.
 const WRONG: u8 = 3;
-/// How often `--watch` looks.
+/// How often `--watch` reads the status.
 const WATCH_INTERVAL: Duration = Duration::from_secs(2);
-/// What moves the cursor of a terminal to its first place, and clears what is there.
+/// Moves the cursor of a terminal to its first place, and clears the screen.
 const CLEAR: &str = "\x1b[H\x1b[2J\x1b[3J";
 
 /// The exit codes, for the help.
@@ -56,7 +56,7 @@ pub struct GatewaysCommand {
     json: bool,
 }
 
-/// What the broker answered, and when.
+/// An answer of the broker, and its time.
 pub(super) struct Sample {
     at: Instant,
     json: Value,
@@ -64,7 +64,7 @@ pub(super) struct Sample {
 }
 
 impl GatewaysCommand {
-    /// Prints the gateways, and returns how the process ends: 0 if all is well, 1 without an answer, 3 if something is wrong.
+    /// Prints the gateways, and returns the exit code: 0 if all is well, 1 without an answer, 3 if something is wrong.
     #[must_use]
     pub fn run(self, file: Option<&Path>) -> ExitCode {
         let printed = client(file).and_then(|client| {
@@ -83,7 +83,7 @@ impl GatewaysCommand {
 }
 
 impl StatusCommand {
-    /// Prints the status, and returns how the process ends: 0 if all is well, 1 without an answer, 3 if something is wrong.
+    /// Prints the status, and returns the exit code: 0 if all is well, 1 without an answer, 3 if something is wrong.
     #[must_use]
     pub fn run(self, file: Option<&Path>) -> ExitCode {
         or_failure(client(file).and_then(|client| if self.watch { self.watch(&client) } else { self.once(&client) }))
@@ -100,7 +100,7 @@ impl StatusCommand {
         Ok(exit_code(&sample.status))
     }
 
-    /// Looks until nobody reads any more what is printed. A broker that does not answer is one that is waited for.
+    /// Repeats until the output is closed. A broker that does not answer is tried again.
     fn watch(&self, client: &BrokerClient) -> anyhow::Result<ExitCode> {
         let colours = Colours::of_stdout();
         let is_terminal = io::IsTerminal::is_terminal(&io::stdout());
@@ -128,7 +128,7 @@ fn client(file: Option<&Path>) -> anyhow::Result<BrokerClient> {
     Ok(BrokerClient::for_anybody(&Config::load(file)?, TIMEOUT))
 }
 
-/// Asks the broker for its status.
+/// Requests the status of the broker.
 pub(super) fn ask(client: &BrokerClient) -> anyhow::Result<Sample> {
     let json = client.send(Call::get(PATH))?;
     let at = Instant::now();
@@ -184,7 +184,7 @@ fn screen(address: &str, sample: &Sample, before: Option<&Sample>, colours: Colo
     text + &keys(now, rates.as_ref()) + &tenants + &registry + &refused(refused_clients, colours)
 }
 
-/// What is wrong.
+/// The problems.
 fn problem_lines(problems: &[Problem], colours: Colours) -> String {
     let line = |problem: &Problem| colours.paint(&format!("! {}", printable(&problem.text)), Tone::Bad) + "\n";
     problems.iter().map(line).collect()
@@ -222,7 +222,7 @@ fn registry_line(status: &RegistryStatus) -> String {
     format!("registry {} {state}, servers {servers}, leases {leases}\n", printable(storage))
 }
 
-/// What happened between two samples.
+/// The changes between two samples.
 struct Rates {
     accepted: f64,
     refused: f64,

@@ -11,7 +11,7 @@ use crate::fleet::status::printable;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Colours(pub bool);
 
-/// What a text is, for its colour.
+/// The meaning of a text, for its colour.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Tone {
     /// As the terminal has it.
@@ -49,7 +49,7 @@ impl Colours {
 }
 
 impl Cell {
-    /// A text, without what could control a terminal.
+    /// A text, without characters that control a terminal.
     #[must_use]
     pub fn text(text: &str) -> Self {
         Self { text: printable(text), tone: Tone::Plain, is_number: false }
@@ -68,7 +68,7 @@ impl Cell {
     }
 }
 
-/// The lines of a table whose columns are aligned; nothing stands at the end of a line that is only there to align.
+/// The lines of a table whose columns are aligned; without blanks at the end of a line.
 #[must_use]
 pub fn table<const COLUMNS: usize>(head: [&str; COLUMNS], rows: &[[Cell; COLUMNS]], colours: Colours) -> String {
     let width = |cell: &Cell| cell.text.chars().count();

@@ -1,4 +1,4 @@
-//! A connection to either server, and what happens within one of its transactions.
+//! A connection to either server, and the operations within one of its transactions.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -49,10 +49,10 @@ pub(super) enum Connection {
     Postgres(Box<Postgres>),
 }
 
-/// What a job can do. What is read was committed, or written by jobs before it in the same transaction.
+/// The operations of a job. It reads rows that were committed, or written by earlier jobs in the same transaction.
 pub struct Transaction<'a> {
     connection: &'a mut Connection,
-    /// There is one of the job before.
+    /// The previous job has left a savepoint.
     has_savepoint: bool,
 }
 
@@ -108,7 +108,7 @@ impl Connection {
 }
 
 impl<'a> Transaction<'a> {
-    /// The one that `connection` has begun.
+    /// The transaction that `connection` has begun.
     pub(super) fn of(connection: &'a mut Connection) -> Self {
         Self { connection, has_savepoint: false }
     }
@@ -134,7 +134,7 @@ impl<'a> Transaction<'a> {
         }
     }
 
-    /// Whether the connection is of no use any more.
+    /// Whether the connection can no longer be used.
     pub(super) fn is_lost(&self) -> bool {
         match &self.connection {
             Connection::Sqlite(_) => false,
@@ -146,12 +146,12 @@ impl<'a> Transaction<'a> {
         self.connection.commit()
     }
 
-    /// Does `work`; if it fails, what it did is taken back, and what was done before it stays.
+    /// Does `work`; if it fails, its changes are rolled back, and earlier ones stay.
     pub(super) fn within_savepoint<T, E: From<DatabaseError>>(
         &mut self,
         work: impl FnOnce(&mut Self) -> Result<T, E>,
     ) -> Result<T, E> {
-        // The last one is released with the next: a server may be far away, and each command is a wait.
+        // The previous savepoint is released in the same command: each command is a round trip to the server.
         let release = if std::mem::replace(&mut self.has_savepoint, true) { "RELEASE SAVEPOINT job; " } else { "" };
         self.connection.command(&format!("{release}SAVEPOINT job"))?;
         let result = work(self);

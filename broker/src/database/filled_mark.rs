@@ -1,4 +1,4 @@
-//! The mark that a database had rows. One without tables has lost them then, and is not taken for a new one.
+//! The mark that a database had rows. A marked database without tables has lost them, and is not taken for a new one.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::types::DatabaseError;
 
-/// Whether a database had rows, as a file says. Clones share it.
+/// Whether a database had rows, as recorded in a file. Clones share it.
 #[derive(Debug, Clone, Default)]
 pub struct FilledMark(Arc<Mark>);
 
@@ -18,7 +18,7 @@ struct Mark {
 }
 
 impl FilledMark {
-    /// As the file says, whose owner writes it.
+    /// The mark as recorded in `file`, which its owner writes.
     #[must_use]
     pub fn new(file: PathBuf, is_set: bool) -> Self {
         Self(Arc::new(Mark { file, is_set: is_set.into(), is_emptied: false.into() }))

@@ -19,22 +19,22 @@ use super::types::{Access, DatabaseError, Migrations};
 const CONNECT: Duration = Duration::from_secs(3);
 /// How long it may take for one statement.
 const STATEMENT: Duration = Duration::from_secs(5);
-/// Takes the advisory lock of whoever writes (`wgkex` as a number), in a row with a value.
+/// Takes the advisory lock of writers (`wgkex` as a number), in a row with a value.
 const WRITERS: &str = "SELECT 1::BIGINT FROM (SELECT pg_advisory_xact_lock(512955606392)) AS locked";
-/// Whatever the server's default is: who has waited for [`WRITERS`] must see what the one before wrote.
+/// Overrides the server's default: a writer that has waited for [`WRITERS`] must see the rows of the writer before.
 const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED";
 const CREATE_LAYOUT: &str = "CREATE TABLE IF NOT EXISTS wgkex_layout (version BIGINT NOT NULL)";
 const HAS_LAYOUT: &str = "SELECT count(*) FROM information_schema.tables
     WHERE table_name = 'wgkex_layout' AND table_schema = ANY (current_schemas(false))";
-/// What keeps a broker that is frozen, or cut off, from holding locks: the server ends its transaction, and notices soon that it is
-/// gone.
+/// Keep a broker that is frozen, or disconnected, from holding locks: the server ends its transaction, and soon detects
+/// the lost connection.
 const LIMITS: &str = "SET statement_timeout = '4s'; SET lock_timeout = '3s'; SET idle_in_transaction_session_timeout = '6s';
     SET tcp_keepalives_idle = 5; SET tcp_keepalives_interval = 2; SET tcp_keepalives_count = 3; SET tcp_user_timeout = 10000";
 
 pub(super) struct Postgres {
     client: Client,
     statements: HashMap<&'static str, Statement>,
-    /// What the connection runs on, while a statement is waited for.
+    /// Drives the connection while a statement is awaited.
     runtime: Runtime,
     /// A statement was not answered in time.
     is_silent: bool,
@@ -72,7 +72,7 @@ impl Postgres {
         self.is_silent || self.client.is_closed()
     }
 
-    /// Names may have any character.
+    /// Requires UTF-8: names may have any character.
     fn check_encoding(&mut self) -> Result<(), DatabaseError> {
         let encoding = self.query("SELECT current_setting('server_encoding')", &[])?;
         match encoding.first().map_or(Ok(""), |row| row.text(0))? {
@@ -89,8 +89,8 @@ impl Postgres {
         }
     }
 
-    /// Of a transaction in which a statement has failed, `COMMIT` would be a rollback without an error: nothing else runs in it,
-    /// so that the query before is one.
+    /// In a transaction in which a statement has failed, `COMMIT` would be a rollback without an error. Every other
+    /// statement fails there, so the query before it reports the error.
     pub fn commit(&mut self) -> Result<(), DatabaseError> {
         self.command("SELECT 1; COMMIT")
     }
@@ -123,14 +123,14 @@ impl Postgres {
         Ok(statement)
     }
 
-    /// What was not answered in time makes the connection one that is lost.
+    /// Marks the connection as lost if the answer was not received in time.
     fn noted<T>(&mut self, answer: Result<T, DatabaseError>) -> Result<T, DatabaseError> {
         self.is_silent |= matches!(&answer, Err(DatabaseError::Unavailable(reason)) if reason == SILENT);
         answer
     }
 
-    /// Runs the migrations that the tables lack, all in one transaction. Another broker may want to at the same time. Where the
-    /// tables are today's, nothing is needed but to read them.
+    /// Runs the migrations that the tables lack, all in one transaction. Another broker may do so at the same time.
+    /// Tables that are up to date need no right but that to read them.
     fn migrate(&mut self, migrations: Migrations, mark: &FilledMark) -> Result<(), DatabaseError> {
         let known = i64::try_from(migrations.0.len()).unwrap_or(i64::MAX);
         let found = self.layout(known)?;
@@ -144,7 +144,8 @@ impl Postgres {
         for migration in migrations.0.iter().skip(usize::try_from(found).unwrap_or(usize::MAX)) {
             self.command(&migration.replace("BLOB", "BYTEA").replace("INTEGER", "BIGINT"))?;
         }
-        // Only now: tables without a version would have been in the way, and be named. Nothing is committed where this is an error.
+        // Checked after the migrations: with tables but without a version these fail, with an error that names the
+        // table. Nothing is committed if this is an error.
         mark.check(found)?;
         if found < known {
             self.command("DELETE FROM wgkex_layout")?;
@@ -169,10 +170,10 @@ impl Postgres {
     }
 }
 
-/// Why a statement failed that was not answered.
+/// The reason of a statement that was not answered in time.
 const SILENT: &str = "it does not answer in time";
 
-/// What the server answers in time.
+/// The server's answer; an error if it is not received in time.
 async fn within<T>(
     time: Duration,
     answer: impl Future<Output = Result<T, tokio_postgres::Error>>,
@@ -183,7 +184,7 @@ async fn within<T>(
     }
 }
 
-/// What the server says, or what the system does.
+/// The error of the server, or that of the system.
 fn reason(error: &tokio_postgres::Error) -> String {
     let cause = std::error::Error::source(error).map(ToString::to_string);
     error.as_db_error().map(|error| error.message().to_owned()).or(cause).unwrap_or_else(|| error.to_string())

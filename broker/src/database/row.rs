@@ -62,7 +62,7 @@ impl Row {
         .map_err(|_| DatabaseError::Corrupt(format!("column {column} has another length")))
     }
 
-    /// What a text in a column stands for.
+    /// The value that a text in a column is parsed into.
     pub fn parsed<T: std::str::FromStr>(&self, column: usize) -> Result<T, DatabaseError> {
         self.text(column)?.parse().map_err(|_| DatabaseError::Corrupt(format!("column {column} has another form")))
     }

@@ -1,4 +1,4 @@
-//! SQLite: a file that this process alone has.
+//! SQLite: a file that only this process opens.
 
 use std::path::Path;
 

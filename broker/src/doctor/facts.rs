@@ -1,4 +1,4 @@
-//! What is known of a broker when the checks decide.
+//! The facts about a broker on which the checks decide.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -12,10 +12,10 @@ use wgkex_common::doctor::sockets::PortOwner;
 use crate::http::status::Status;
 use crate::tls::Validity;
 
-/// Everything that is known.
+/// All facts.
 #[derive(Debug, Clone)]
 pub struct Facts {
-    /// What is odd in the config.
+    /// The warnings about the config.
     pub config_warnings: Vec<Problem>,
     /// The status of the broker that answers on `broker_listen`, or why none answers.
     pub running: Result<Status, String>,
@@ -50,7 +50,7 @@ pub struct PortFacts {
     pub key: &'static str,
     /// Host and port.
     pub listen: String,
-    /// Who has it; or why nobody can.
+    /// The process that has it; or why none can.
     pub owner: Result<PortOwner, String>,
 }
 
@@ -74,14 +74,14 @@ pub struct EmbeddedFacts {
     pub is_reachable: bool,
     /// Its users, if it has any.
     pub has_users: bool,
-    /// Those of them that are workers.
+    /// The users that are workers.
     pub workers: BTreeSet<String>,
 }
 
-/// What the MQTT server allows, and what is retained there.
+/// The rights at the MQTT server, and the retained messages there.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct BusFacts {
-    /// What it refuses.
+    /// The rights that it refuses.
     pub rights: Rights,
     /// The workers whose hello is retained.
     pub hellos: BTreeSet<String>,

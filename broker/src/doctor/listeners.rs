@@ -1,4 +1,4 @@
-//! Checks of where the broker listens: the ports, their certificates, and who may connect to its MQTT server.
+//! Checks of where the broker listens: the ports, their certificates, and which clients may connect to its MQTT server.
 
 use std::time::Duration;
 
@@ -10,9 +10,9 @@ use crate::fleet::status::printable;
 use crate::http::status::Status;
 use crate::tls::Validity;
 
-/// What the broker's process is called.
+/// The name of the broker's process.
 const PROGRAM: &str = "wgkex-broker";
-/// What helps a broker that does not answer.
+/// The advice for a broker that does not answer.
 pub(super) const RESTART: &str = "look at its log (`journalctl -u wgkex-broker`), and `systemctl restart wgkex-broker`";
 const DAY: Duration = Duration::from_secs(86_400);
 /// A certificate that ends sooner should have been renewed.
@@ -99,7 +99,7 @@ pub(super) fn tokens(tokens: &Result<usize, String>) -> Finding {
     }
 }
 
-/// Who may connect to the MQTT server inside the broker.
+/// Which clients may connect to the MQTT server inside the broker.
 pub(super) fn embedded(facts: &EmbeddedFacts) -> Finding {
     let key = "mqtt_listen";
     match facts {

@@ -112,7 +112,7 @@ fn taken(facts: &mut Facts) {
     facts.ports[1].owner = Ok(PortOwner::Process { pid: 8, name: "nginx".into() });
 }
 
-/// Each spoiled thing makes one more finding, at this level, with these words of what was found and what to do.
+/// Each spoiled fact makes one more finding, at this level, with these words in its text and in its advice.
 fn each_is_found(begin: fn() -> Facts, table: &[(Level, Spoil, &str, &str)]) {
     let troubles = |facts: &Facts| {
         let findings = findings(facts).into_iter();

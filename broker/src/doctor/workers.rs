@@ -1,4 +1,4 @@
-//! Checks of what is known of workers: by the config, by the bus, and by the running broker.
+//! Checks of workers: in the config, on the bus, and at the running broker.
 
 use std::collections::BTreeSet;
 
@@ -68,7 +68,8 @@ pub(super) fn named(facts: &Facts) -> Vec<Finding> {
     findings
 }
 
-/// The running broker has a problem for each of those.
+/// The workers of the config of which nothing is retained. A running broker has a problem for each of them, so they are
+/// no finding then.
 fn unheard(facts: &Facts, named: &Names<'_>) -> Option<Finding> {
     let Some(Ok(BusFacts { heard, .. })) = facts.mqtt.as_ref().map(|mqtt| &mqtt.outcome) else { return None };
     let unheard: Vec<_> = named.iter().copied().filter(|name| !heard.contains(*name)).collect();

@@ -1,7 +1,7 @@
 //! The shared handle to the keys in flight, and the requests that wait for their keys.
 //!
-//! [`service`](super::service) begins and awaits requests, the [`publisher`](super::publisher) takes what is queued, and
-//! [`crate::bus`] brings outcomes.
+//! [`service`](super::service) begins and awaits requests, the [`publisher`](super::publisher) takes queued keys, and
+//! [`crate::bus`] passes on outcomes.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -42,7 +42,7 @@ impl InFlightHandle {
         Self { table, queued: Arc::default(), review: Arc::default() }
     }
 
-    /// The table, locked: for one question only.
+    /// The table, locked: for one query only.
     pub fn lock(&self) -> MutexGuard<'_, InFlight> {
         self.table.lock()
     }
@@ -80,7 +80,7 @@ impl InFlightHandle {
         self.review.notify_waiters();
     }
 
-    /// Drops what took too long: also of unacknowledged publications.
+    /// Drops entries whose time is over, also unacknowledged publications.
     pub fn expire(&self) {
         self.lock().expire(Instant::now().into_std());
         self.review.notify_waiters();

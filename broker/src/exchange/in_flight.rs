@@ -1,11 +1,12 @@
 //! The keys in flight: each request for a key from the POST to its answer, as one state machine. No IO, no clock.
 //!
-//! A key is queued, then published, then confirmed by gateways. A request that times out before that leaves the key late:
-//! confirmations received from then on answer the router's next request. The answer to a router that asks too often is
-//! cached for some seconds. Of each gateway only the last outcome is kept, so none can crowd out those of others.
+//! A key is queued, then published, then confirmed by gateways. A request that times out before that leaves the key
+//! late: confirmations received from then on answer the router's next request. The answer to a router that repeats its
+//! request too often is cached for some seconds. Of each gateway only the last outcome is kept, so none can crowd out
+//! those of others.
 //!
-//! Requests come from [`crate::exchange`] by [`InFlightHandle`](super::handle::InFlightHandle), outcomes from [`crate::bus`]; the
-//! [`publisher`](super::publisher) takes what is queued.
+//! Requests come from [`crate::exchange`] by [`InFlightHandle`](super::handle::InFlightHandle), outcomes from
+//! [`crate::bus`]; the [`publisher`](super::publisher) takes the queued keys.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
@@ -21,9 +22,9 @@ const MAX_UNESTABLISHED_SENT: usize = 64;
 const MAX_SENT: usize = 128;
 /// The most keys in each queue, that of established keys and that of the others; in a flood, more are of no use.
 const MAX_QUEUED: usize = 8_192;
-/// The longest that a key is queued or unacknowledged: its router asks again sooner.
+/// The longest that a key is queued or unacknowledged: its router repeats its request sooner.
 const MAX_WAIT: Duration = Duration::from_secs(120);
-/// How long a late key is kept: its router asks again every minute.
+/// How long a late key is kept: its router repeats its request every minute.
 const RETRY_WINDOW: Duration = Duration::from_secs(120);
 /// The most late keys; half of these places are for established ones.
 const MAX_LATE: usize = 32_768;
@@ -129,7 +130,7 @@ pub struct InFlight {
 /// The keys of one kind on their way to the MQTT server.
 #[derive(Debug, Default)]
 struct PublishQueue {
-    /// Those to publish, the first one first.
+    /// The keys to publish, in order.
     keys: VecDeque<KeyId>,
     /// How many are published and not acknowledged.
     sent: usize,
@@ -160,7 +161,7 @@ struct Flight {
     changed: Arc<Notify>,
 }
 
-/// What became of a key at a gateway.
+/// The outcome of a key at a gateway.
 #[derive(Debug)]
 struct Outcome {
     number: u64,
@@ -501,7 +502,7 @@ impl InFlight {
         self.drop_idle();
     }
 
-    /// Drops what took too long.
+    /// Drops entries whose time is over.
     pub fn expire(&mut self, now: Instant) {
         for flight in self.keys.values_mut() {
             self.late_keys -= usize::from(flight.late.take_if(|late| is_over(late.since, RETRY_WINDOW, now)).is_some());

@@ -1,5 +1,5 @@
-//! One task that publishes the queued keys, established ones first, and adds each to the live keys once the MQTT server has
-//! acknowledged it. It takes them from [`in_flight`](super::in_flight); the outcomes come back by [`crate::bus`].
+//! One task that publishes the queued keys, established ones first, and adds each to the live keys once the MQTT server
+//! has acknowledged it. It takes them from [`in_flight`](super::in_flight); [`crate::bus`] receives the outcomes.
 
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
@@ -88,7 +88,7 @@ mod tests {
         PublicKey::from_bytes([0x42 + n; 32]).unwrap()
     }
 
-    /// Fails where only what is queued is looked at: what the bus had was never given up.
+    /// Fails if only queued keys are checked: keys that were passed to the bus were never given up.
     #[tokio::test(start_paused = true)]
     async fn an_unacknowledged_key_is_given_up_after_the_longest_wait_or_when_it_is_denied() {
         let yaml = "domains: [ff_a]\ndomain_prefixes: [ff_]\nstate_dir: /nonexistent";

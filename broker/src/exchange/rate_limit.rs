@@ -22,7 +22,7 @@ const MAX_BUCKETS: usize = 65_536;
 /// A limit that was exceeded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Limit {
-    /// How often one key may come.
+    /// How often one key may be requested.
     Key,
     /// How many unknown keys a client may send.
     Client,
@@ -35,7 +35,7 @@ pub enum Limit {
 /// A request that exceeds a limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limited {
-    /// Which one.
+    /// The limit.
     pub limit: Limit,
     /// When to try again: seconds from now, at least 1.
     pub seconds: u32,
@@ -57,7 +57,7 @@ pub struct RateLimits<C: Clock = MonotonicClock> {
 struct Limiter<S: StateStore, C: Clock> {
     /// Takes from them.
     taking: BucketLimiter<S, C>,
-    /// Looks into them.
+    /// Checks them, and takes nothing.
     looking: BucketLimiter<S, C>,
 }
 
@@ -68,7 +68,7 @@ struct Buckets<S> {
 }
 
 impl<S> Buckets<S> {
-    /// The buckets in `store`, once to take from and once to look into.
+    /// The buckets in `store`, once to take from and once only to check.
     fn twice(store: S) -> [Self; 2] {
         let store = Arc::new(store);
         [true, false].map(|is_taken| Self { store: Arc::clone(&store), is_taken })
@@ -85,7 +85,7 @@ impl<S: StateStore> StateStore for Buckets<S> {
         if self.is_taken {
             return self.store.measure_and_replace(key, measure);
         }
-        // What is an error to the store leaves the bucket as it is.
+        // An error leaves the bucket in the store unchanged.
         let looked: Result<Infallible, _> =
             self.store.measure_and_replace(key, |bucket| Err(measure(bucket).map(|(found, _)| found)));
         match looked {
@@ -113,7 +113,7 @@ impl<K: Hash + Eq + Clone, S: ShrinkableKeyedStateStore<K>> ShrinkableKeyedState
     }
 }
 
-/// The bucket of one client, or that of all for which there is none.
+/// The bucket of one client, or the one that all clients without a bucket share.
 #[derive(Clone, PartialEq, Eq, Hash)]
 enum Bucket {
     One(Client),
@@ -170,8 +170,8 @@ impl<C: Clock + Clone> RateLimits<C> {
         self.check_key(key, domain)
     }
 
-    /// Whether a key is within its own limit, known or not. Each domain has a bucket of its own: everybody knows every router's
-    /// key, so requests for it in one domain must not use up that of another.
+    /// Whether a key is within its own limit, known or not. Each domain has a separate bucket: a router's key is
+    /// public, so requests for it in one domain must not use up that of another.
     pub fn check_key(&self, key: &PublicKey, domain: &str) -> Result<(), Limited> {
         match &self.keys {
             Some(keys) if keys.taking.len() < MAX_BUCKETS => {
@@ -181,7 +181,7 @@ impl<C: Clock + Clone> RateLimits<C> {
         }
     }
 
-    /// Drops full buckets: they are as good as none.
+    /// Drops full buckets: a missing bucket counts as full.
     pub fn evict_idle(&self) {
         evict_idle(self.keys.as_ref());
         evict_idle(self.clients.as_ref());
@@ -344,7 +344,7 @@ mod tests {
     fn the_defaults_let_pass_whole_networks_and_a_power_cut_and_slow_down_a_flood() {
         let yaml = "domains: [ff_a]\ndomain_prefixes: [ff_]";
         let config = wgkex_common::Config::parse("f", yaml, "h").unwrap().limits;
-        // Behind one address, and everyone tries twice.
+        // All routers behind one address, each of which tries twice.
         let (one, _) = limits(config);
         for n in 0..600 {
             assert_eq!(one.check(&key(n % 300), || client(0), "ff_a"), Ok(()));

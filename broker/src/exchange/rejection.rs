@@ -10,7 +10,7 @@ use crate::exchange::rate_limit::{Limit, Limited};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error, IntoStaticStr, VariantNames)]
 #[strum(serialize_all = "snake_case")]
 pub enum Rejection {
-    /// The body is not what it should be.
+    /// The body is not a valid request.
     #[error("{0}")]
     Body(&'static str),
     /// The body is larger than any request can be.
@@ -43,7 +43,7 @@ pub enum Rejection {
     /// No gateway confirmed the key in time.
     #[error("no gateway confirmed the key in time, try again later")]
     NotConfirmed,
-    /// The key came too often; again in so many seconds.
+    /// The key was requested too often; again in so many seconds.
     #[error("this key came too often, try again later")]
     LimitKey(u32),
     /// The key is not known, and its client sent too many others; again in so many seconds.
@@ -52,10 +52,10 @@ pub enum Rejection {
     /// The key is not known, and its domain got too many others; again in so many seconds.
     #[error("too many new keys of this domain, try again later")]
     LimitDomain(u32),
-    /// The key is not known, and too many others came; again in so many seconds.
+    /// The key is not known, and too many others were requested; again in so many seconds.
     #[error("too many new keys at the moment, try again later")]
     LimitGlobal(u32),
-    /// The access lists deny the key; which one, and why, is not for its owner.
+    /// The access lists deny the key; the list and the reason are not for its owner.
     #[error("this key is not accepted here")]
     Denied,
     /// No gateway has room for a new key.
@@ -104,7 +104,7 @@ impl From<Limited> for Rejection {
 mod tests {
     use super::*;
 
-    /// As they were before they were derived: dashboards know them.
+    /// The labels from before they were derived: dashboards use them.
     #[test]
     fn the_labels_and_their_order_stay() {
         let labels = [

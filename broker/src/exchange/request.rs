@@ -1,4 +1,4 @@
-//! A router's request as it comes in the body. No IO.
+//! A router's request, parsed from the body. No IO.
 
 use std::collections::BTreeSet;
 
@@ -18,7 +18,7 @@ pub fn parse(body: &[u8], domains: &BTreeSet<Domain>) -> Result<KeyId, Rejection
     Ok(KeyId { domain, key: key.parse().map_err(Rejection::Key)? })
 }
 
-/// The domain in a router's request, as it is there.
+/// The domain in a router's request, unchecked.
 #[must_use]
 pub fn domain(body: &[u8]) -> Option<String> {
     let json: serde_json::Value = serde_json::from_slice(body).ok()?;

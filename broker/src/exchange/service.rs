@@ -26,7 +26,7 @@ use crate::fleet::selection::Selection;
 use crate::fleet::status::Standing;
 use crate::fleet::{Choice, Fleet, KeyConflict};
 
-/// What this broker knows of a key when a request for it begins.
+/// The state of a key when a request for it begins.
 #[derive(Debug, Clone, Copy)]
 struct KnownKey {
     /// It has had a handshake at some gateway.
@@ -35,14 +35,14 @@ struct KnownKey {
     is_too_frequent: bool,
 }
 
-/// What a request would come to.
+/// The outcome that a request would have.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Outlook {
     /// Why it would be rejected at once.
     pub rejection: Option<Rejection>,
     /// The gateway that it would be given first; version 1 gives none.
     pub gateway: Option<WorkerName>,
-    /// That is the best of those that confirmed the key after the request before timed out.
+    /// Whether that is the best gateway of those that confirmed the key after the previous request timed out.
     pub is_late: bool,
     /// Each gateway in the choice, or why it is not.
     pub standings: Vec<Standing>,
@@ -55,7 +55,7 @@ pub struct Exchange {
     pub fleet: Fleet,
     /// The keys in flight.
     pub in_flight: InFlightHandle,
-    /// How often keys may be requested that are not known.
+    /// The rate limits of unknown keys.
     pub limits: Arc<RateLimits>,
     /// The domains that were logged as having no gateway that ever published its state.
     pub warned_domains: Arc<Mutex<BTreeSet<Domain>>>,
@@ -65,13 +65,13 @@ pub struct Exchange {
     pub lists: watch::Receiver<ListSnapshot>,
     /// How long an answer may wait.
     pub confirm: Confirm,
-    /// What is counted.
+    /// The metrics.
     pub metrics: Metrics,
 }
 
 impl Exchange {
-    /// Version 1: the router chooses its gateway itself, so its key is published whatever is known of gateways. Returns when
-    /// a gateway has confirmed the key; where none does that, when the MQTT server has acknowledged it.
+    /// Version 1: the router chooses its gateway itself, so its key is published whether or not gateways are known.
+    /// Returns when a gateway has confirmed the key; where none does that, when the MQTT server has acknowledged it.
     pub async fn exchange_v1(&self, id: &KeyId, client: impl FnOnce() -> Client) -> Result<(), Rejection> {
         self.enter(id)?;
         let status = self.status(id, client)?;
@@ -100,7 +100,7 @@ impl Exchange {
         Ok(selection.data)
     }
 
-    /// What is known of the key, if a request for it is admitted now.
+    /// The state of the key, if a request for it is admitted now.
     fn status(&self, id: &KeyId, client: impl FnOnce() -> Client) -> Result<KnownKey, Rejection> {
         let established = self.admit(id, || self.limits.check(&id.key, client, id.domain.name()));
         let established = established.inspect_err(|rejection| self.log_refused(id, *rejection))?;
@@ -108,7 +108,8 @@ impl Exchange {
         Ok(KnownKey { is_established: established == Some(true), is_too_frequent })
     }
 
-    /// Whether the key has had a handshake, if it is known and its request is admitted. `limit` is asked for an unknown key.
+    /// Whether the key has had a handshake, if it is known and its request is admitted. `limit` is called for an
+    /// unknown key.
     fn admit(&self, id: &KeyId, limit: impl FnOnce() -> Result<(), Limited>) -> Result<Option<bool>, Rejection> {
         let established = self.fleet.is_established(id);
         if established.is_none() {
@@ -121,8 +122,8 @@ impl Exchange {
         }
     }
 
-    /// What a request for the key would come to now, by the checks and the choice that serve requests. Nothing is counted,
-    /// published or logged.
+    /// The outcome that a request for the key would have now, by the checks and the choice that serve requests. Nothing
+    /// is counted, published or logged.
     #[must_use]
     pub fn outlook(&self, id: &KeyId) -> Outlook {
         let admitted = self.ready(id).and_then(|()| self.admit(id, || self.limits.look(&id.key, id.domain.name())));
@@ -176,8 +177,8 @@ impl Exchange {
         Err(ended(request, status, rejection))
     }
 
-    /// The key is published, and no gateway of its domain is online. Workers before v0.2.0 publish nothing of themselves: where
-    /// no gateway ever did, there may be some of these.
+    /// The key is published, and no gateway of its domain is online. Workers before v0.2.0 publish no state: a domain
+    /// without any published state may have such workers.
     fn unserved(&self, id: &KeyId) -> Result<(), Rejection> {
         if self.fleet.gateways().is_known(&id.domain) {
             return Err(Rejection::NoGateway);
@@ -236,7 +237,8 @@ impl Exchange {
         outcome == Some(true)
     }
 
-    /// The best gateway of those that confirmed the key. All received it at the same time, so none is waited for by itself.
+    /// The best gateway of those that confirmed the key. All received it at the same time, so they are not awaited one
+    /// after the other.
     async fn next_best(
         &self,
         id: &KeyId,
@@ -259,7 +261,7 @@ impl Exchange {
         self.ready(id).inspect_err(|rejection| self.log_refused(id, *rejection))
     }
 
-    /// Logs once that a key is refused for what it is: its router asks again for ever.
+    /// Logs once that a key is refused for a reason that lasts: its router repeats the request for ever.
     fn log_refused(&self, id: &KeyId, rejection: Rejection) {
         let is_of_key = matches!(rejection, Rejection::Denied | Rejection::Reserved | Rejection::AddressTaken);
         let reason = rejection.reason();
@@ -314,7 +316,7 @@ impl Exchange {
     }
 }
 
-/// The time for what has no clock of its own.
+/// The time for modules without a clock.
 fn now() -> std::time::Instant {
     Instant::now().into_std()
 }
@@ -376,7 +378,7 @@ mod tests {
 
     use super::*;
 
-    /// What a router gets whose key two gateways reject, or do not answer.
+    /// The answer to a router whose key two gateways reject, or do not report.
     fn rejection(first: Option<RejectReason>, second: Option<RejectReason>) -> Rejection {
         let (names, reasons) = (["gw1", "gw2"].map(|name| name.parse().unwrap()), [first, second]);
         let rejected = names.iter().cloned().zip(reasons).filter_map(|(name, reason)| Some((name, reason?))).collect();

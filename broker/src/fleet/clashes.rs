@@ -1,4 +1,4 @@
-//! Gateways that publish what only one of them can have: the key of a copied config, a link address, the address and port
+//! Gateways that publish a value that must be unique: the key of a copied config, a link address, the address and port
 //! that routers connect to. No IO, no clock.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -8,7 +8,7 @@ use wgkex_common::{Domain, WorkerName};
 
 use crate::fleet::status::{Problem, ProblemKind, printable};
 
-/// What a gateway publishes of a domain.
+/// The data that a gateway publishes of a domain.
 #[derive(Debug, Clone)]
 pub(super) struct PublishedData {
     pub worker: WorkerName,
@@ -38,7 +38,7 @@ pub(super) fn find(published: &[PublishedData]) -> Vec<Problem> {
     same_key.chain(same_address).chain(same_endpoint).collect()
 }
 
-/// The gateways that publish the same.
+/// The gateways that publish the same value.
 struct Group<'a> {
     workers: BTreeSet<&'a WorkerName>,
     keys: BTreeSet<wgkex_common::PublicKey>,
@@ -52,7 +52,7 @@ impl Group<'_> {
     }
 }
 
-/// What several gateways publish, by what it is.
+/// The gateways of each value that several publish.
 fn shared<'a, K: Ord>(published: &'a [PublishedData], what: impl Fn(&'a PublishedData) -> K) -> BTreeMap<K, Group<'a>> {
     let mut groups: BTreeMap<K, Group<'a>> = BTreeMap::new();
     for each in published {

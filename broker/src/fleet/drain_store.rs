@@ -23,7 +23,7 @@ use crate::fleet::drains::{DrainChange, Drains, TooManyDrains};
 const LAYOUT: u32 = 1;
 /// The file in `state_dir`.
 pub const FILE: StateFile = StateFile::json("broker.drain.json", LAYOUT);
-/// How often to look for drains that are over.
+/// How often to check for drains that are over.
 const INTERVAL: Duration = Duration::from_secs(1);
 
 /// Keeps the drains on disk. Clones share it.
@@ -31,7 +31,7 @@ const INTERVAL: Duration = Duration::from_secs(1);
 pub struct DrainStore {
     file: PathBuf,
     fleet: Fleet,
-    /// Held while the drains are changed and written, or read again, so that the last change is what stays.
+    /// Held while the drains are changed and written, or read again, so that the file has the last change.
     writing: Arc<tokio::sync::Mutex<()>>,
     writes: Writes,
 }
@@ -52,7 +52,7 @@ impl DrainStore {
         Ok(Self { file, fleet, writing: Arc::default(), writes: Writes::default() })
     }
 
-    /// Drains a gateway, or no longer does. Says whether the disk has taken it.
+    /// Begins or ends the drain of a gateway, and returns whether the change is on disk.
     pub async fn set(&self, worker: &WorkerName, drain: Option<Drain>) -> Result<DrainOutcome, TooManyDrains> {
         let _writing = self.writing.lock().await;
         let was_on = self.fleet.gateways().set_drain(worker, drain, Instant::now())?;
@@ -120,7 +120,7 @@ impl DrainStore {
     }
 }
 
-/// What became of a change.
+/// The outcome of a change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DrainOutcome {
     /// The gateway drained before.

@@ -8,7 +8,7 @@ use tracing::info;
 use wgkex_common::WorkerName;
 use wgkex_common::wire::drain::Drain;
 
-/// So many at most: more than any fleet has gateways.
+/// The most drains: more than any fleet has gateways.
 const DRAINS_MAX: usize = 4096;
 
 /// The drains, by gateway.
@@ -17,7 +17,7 @@ pub struct Drains {
     gateways: BTreeMap<WorkerName, Drain>,
 }
 
-/// What becomes of a gateway when the file is read again.
+/// The change of a gateway's drain when the file is read again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum DrainChange<'a> {
     /// It drains, or in another way than before.
@@ -63,14 +63,14 @@ impl Drains {
         self.gateways.remove(worker).is_some()
     }
 
-    /// What becomes another drain, or none, when these are replaced by `next`.
+    /// The drains that change or end when these are replaced by `next`.
     pub(super) fn changes<'a>(&'a self, next: &'a Self) -> impl Iterator<Item = DrainChange<'a>> {
         let begun = next.gateways.iter().filter(|(worker, drain)| self.get(worker) != Some(drain));
         let ended = self.workers().filter(|worker| next.get(worker).is_none());
         begun.map(|(worker, drain)| DrainChange::Begun(worker, drain)).chain(ended.map(DrainChange::Ended))
     }
 
-    /// Ends the drains that are over, and returns whose.
+    /// Ends the drains that are over, and returns their gateways.
     pub fn expire(&mut self, now: u64) -> Vec<WorkerName> {
         let over: Vec<_> =
             self.gateways.iter().filter(|(_, drain)| drain.is_over(now)).map(|(worker, _)| worker.clone()).collect();

@@ -1,5 +1,6 @@
-//! Which of the brokers of one bus does what only one can do, as to give the addresses of all tenants: of those that are online
-//! the one that was started first. Each broker decides that by itself, from their retained messages. It has no IO and no clock.
+//! Elects the broker of a bus for a job that only one can do, such as giving the addresses of all tenants: the online
+//! broker that was started first. Each broker computes the result by itself, from the retained messages of all. No IO,
+//! no clock.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -9,9 +10,9 @@ use wgkex_common::wire::message::Served;
 
 /// How long a broker that was just started waits for the states of others, at most.
 const START_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long a broker may be away until it is taken for gone: one that connects anew is away for a moment.
+/// How long a broker may be offline until it counts as gone: a broker that reconnects is offline for a moment.
 const ABSENCE_TIMEOUT: Duration = Duration::from_secs(3);
-/// How long the bus may be away until the others are taken for gone.
+/// How long the connection to the bus may be lost until the other brokers count as gone.
 const BUS_TIMEOUT: Duration = Duration::from_secs(10);
 /// Brokers that are remembered at most: more than any bus has.
 const BROKERS_MAX: usize = 256;
@@ -22,15 +23,16 @@ pub fn since() -> u64 {
     u64::try_from(since).unwrap_or(u64::MAX)
 }
 
-/// What is known of the brokers.
+/// The known brokers, of which one is elected.
 #[derive(Debug)]
 pub struct Election {
     own: BrokerName,
     served: Served,
     others: BTreeMap<BrokerName, Candidate>,
-    /// When it decides with what it knows then.
+    /// The time from which it no longer waits for its own messages.
     decided: Instant,
-    /// Its own status and hello came back: they do so behind those of others that are retained.
+    /// Its own status was received back, and its hello: the server delivers them behind the retained ones of other
+    /// brokers.
     is_status_back: bool,
     is_hello_back: bool,
     bus_lost: Option<Instant>,
@@ -40,10 +42,10 @@ pub struct Election {
 struct Candidate {
     is_online: bool,
     serves: bool,
-    /// What it serves, or did at last.
+    /// The service that it announces, or announced last.
     served: Option<Served>,
     absent: Option<Instant>,
-    /// In this run of it, it said nothing.
+    /// The announced service of a run in which it did not answer.
     passed_over: Option<Served>,
 }
 
@@ -59,7 +61,7 @@ impl Candidate {
 }
 
 impl Election {
-    /// Only the broker of this name is known, which has just started.
+    /// Only this broker is known, which has just started.
     pub fn new(own: BrokerName, served: Served, now: Instant) -> Self {
         Self {
             own,
@@ -82,7 +84,7 @@ impl Election {
         }
     }
 
-    /// What a broker serves, or that it does no longer.
+    /// A broker announced its service, or withdrew it.
     pub fn on_hello(&mut self, broker: BrokerName, served: Option<Served>, now: Instant) {
         if broker == self.own {
             self.is_hello_back |= served.as_ref() == Some(&self.served);
@@ -93,12 +95,12 @@ impl Election {
         }
     }
 
-    /// The bus is there, or away.
+    /// The connection to the bus is up, or lost.
     pub fn on_bus(&mut self, is_up: bool, now: Instant) {
         self.bus_lost = if is_up { None } else { self.bus_lost.or(Some(now)) };
     }
 
-    /// The one that comes first; none until enough is known.
+    /// The elected broker; none until enough is known.
     pub fn first(&self, now: Instant) -> Option<&BrokerName> {
         let is_known = self.is_status_back && self.is_hello_back;
         if !is_known && now < self.decided {
@@ -115,31 +117,31 @@ impl Election {
         self.others(now).filter(move |(_, served)| is_reached && served.rules == self.served.rules)
     }
 
-    /// Whether others that are there may not be heard, as the bus was lost a moment ago.
+    /// Whether other brokers may be online but out of reach, as the bus was lost a moment ago.
     pub fn is_cut_off(&self, now: Instant) -> bool {
         self.bus_lost.is_some() && self.peers(now).next().is_some()
     }
 
-    /// What this broker tells others that it serves.
+    /// The service that this broker announces.
     pub fn served(&self) -> &Served {
         &self.served
     }
 
-    /// This broker stood still for so long that others may have passed it over: it comes behind them from now on, as if it
-    /// was started again.
+    /// This broker stood still for so long that others may have passed it over: it ranks behind them from now on, as
+    /// after a restart.
     pub fn come_last(&mut self) {
         let others = self.others.values().filter_map(|candidate| Some(candidate.served.as_ref()?.since));
         self.served.since = others.fold(self.served.since, u64::max).saturating_add(1);
     }
 
-    /// A broker says nothing although it is online: another one comes before it, until it is started again.
+    /// A broker does not answer although it is online: it is not elected until it is restarted.
     pub fn pass_over(&mut self, broker: &BrokerName) {
         if let Some(candidate) = self.others.get_mut(broker) {
             candidate.passed_over = candidate.served.clone();
         }
     }
 
-    /// Those that have other rules.
+    /// The brokers that have other rules.
     pub fn strangers(&self, now: Instant) -> impl Iterator<Item = &BrokerName> {
         self.others(now).filter(|(_, served)| served.rules != self.served.rules).map(|(name, _)| name)
     }
@@ -148,7 +150,7 @@ impl Election {
         self.others.iter().filter_map(move |(name, candidate)| Some((name, candidate.served(now)?)))
     }
 
-    /// One that was never there is absent at once.
+    /// The candidate of this name; a new one is absent at once.
     fn candidate(&mut self, broker: BrokerName, now: Instant) -> Option<&mut Candidate> {
         let is_known = self.others.contains_key(&broker);
         let has_room = self.others.len() < BROKERS_MAX && broker != self.own;

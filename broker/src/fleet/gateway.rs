@@ -13,9 +13,9 @@ use wgkex_common::wire::message::{Hello, WorkerData};
 use crate::fleet::selection::DrainPhase;
 use crate::fleet::status::{ORIGINAL, OfflineReason};
 
-/// How long one of these counts when nothing supports it: a status, which is retained; a count or confirmation without a
-/// status, after a last will that was published late; a hello that was not repeated. A little more than the minute after
-/// which every worker publishes its counts again, and those of ours their hello.
+/// How long one of these counts when no other message supports it: a status, which is retained; a count or confirmation
+/// without a status, after a last will that was published late; a hello that was not repeated. A little more than the
+/// minute after which every worker publishes its counts again, and those of ours their hello.
 const UNSUPPORTED_LIFETIME: Duration = Duration::from_secs(65);
 /// How long a worker whose status is online may publish nothing. The original skips a count when its dump was interrupted.
 const LIVENESS: Duration = Duration::from_secs(150);
@@ -24,16 +24,16 @@ const STOP_DURATION: Duration = Duration::from_secs(5);
 /// The same count again within this time is a repetition for a program that has just connected: new counts are published every minute.
 pub(super) const REPEATED: Duration = Duration::from_secs(50);
 
-/// A worker's messages, and what follows from them.
+/// A worker's messages, and the state that follows from them.
 #[derive(Debug, Default)]
 pub(super) struct Gateway {
     /// Whether it is taken to be alive: [`Gateway::alive_until`] is not over.
     pub online: bool,
     /// Since when it is offline, if it is known to be.
     offline: Option<OfflineSince>,
-    /// When it last came online, or stopped draining; none if it was online before this broker looked.
+    /// When it last came online, or stopped draining; none if it was online before this broker connected.
     pub came_back: Option<Instant>,
-    /// What it was when it was last online.
+    /// Its program when it was last online.
     program: Program,
     status: Option<Status>,
     /// When it last published anything of its own, since its status was last offline.
@@ -51,7 +51,7 @@ pub(super) struct Gateway {
     is_hello_live: bool,
     /// It did not confirm a key in time, and has published nothing since.
     pub is_unresponsive: bool,
-    /// When it was last logged that it did not.
+    /// When the missing confirmation was last logged.
     pub timeout_logged: Option<Instant>,
     pub data: BTreeMap<Domain, WorkerData>,
     /// Domains whose data was removed from the server, and not published again. It is still in `data` where the worker goes on
@@ -109,7 +109,7 @@ enum OfflineSign {
     Silence(Duration),
 }
 
-/// What is remembered of a gateway while the connection to the MQTT server is lost.
+/// The part of a gateway's state that is kept while the connection to the MQTT server is lost.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Memory {
     offline: Option<OfflineSince>,
@@ -121,7 +121,7 @@ pub(super) struct Memory {
 /// The program of a gateway.
 #[derive(Debug, Clone, Default)]
 enum Program {
-    /// It was not heard of.
+    /// No message of it was received.
     #[default]
     Unknown,
     /// It has no hello.
@@ -144,7 +144,7 @@ struct Count {
     peers: u64,
 }
 
-/// What a count message says of a domain's peers.
+/// The content of a count message of a domain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum PeerCount {
     /// So many are connected.
@@ -170,7 +170,7 @@ impl Gateway {
         self.hello.as_ref()?.drain.as_ref()
     }
 
-    /// What becomes of its routers, if it publishes that it drains.
+    /// The phase of its drain, if it publishes that it drains.
     pub fn drain_phase(&self) -> Option<DrainPhase> {
         let removes = |drain: &Drain| drain.passed_deadline().is_some();
         self.drain().map(|drain| if removes(drain) { DrainPhase::Removes } else { DrainPhase::Keeps })
@@ -197,7 +197,7 @@ impl Gateway {
         self.has_online(domain) || (self.online && has_begun())
     }
 
-    /// False for a domain that its hello does not name: what is retained there is left from an earlier config.
+    /// False for a domain that its hello does not name: messages retained there are left from an earlier config.
     pub fn may_serve(&self, domain: &Domain) -> bool {
         self.hello.as_ref().is_none_or(|hello| hello.serves(domain.name()))
     }
@@ -220,12 +220,12 @@ impl Gateway {
         self.peers.values().copied().flatten().sum()
     }
 
-    /// A gateway of which this is remembered.
+    /// A gateway with this remembered state.
     pub fn remembered(Memory { offline, came_back, program, clock }: Memory) -> Self {
         Self { offline, came_back, program, clock, ..Self::default() }
     }
 
-    /// What to remember of it.
+    /// The part of its state to remember.
     pub fn memory(self) -> Memory {
         Memory { offline: self.offline, came_back: self.came_back, program: self.program, clock: self.clock }
     }
@@ -274,7 +274,7 @@ impl Gateway {
         all_down && offline.is_none_or(is_close)
     }
 
-    /// Whether it is online by now; if it is not, `sign` showed that first.
+    /// Updates whether it is online; if it is not, `sign` is the first message that shows it.
     fn refresh(&mut self, since: Option<Instant>, sign: OfflineSign, now: Instant) {
         let is_return = !self.online && (since.is_some() || self.offline.is_some());
         self.online = self.is_alive(now);
@@ -293,7 +293,7 @@ impl Gateway {
         }
     }
 
-    /// Takes it for offline if it published nothing for too long. Says whether that is news.
+    /// Marks it as offline if it published nothing for too long. Returns whether it was online before.
     pub fn expire(&mut self, now: Instant) -> bool {
         if !self.online || self.is_alive(now) {
             return false;
@@ -305,13 +305,13 @@ impl Gateway {
         true
     }
 
-    /// Until when it is taken to be alive. A status that nothing supports counts as long as a count without a status: either
-    /// may be written by somebody else, or be a last will that was published late.
+    /// Until when it is taken to be alive. A status that no other message supports counts as long as a count without a
+    /// status: either may be from another client, or be a last will that was published late.
     fn alive_until(&self) -> Option<Instant> {
         match (self.status, self.last_sign, self.last_service) {
             (Some(Status { online: true, .. }), Some(sign), _) => Some(sign + LIVENESS),
             (Some(Status { online: true, at }), None, _) => Some(at + UNSUPPORTED_LIFETIME),
-            // Its status is offline, or there is none: the server delivers none, or somebody removed it.
+            // Its status is offline, or there is none: the server delivers none, or a client removed it.
             (Some(Status { online: false, .. }) | None, _, service) => {
                 service.map(|service| service + UNSUPPORTED_LIFETIME)
             }
@@ -340,8 +340,8 @@ impl Gateway {
         }
     }
 
-    /// A worker of ours publishes its hello before its status. One that comes online without a hello is another program under
-    /// the same name, and a hello that was found as retained is not its own.
+    /// A worker of ours publishes its hello before its status. One that comes online without a hello is another program
+    /// under the same name, and a hello that was received as retained is not its own.
     pub fn apply_status(&mut self, online: bool, retained: bool, now: Instant) {
         self.status = Some(Status { at: now, online });
         self.is_unresponsive = false;
@@ -351,7 +351,7 @@ impl Gateway {
         if online && !retained && !self.is_hello_live {
             (self.hello, self.expired_hello, self.program) = (None, None, Program::Original);
         }
-        // What is found as retained may have been so for long.
+        // A retained status may be of any age.
         self.refresh(Some(now).filter(|_| !retained), OfflineSign::Status, now);
     }
 
@@ -381,8 +381,8 @@ impl Gateway {
         true
     }
 
-    /// A hello that is neither repeated nor followed by confirmations may be somebody else's, or left from a worker of ours
-    /// that was replaced by an original.
+    /// A hello that is neither repeated nor followed by confirmations may be from another client, or left from a worker
+    /// of ours that was replaced by an original.
     pub fn expire_hello(&mut self, now: Instant) {
         let is_over = |renewed: Instant| now.saturating_duration_since(renewed) >= UNSUPPORTED_LIFETIME;
         if self.online && self.hello_renewed.is_some_and(is_over) {
@@ -398,8 +398,8 @@ impl Gateway {
         self.data.insert(domain, data);
     }
 
-    /// Its data of the domain was removed from the server. Says whether it counts all the same, as long as the worker goes on
-    /// counting there: an original publishes its data once, when it connects.
+    /// Its data of the domain was removed from the server. Returns whether it still counts, as it does while the worker
+    /// publishes counts there: an original publishes its data once, when it connects.
     pub fn keeps_removed_data(&mut self, domain: &Domain, now: Instant) -> bool {
         let keeps = self.data.contains_key(domain) && self.has_counted(domain, now);
         self.removed_data.insert(domain.clone());
@@ -426,7 +426,8 @@ impl Gateway {
         last.is_some_and(|last| now.saturating_duration_since(last) < LIVENESS)
     }
 
-    /// A count that is published once more for a newcomer says nothing of the answers given since.
+    /// Whether a count was only published again for a program that has just connected: it does not include the answers
+    /// since.
     fn is_repeated(&self, domain: &Domain, peers: u64, now: Instant) -> bool {
         let is_same = |count: &Count| count.peers == peers && now.saturating_duration_since(count.at) < REPEATED;
         self.peers.get(domain).is_some_and(Option::is_some) && self.counts.get(domain).is_some_and(is_same)

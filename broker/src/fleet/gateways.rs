@@ -26,12 +26,12 @@ pub use self::report::FleetProblems;
 const PEERS_MAX: u64 = 1 << 20;
 /// The most workers, and the most brokers, that are remembered: more than any fleet has.
 const NAMES_MAX: usize = 4096;
-/// The shortest time between two log lines about confirmations of the same gateway that did not come in time.
+/// The shortest time between two log lines about late confirmations of the same gateway.
 const TIMEOUT_LOG_INTERVAL: Duration = Duration::from_secs(10);
 /// The retained states are complete after this time without a retained message: a server keeps the order of messages of one
 /// topic only (MQTT 3.1.1 section 4.6).
 const QUIET: Duration = Duration::from_millis(250);
-/// The longest that retained messages are waited for after the own status came back.
+/// The longest wait for retained messages after the own status was received.
 const QUIET_MAX: Duration = Duration::from_secs(10);
 
 /// Every gateway and broker on the bus. All of them are forgotten when the connection is lost; the retained states are
@@ -46,9 +46,9 @@ pub struct Gateways {
     /// The gateways that the operator of this broker drains. They stay.
     drains: Drains,
     by_name: BTreeMap<WorkerName, Gateway>,
-    /// What was known of gateways on an earlier connection.
+    /// The remembered state of gateways from an earlier connection.
     remembered: BTreeMap<WorkerName, Memory>,
-    /// What operators are shown until the retained states are received again.
+    /// The last known state, shown to operators until the retained states are received again.
     last_known: Option<LastKnown>,
     /// The brokers that are online.
     brokers: BTreeSet<BrokerName>,
@@ -56,11 +56,11 @@ pub struct Gateways {
     reserved: Reserved,
     /// The workers that have published a state of each domain, and whose data of it was not removed since. They stay, too.
     known: BTreeMap<Domain, BTreeSet<WorkerName>>,
-    /// Whether routers get through to them. It stays, too.
+    /// Whether routers reach them. It stays, too.
     reach: Reach,
-    /// When the own status came back on this connection.
+    /// When the own status was received on this connection.
     echo: Option<Instant>,
-    /// It came back on this connection or an earlier one.
+    /// It was received on this connection or an earlier one.
     has_ever_echoed: bool,
     /// When the last retained message arrived.
     last_retained: Option<Instant>,
@@ -81,16 +81,16 @@ pub struct Router<'a> {
     pub domain: &'a Domain,
     /// The gateway where it is connected: one that drains keeps it.
     pub home: Option<&'a WorkerName>,
-    /// When it asks.
+    /// The time of its request.
     pub now: Instant,
 }
 
 /// The gateways that install keys of a domain now.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Online {
-    /// Those that confirm keys.
+    /// The gateways that confirm keys.
     pub confirming: BTreeSet<WorkerName>,
-    /// Those that do not: originals.
+    /// The gateways that do not: originals.
     pub legacy: BTreeSet<WorkerName>,
 }
 
@@ -176,7 +176,7 @@ impl Gateways {
         !self.reserved.lists(key) && !self.reserved.is_reserved_by(worker, key)
     }
 
-    /// Lets ten seconds pass.
+    /// To be called every ten seconds: lets periods of this length end.
     pub fn tick(&mut self, now: Instant) {
         self.reserved.tick();
         self.reach.expire(now);
@@ -208,19 +208,19 @@ impl Gateways {
         self.is_synced
     }
 
-    /// Whether the own status has come back on this connection.
+    /// Whether the own status was received on this connection.
     #[must_use]
     pub fn has_echo(&self) -> bool {
         self.echo.is_some()
     }
 
-    /// Whether the own status has come back on this connection or an earlier one.
+    /// Whether the own status was received on this connection or an earlier one.
     #[must_use]
     pub fn has_ever_echoed(&self) -> bool {
         self.has_ever_echoed
     }
 
-    /// Goes on as if the own status had come back: the server may not let this broker read it.
+    /// Continues as if the own status was received: the server may not let this broker read it.
     pub fn force_echo(&mut self, now: Instant) {
         self.echo.get_or_insert(now);
     }
@@ -236,7 +236,7 @@ impl Gateways {
         self.is_synced
     }
 
-    /// Takes gateways for offline that published nothing for too long, and returns their names.
+    /// Marks gateways that published nothing for too long as offline, and returns their names.
     pub fn expire(&mut self, now: Instant) -> Vec<WorkerName> {
         for (name, gateway) in &mut self.by_name {
             gateway.expire_hello(now);
@@ -266,7 +266,8 @@ impl Gateways {
         applied
     }
 
-    /// Where a gateway comes online just now, and no other has peers, all of them begin together.
+    /// If a gateway has just come online, and no other has peers, all online gateways start to be filled at the same
+    /// time.
     fn start_as_a_whole(&mut self, worker: &WorkerName, now: Instant) {
         let is_back = self.by_name.get(worker).is_some_and(|gateway| gateway.came_back == Some(now));
         let has_peers =
@@ -293,7 +294,7 @@ impl Gateways {
             && payload.is_empty()
             && !self.by_name.contains_key(worker)
         {
-            // Somebody removes the retained messages of a gateway that is gone.
+            // A client removes the retained messages of a gateway that is gone.
             self.forget_stateless(worker);
             return Ok(());
         }
@@ -332,7 +333,7 @@ impl Gateways {
         Ok(())
     }
 
-    /// A hello that `worker` sent at this time, by its clock, has come `now`, in seconds of Unix time.
+    /// A hello that `worker` sent at the time `sent` of its clock was received `now`, both in seconds of Unix time.
     pub fn on_time(&mut self, worker: &WorkerName, sent: u64, now: u64) {
         if let Some(gateway) = self.by_name.get_mut(worker) {
             gateway.clock.on_hello(sent, now);
@@ -438,7 +439,7 @@ impl Gateways {
         !self.drains.is_empty() || self.by_name.values().any(|gateway| gateway.drain().is_some())
     }
 
-    /// The drains that the operator of this broker asked for.
+    /// The drains that the operator of this broker has set.
     #[must_use]
     pub fn drains(&self) -> &Drains {
         &self.drains
@@ -449,7 +450,7 @@ impl Gateways {
         self.drains = drains;
     }
 
-    /// Goes on with these drains, and returns those before.
+    /// Replaces the drains by these, and returns the previous ones.
     pub fn replace_drains(&mut self, drains: Drains, now: Instant) -> Drains {
         let before = std::mem::replace(&mut self.drains, drains);
         for worker in before.workers().filter(|worker| self.drains.get(worker).is_none()).cloned().collect::<Vec<_>>() {
@@ -458,7 +459,7 @@ impl Gateways {
         before
     }
 
-    /// Drains a gateway, or no longer does. Says whether it did before.
+    /// Begins or ends the drain of a gateway. Returns whether it drained before.
     pub fn set_drain(
         &mut self,
         worker: &WorkerName,
@@ -474,7 +475,7 @@ impl Gateways {
         Ok(was_on)
     }
 
-    /// Ends the drains that are over by the wall clock, and returns whose.
+    /// Ends the drains that are over by the wall clock, and returns their gateways.
     pub fn expire_drains(&mut self, unix_now: u64, now: Instant) -> Vec<WorkerName> {
         let over = self.drains.expire(unix_now);
         for worker in &over {
@@ -571,7 +572,7 @@ impl Gateways {
         self.domains.contains(domain)
     }
 
-    /// Whether the config names this worker, or it was heard of on this connection.
+    /// Whether the config names this worker, or a message of it was received on this connection.
     #[must_use]
     pub fn is_heard_of(&self, worker: &WorkerName) -> bool {
         self.weights.contains_key(worker) || self.by_name.contains_key(worker)

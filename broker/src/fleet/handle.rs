@@ -1,4 +1,4 @@
-//! The shared handle to the fleet: its two locks, and what has to be asked of both.
+//! The shared handle to the fleet: its two locks, and the queries that need both.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -45,12 +45,12 @@ impl Fleet {
         Self { gateways: Arc::new(Mutex::new(gateways)), live: Arc::new(Mutex::new(live)) }
     }
 
-    /// The gateways, locked: for one question only.
+    /// The gateways, locked: for one query only.
     pub fn gateways(&self) -> MutexGuard<'_, Gateways> {
         self.gateways.lock()
     }
 
-    /// The live keys, locked: for one question only.
+    /// The live keys, locked: for one query only.
     pub fn live(&self) -> MutexGuard<'_, LiveKeys> {
         self.live.lock()
     }
@@ -73,7 +73,8 @@ impl Fleet {
     }
 
     /// The gateways of a domain that are online. None while the retained states are incomplete, as after a reconnect: a
-    /// gateway of ours whose hello is still to come would count as an original, of which no confirmation is waited for.
+    /// gateway of ours whose hello is not received yet would count as an original, of which no confirmation is waited
+    /// for.
     #[must_use]
     pub fn online(&self, domain: &Domain) -> Option<Online> {
         let gateways = self.gateways();
@@ -100,7 +101,7 @@ impl Fleet {
         self.gateways().select(Router { domain: &id.domain, home: None, now }, |name, _| name == worker)
     }
 
-    /// What [`Self::select`] would choose; nothing is counted.
+    /// The choice that [`Self::select`] would make; nothing is counted.
     pub fn choice(&self, id: &KeyId, prefers: impl Fn(&WorkerName, bool) -> bool, now: Instant) -> Choice {
         let home = self.home(id, now);
         let (gateways, router) = (self.gateways(), Router { domain: &id.domain, home: home.as_ref(), now });
@@ -112,7 +113,7 @@ impl Fleet {
         }
     }
 
-    /// The router is told to use `worker`.
+    /// The router's request was answered with `worker`.
     pub fn on_given(&self, id: &KeyId, worker: &WorkerName, now: Instant) {
         let is_connected = {
             let mut live = self.live();

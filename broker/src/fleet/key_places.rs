@@ -1,15 +1,15 @@
 //! At which gateways a key is, as far as they published it, and which one this broker named to its router, in a few bytes per
 //! key: for operators, and for the choice of a gateway. No IO, no clock.
 //!
-//! What a worker publishes of keys may be false. For the choice it counts only where this broker's own answers agree: a worker
-//! can neither keep nor attract routers that this broker sent elsewhere.
+//! The messages of a worker about keys may be false. For the choice they count only where this broker's own answers
+//! agree: a worker can neither keep nor attract routers that this broker sent elsewhere.
 
 use std::num::{NonZeroU8, NonZeroU16};
 use std::time::{Duration, Instant};
 
 use wgkex_common::WorkerName;
 
-/// The most gateways that are told apart; what others publish of keys is not remembered.
+/// The most gateways that get a number; messages of others about keys are not remembered.
 const MAX_GATEWAYS: usize = 64;
 /// A router that requests a gateway again so soon after it was sent back to its gateway is not connected there.
 const STAY_RETRY_MINUTES: u16 = 5;
@@ -39,7 +39,7 @@ pub struct KeyPlaces {
 /// The gateways of a key, by name.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct NamedPlaces {
-    /// Those that have it, as far as they published that since this broker started.
+    /// The gateways that have it, as far as they published that since this broker started.
     pub confirmed: Vec<WorkerName>,
     /// How long ago one published that.
     pub confirmed_ago: Option<Duration>,
@@ -113,7 +113,7 @@ impl GatewayNumbers {
     pub fn home(&self, places: &KeyPlaces, now: Instant) -> Option<&WorkerName> {
         let is_recent = |at: NonZeroU16| {
             let minute = self.minute(now).get();
-            // One of the two begins anew at 1, and has no 0.
+            // The minutes start again at 1, and never are 0.
             let passed = if minute >= at.get() { minute - at.get() } else { minute + (u16::MAX - at.get()) };
             passed < STAY_RETRY_MINUTES
         };

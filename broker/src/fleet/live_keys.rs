@@ -70,12 +70,12 @@ struct LiveKey {
     places: KeyPlaces,
 }
 
-/// What is known of a key in a domain.
+/// The known state of a key in a domain.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KeyTrace {
     /// The domain.
     pub domain: Domain,
-    /// What it is here.
+    /// Its state here.
     pub state: KeyState,
     /// How long ago this run of the program first received it.
     pub first: Option<Duration>,
@@ -87,7 +87,7 @@ pub struct KeyTrace {
     pub places: NamedPlaces,
 }
 
-/// What a key is in a domain.
+/// The state of a key in a domain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum KeyState {
@@ -131,7 +131,7 @@ impl LiveKeys {
             admission: Arc::default(),
         };
         for (KeyId { domain, key }, record) in remembered {
-            // A client of the last run may not have got what that received last: all of it counts as updated now.
+            // A sync client may lack the keys that the last run received at its end: all keys count as updated now.
             let (last_handshake, places) = (record.established.then_some(record.last), KeyPlaces::default());
             let key_of_last_run =
                 LiveKey { record, first: record.last, last_handshake, returned: None, updated_at: now, places };
@@ -174,7 +174,7 @@ impl LiveKeys {
         live.last_handshake.is_some_and(|last| now.saturating_duration_since(last) < limit)
     }
 
-    /// Makes the key live, unless another key has the better claim to its address. Says whether it is live.
+    /// Makes the key live, unless another key has the better claim to its address. Returns whether it is live.
     fn insert(&mut self, domain: &Domain, key: PublicKey, live: LiveKey, now: Instant) -> bool {
         let claim =
             |key: PublicKey, live: &LiveKey| Claim { key, state: self.claim_state(&key, live, now), first: live.first };
@@ -240,7 +240,8 @@ impl LiveKeys {
         self.merge(domain, key, KeyRecord { last: now, established: false }, SAME_REQUEST, now);
     }
 
-    /// `worker` reports handshakes of the key. If no router has sent it, that is only kept for when one does.
+    /// `worker` reports handshakes of the key. If no router has sent the key, the report is only kept for a later
+    /// request.
     pub fn on_handshake(&mut self, worker: &WorkerName, domain: &str, key: PublicKey, now: Instant) {
         match self.domains.get_key_value(domain) {
             Some((_, known)) if known.keys.contains_key(&key) => {
@@ -252,7 +253,7 @@ impl LiveKeys {
         }
     }
 
-    /// `worker` has published what became of a key.
+    /// `worker` has published the outcome of a key.
     pub fn on_outcome(&mut self, worker: &WorkerName, domain: &str, key: &PublicKey, is_installed: bool, now: Instant) {
         self.place(domain, key, |numbers, places| numbers.confirm(places, worker, is_installed, now));
     }
@@ -285,7 +286,7 @@ impl LiveKeys {
         Some(&self.domains.get(&id.domain)?.keys.get(&id.key)?.places)
     }
 
-    /// What is known of a key, in each domain where it is known.
+    /// The state of a key, in each domain where it is known.
     #[must_use]
     pub fn trace(&self, key: &PublicKey, now: Instant) -> Vec<KeyTrace> {
         let age = |since: Instant| now.saturating_duration_since(since);
@@ -323,7 +324,7 @@ impl LiveKeys {
         }
     }
 
-    /// Merges what is known of the key with `news`. It counts as updated only if they differ by more than `same`.
+    /// Merges the known state of the key with `news`. It counts as updated only if they differ by more than `same`.
     fn merge(&mut self, domain: &str, key: PublicKey, news: KeyRecord, same: Duration, now: Instant) {
         let Some((domain, known)) = self.domains.get_key_value(domain) else { return };
         if self.admission.denies(domain.name(), &key) {
@@ -492,7 +493,7 @@ impl LiveKey {
     }
 }
 
-/// What is known of a key with `news` of it.
+/// The state of a key, merged with `news` of it.
 fn merged(before: Option<&LiveKey>, news: KeyRecord, now: Instant) -> LiveKey {
     let last_handshake = news.established.then_some(news.last);
     let Some(before) = before else {

@@ -13,7 +13,7 @@ use crate::fleet::reach::Reached;
 use crate::fleet::status::{DomainStatus, GatewayDomain, GatewayStatus};
 use crate::metrics::{Registry, set};
 
-/// Gauges of what comes and goes: what is not there any more has no series.
+/// Gauges of objects that appear and vanish: an object that is gone has no series.
 #[derive(Debug, Clone)]
 struct KnownSeries<const LABELS: usize> {
     gauges: IntGaugeVec,
@@ -36,7 +36,7 @@ impl<const LABELS: usize> KnownSeries<LABELS> {
             known.insert(labels);
         }
         for labels in &gone {
-            // It is there: nobody else removes it.
+            // The series exists: only this code removes it.
             let _ = self.gauges.remove_label_values(labels);
         }
     }

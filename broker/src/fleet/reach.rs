@@ -1,4 +1,4 @@
-//! Whether routers get through to the gateways that they were given: a blocked UDP port or a wrong external name shows nowhere
+//! Whether routers reach the gateways that they were given: a blocked UDP port or a wrong external name shows nowhere
 //! else. No IO, no clock.
 
 use std::collections::hash_map::Entry;
@@ -14,7 +14,7 @@ const PATIENCE: Duration = Duration::from_secs(300);
 const MEMORY: Duration = Duration::from_secs(1_200);
 /// The most answers that are remembered; others are not watched.
 const MAX_ANSWERS: usize = 20_000;
-/// A gateway with fewer unreached routers is not reported: one router may have a reason of its own.
+/// A gateway with fewer unreached routers is not reported: a single router may have a local problem.
 const MIN_UNREACHED: u64 = 3;
 
 /// The answers that named a gateway, in the last 20 minutes.
@@ -44,16 +44,16 @@ struct Answer {
 /// The routers that were given a gateway in the last 20 minutes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reached {
-    /// Those with a handshake there.
+    /// The routers with a handshake there.
     pub reached: u64,
-    /// Those without one so far.
+    /// The routers without one so far.
     pub waiting: u64,
-    /// Those that still request it 5 minutes after they were first given it, and have had no handshake there.
+    /// The routers that still request it 5 minutes after they were first given it, and have had no handshake there.
     pub unreached: u64,
 }
 
 impl Answer {
-    /// The count of the gateway in which it stands.
+    /// The counter of the gateway that includes this answer.
     fn place<'a>(&self, Reached { reached, waiting, unreached }: &'a mut Reached) -> &'a mut u64 {
         if self.is_reached {
             reached
@@ -66,8 +66,8 @@ impl Answer {
 }
 
 impl Reached {
-    /// Whether so many routers do not get through that the gateway is the cause: at one without any `connected` router, the
-    /// first one.
+    /// Whether so many routers do not reach the gateway that it is the cause: at a gateway without any `connected`
+    /// router, one is enough.
     #[must_use]
     pub fn is_suspicious(&self, connected: u64) -> bool {
         let least = if connected == 0 && self.reached == 0 { 1 } else { MIN_UNREACHED };
@@ -106,7 +106,7 @@ impl Reach {
         }
     }
 
-    /// Forgets what is old.
+    /// Forgets old answers.
     pub fn expire(&mut self, now: Instant) {
         let counts = &mut self.counts;
         self.answers.retain(|given, answer| {
@@ -145,7 +145,7 @@ mod tests {
     #[test]
     fn routers_that_go_on_requesting_a_gateway_without_a_handshake_do_not_reach_it() {
         let (mut reach, gateway, domain, begun) = scene();
-        // The first has a handshake in time, the second late, the third never, the fourth does not ask again.
+        // The first has a handshake in time, the second late, the third never, the fourth sends no further request.
         for minute in 0..=6 {
             for n in 1..=3 {
                 reach.on_given(&gateway, &domain, key(n), false, at(begun, minute));

@@ -63,7 +63,7 @@ pub const OFFLINE: &str = "offline";
 /// The text of [`GatewayOutcome::Unsupported`].
 pub const UNSUPPORTED: &str = "cannot";
 
-/// The outcome at a gateway. Its text is what the admin call shows.
+/// The outcome at a gateway. The admin call shows its text.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(into = "String")]
 pub enum GatewayOutcome {
@@ -233,7 +233,7 @@ mod tests {
         assert!(pending.calls().is_empty());
     }
 
-    /// Fails where every word is queued: there was no place for the other gateway's.
+    /// Fails if every result is queued: there was no room for that of the other gateway.
     #[tokio::test(start_paused = true)]
     async fn a_worker_with_many_outcomes_crowds_out_no_other() {
         let pending = PendingRevocations::default();

@@ -22,13 +22,13 @@ pub(super) struct Contender<'a> {
     pub peers: u64,
     /// It did not confirm the last key in time.
     pub is_unresponsive: bool,
-    /// What becomes of its routers, if it drains.
+    /// The phase of its drain, if it drains.
     pub drain: Option<DrainPhase>,
-    /// Since how long it is online and does not drain; none if that was so before anybody looked.
+    /// Since how long it is online and does not drain; none if that was so before this broker connected.
     pub age: Option<Duration>,
 }
 
-/// What becomes of the routers of a gateway that drains.
+/// The phase of a drain, by its effect on the gateway's routers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum DrainPhase {
     /// They stay.
@@ -58,12 +58,12 @@ pub struct Selection {
     pub data: WorkerData,
 }
 
-/// Why a gateway comes before or after others, the best first.
+/// Why a gateway ranks before or after others, the best first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Tier {
     /// It drains, and the router is connected there.
     Stays,
-    /// Nothing is odd about it.
+    /// None of the other cases applies.
     Regular,
     /// It came back, and has the peers that it may have so far.
     Filling,
@@ -78,8 +78,7 @@ pub(super) enum Tier {
 }
 
 impl Tier {
-    /// Those that are chosen only if there is no better one are equal, apart from one that removes peers: its routers would
-    /// come back to it.
+    /// Gateways of last resort are equal, apart from one that removes peers: its routers would return to it.
     fn place(self) -> Self {
         match self {
             Self::Draining | Self::Weightless | Self::Unresponsive => Self::Draining,
@@ -104,7 +103,8 @@ pub(super) struct Shares<'a> {
     total_peers: f64,
     /// The weights of those that are online and do not drain.
     online_weight: f64,
-    /// The time in which a gateway that came back is filled: not longer than any other has been there.
+    /// The time in which a gateway that came back is filled: at most as long as the first of those that do not drain
+    /// has been there.
     fill_time: Duration,
 }
 
@@ -307,7 +307,7 @@ mod tests {
         assert_eq!(number(&given(&[there(1000), back(950, 1)], OVER, None, 50), 1), 50, "it has kept its peers");
     }
 
-    /// Many routers that come in the time: the gateway has its share when it is over, and not before.
+    /// Many routers that send requests in the time: the gateway has its share when it is over, and not before.
     #[test]
     fn the_rate_is_even() {
         let mut peers = [10_000, 0];

@@ -40,7 +40,7 @@ pub struct GatewayStatus {
     pub share: f64,
     /// The peers it should have, by its weight.
     pub target: f64,
-    /// For how many seconds there has been no MQTT, if all of this is what was known before; none if it is up to date.
+    /// For how many seconds there has been no MQTT, if all of this is the last known state; none if it is up to date.
     #[serde(default)]
     pub last_known_secs: Option<u64>,
 }
@@ -101,7 +101,7 @@ pub struct GatewayDomain {
     pub assigned: u64,
 }
 
-/// What a gateway publishes of a domain.
+/// The state of a domain, as a gateway publishes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DomainState {
@@ -139,25 +139,25 @@ pub struct Standing {
     pub distance: f64,
     /// Why it is chosen only where there is no other.
     pub last_resort: Option<String>,
-    /// What else makes it better or worse than its distance.
+    /// Another reason for a better or worse rank than by its distance.
     #[serde(default)]
     pub note: Option<String>,
     /// Why it cannot be chosen.
     pub unfit: Option<String>,
 }
 
-/// Something that an operator should look at.
+/// A problem that an operator should check.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Problem {
-    /// What it is.
+    /// Its kind.
     pub kind: ProblemKind,
-    /// What it is about: a domain, a gateway, several gateways, a list; nothing if it is the broker itself.
+    /// Its subject: a domain, a gateway, several gateways, a list; nothing if it is the broker itself.
     pub subject: String,
     /// One sentence.
     pub text: String,
 }
 
-/// What an operator should look at, the worst first.
+/// The kinds of problems, the worst first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ProblemKind {
@@ -208,7 +208,7 @@ pub enum ProblemKind {
 }
 
 impl ProblemKind {
-    /// Whether two gateways publish what only one can have.
+    /// Whether two gateways publish a value that must be unique.
     #[must_use]
     pub fn is_clash(self) -> bool {
         matches!(self, Self::SameKey | Self::SameLinkAddress | Self::SameExternalAddress)
@@ -301,7 +301,7 @@ pub fn age(seconds: u64) -> String {
     }
 }
 
-/// The text without what could control a terminal.
+/// The text without characters that control a terminal.
 #[must_use]
 pub fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()

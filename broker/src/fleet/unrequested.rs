@@ -1,6 +1,7 @@
-//! Keys that no router has requested, as far as this broker knows, and of which workers report handshakes: the broker missed
-//! the request, has forgotten it, or the worker lies. They are kept apart: no snapshot has them, they pass no limit, and
-//! displace no other key. When a router requests such a key, it is established at once. No IO, no clock.
+//! Keys that no router has requested, as far as this broker knows, and of which workers report handshakes: the broker
+//! missed the request, has forgotten it, or the worker's report is false. They are kept apart: no snapshot has them,
+//! they pass no limit, and displace no other key. When a router requests such a key, it is established at once. No IO,
+//! no clock.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -22,7 +23,7 @@ pub struct UnrequestedKeys {
 /// The last report of a handshake.
 #[derive(Debug, Clone)]
 pub struct HandshakeReport {
-    /// Who reported it.
+    /// The worker that reported it.
     pub worker: WorkerName,
     /// When.
     pub at: Instant,

@@ -60,12 +60,12 @@ const GATEWAY_MAX: usize = 255;
 const NO_ALLOW_LIST: &str =
     "the entry is kept, but has no effect until allowlist.enabled is true: every key may come that is not denied";
 
-/// What every call needs.
+/// The state that every call needs.
 #[derive(Clone)]
 pub struct Admin {
     /// The lists.
     pub lists: Handle,
-    /// What requests would come to.
+    /// The exchange, which predicts the outcomes of requests.
     pub exchange: Exchange,
     /// The gateways that a change has to reach.
     pub fleet: Fleet,
@@ -227,7 +227,7 @@ impl Admin {
         token.is_some_and(|token| bool::from(token_hash(token).as_bytes().ct_eq(self.token_hash.expose().as_bytes())))
     }
 
-    /// Answers a call that looks at one key, by `report` of where it is and the domain that is asked for.
+    /// Answers a call that reports on one key, by `report` of where it is and of the requested domain.
     async fn look(
         &self,
         call: &str,
@@ -261,7 +261,7 @@ impl Admin {
         }
     }
 
-    /// Drains the gateway in the body, or no longer does.
+    /// Begins or ends the drain of the gateway in the body.
     async fn drain(&self, call: &str, body: Payload, on: bool) -> HttpResponse {
         let read = async { drain_fields(&read(body).await?, unix(SystemTime::now())) };
         let DrainFields { gateway, drain } = match read.await {
@@ -375,7 +375,7 @@ async fn read(body: Payload) -> Result<Map<String, Value>, ApiError> {
     serde_json::from_slice(&body).map_err(|_| bad_request("the body is not a JSON object"))
 }
 
-/// The fields of a call that drains a gateway, or no longer does.
+/// The fields of a call that begins or ends the drain of a gateway.
 #[derive(Debug, PartialEq)]
 struct DrainFields {
     gateway: WorkerName,

@@ -100,12 +100,12 @@ impl App {
         }
     }
 
-    /// The client whose request it is.
+    /// The client of the request.
     pub fn client(&self, request: &HttpRequest) -> Client {
         client_of_request(peer(request), &self.trusted, self.client_address(request))
     }
 
-    /// The address of the client whose request it is, if it is known.
+    /// The address of the client of the request, if it is known.
     pub fn client_address(&self, request: &HttpRequest) -> Option<IpAddr> {
         let peer = peer(request);
         let is_proxied = PROXIED.iter().any(|name| request.headers().contains_key(name));
@@ -118,7 +118,7 @@ impl App {
     }
 }
 
-/// Who brings a request.
+/// The address from which a request was received.
 fn peer(request: &HttpRequest) -> IpAddr {
     request.peer_addr().map_or(Ipv4Addr::UNSPECIFIED.into(), |address| address.ip())
 }

@@ -1,5 +1,5 @@
-//! Admin calls that only look: where a key is, and what a request for it would come to. Both have one type for the answer
-//! and for the command that prints it.
+//! Admin calls that only read: where a key is, and the outcome that a request for it would have. Both have one type for
+//! the answer and for the command that prints it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -27,12 +27,12 @@ pub struct WhereReport {
     pub lists: Vec<ListedKey>,
 }
 
-/// What is known of a key in a domain.
+/// The known state of a key in a domain.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeyInDomain {
     /// The domain's name.
     pub domain: String,
-    /// What it is; none if no router sent it and no gateway reports it.
+    /// Its state; none if no router sent it and no gateway reports it.
     pub state: Option<KeyState>,
     /// Its admission by the access lists of this broker.
     pub access: Access,
@@ -65,13 +65,13 @@ pub struct Confirming {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Access {
-    /// It may come.
+    /// It is admitted.
     Allowed,
-    /// It may come, and is never swept.
+    /// It is admitted, and never swept.
     Trusted,
-    /// Only listed keys may come, and it is none.
+    /// Only listed keys are admitted, and it is none.
     NotAllowlisted,
-    /// It may not come.
+    /// It is denied.
     Denied,
 }
 
@@ -95,11 +95,11 @@ pub struct InFlightKey {
 pub struct ListedKey {
     /// The list.
     pub list: String,
-    /// The key of the config that it comes by; `admin` for an admin call.
+    /// The key of the config that names its list; `admin` for an admin call.
     pub source: String,
     /// The only domain in which it counts.
     pub domain: Option<String>,
-    /// What the node is called.
+    /// The name of the node.
     pub name: Option<String>,
     /// Why it is there.
     pub reason: Option<String>,
@@ -107,7 +107,7 @@ pub struct ListedKey {
     pub until: Option<u64>,
 }
 
-/// What a request for a key would come to in each of some domains.
+/// The outcome that a request for a key would have in each of some domains.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ExplainReport {
     /// The key.
@@ -119,14 +119,14 @@ pub struct ExplainReport {
     pub now: WhereReport,
 }
 
-/// What a request for a key would come to in a domain.
+/// The outcome that a request for a key would have in a domain.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ExplainedDomain {
     /// The domain's name.
     pub domain: String,
     /// Why it would be rejected at once.
     pub refused: Option<Refused>,
-    /// The gateway that version 2 would name, or ask first.
+    /// The gateway that version 2 would name, or await first.
     pub gateway: Option<String>,
     /// Why that one.
     pub why: Option<String>,
@@ -145,7 +145,7 @@ pub struct Refused {
     pub reason: String,
     /// The answer that the router would get.
     pub message: String,
-    /// What an operator can know beyond that.
+    /// The details for the operator.
     pub detail: String,
 }
 
@@ -176,7 +176,7 @@ pub fn find(exchange: &Exchange, domains: &BTreeSet<Domain>, key: PublicKey, lis
     WhereReport { key, domains: domains.iter().filter_map(in_domain).collect(), lists }
 }
 
-/// What a request for `key` would come to in each of `domains`.
+/// The outcome that a request for `key` would have in each of `domains`.
 #[must_use]
 pub fn explain(exchange: &Exchange, domains: &BTreeSet<Domain>, now: WhereReport) -> ExplainReport {
     let key = now.key;
@@ -270,7 +270,7 @@ impl ExplainedDomain {
     }
 }
 
-/// What an operator can know of a rejection: no other key.
+/// The details of a rejection for the operator, without any other key.
 fn detail(rejection: Rejection, domain: &Domain, now: &WhereReport, exchange: &Exchange) -> String {
     if rejection == Rejection::Denied {
         let denied = now.lists.iter().filter(|listed| listed.list == "deny");

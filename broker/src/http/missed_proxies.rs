@@ -1,4 +1,4 @@
-//! The proxies that bring requests and are not in `trusted_proxies`. No IO.
+//! The proxies that forward requests and are not in `trusted_proxies`. No IO.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -7,15 +7,15 @@ use parking_lot::Mutex;
 
 use crate::fleet::status::{Problem, ProblemKind};
 
-/// So many are named; who has more has one mistake, and not many.
+/// The most proxies that are named: more of them have one cause.
 const MAX: usize = 8;
 
-/// The addresses of proxies nearby that are not trusted, as far as they have brought requests.
+/// The addresses of proxies nearby that are not trusted, as far as they have forwarded requests.
 #[derive(Debug, Default)]
 pub struct MissedProxies(Mutex<BTreeSet<IpAddr>>);
 
 impl MissedProxies {
-    /// Takes down a proxy; true if it is to be named, as it was not so far.
+    /// Records a proxy; true if it is to be named, as it was not so far.
     pub fn add(&self, proxy: IpAddr) -> bool {
         let mut known = self.0.lock();
         (known.len() < MAX) && known.insert(proxy.to_canonical())

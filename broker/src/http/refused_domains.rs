@@ -1,5 +1,5 @@
-//! The domains of refused requests, in the log: each name once, so that an operator sees which one routers ask for that is
-//! not in the config. Anyone may send any name, so the lines are few and short. No IO, no clock.
+//! The domains of refused requests, in the log: each name once, so that an operator sees which domains routers request
+//! that are not in the config. Anyone may send any name, so the lines are few and short. No IO, no clock.
 
 use std::time::Instant;
 
@@ -8,7 +8,7 @@ use wgkex_common::runtime::logged_once::LoggedOnce;
 
 /// The longest name that is shown whole, in characters.
 const MAX_SHOWN: usize = 32;
-/// What is shown of a longer one, and of a key.
+/// The part that is shown of a longer one, and of a key.
 const PREFIX: usize = 8;
 
 /// The names that were logged.

@@ -1,5 +1,5 @@
-//! The eleven routes of the registry: who may call, what the call holds, and its answer. Reads are GET with a JSON body or a
-//! query, or POST; changes are POST; each with or without a slash at the end.
+//! The eleven routes of the registry: the login of the caller, the fields of the call, and its answer. Reads are GET
+//! with a JSON body or a query, or POST; changes are POST; each with or without a slash at the end.
 
 use std::future::Future;
 use std::time::Duration;
@@ -27,14 +27,14 @@ use crate::registry::{CallError, Refusal, Registry};
 
 /// The largest body of a call.
 const BODY_MAX: usize = 64 << 10;
-/// What of a large answer is handed on at once.
+/// The part of a large answer that is handed on at once.
 const PART: usize = 16 << 10;
 /// How long a caller waits for others to have read their large answers.
 const LARGE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a caller waits in all, once its body is there: for other brokers, for others' answers, and for the database.
 const CALL_TIMEOUT: Duration = Duration::from_secs(9);
 
-/// What a route does.
+/// The operation of a route.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Operation {
     ListClients,
@@ -50,7 +50,7 @@ enum Operation {
     RemovePeer,
 }
 
-/// What the paths of all routes begin with.
+/// The beginning of the paths of all routes.
 const PREFIX: &str = "/api/v1";
 
 /// The routes, without the slash at the end.
@@ -108,7 +108,7 @@ pub fn routes(registry: &Registry, config: &mut ServiceConfig) {
     }
 }
 
-/// Refuses the other paths below the routes' own as the routes do. It comes behind all that is served there.
+/// Refuses the other paths below the routes' own as the routes do. It is registered behind all routes there.
 pub fn unknown_paths(config: &mut ServiceConfig) {
     let refuse = || async { error(StatusCode::NOT_FOUND, "there is no such route", None) };
     config.service(web::scope(PREFIX).default_service(web::to(refuse)));
@@ -246,7 +246,7 @@ impl Registry {
         Ok(response)
     }
 
-    /// Reads something as JSON, which is made where the job runs.
+    /// Reads something as JSON, which is made on the thread of the job.
     async fn read_json<T: Serialize>(
         &self,
         work: impl FnOnce(&mut Transaction<'_>) -> Result<T, CallError> + Send + 'static,
@@ -261,13 +261,13 @@ impl Registry {
     }
 }
 
-/// What a call comes to before callers give up, whatever it waits for.
+/// The result of a call; an error before callers give up.
 async fn in_time<T>(call: impl Future<Output = Result<T, Rejection>>) -> Result<T, Rejection> {
     let late = |_| DatabaseError::Unavailable("the call takes too long".into());
     timeout(CALL_TIMEOUT, call).await.map_err(|elapsed| CallError::from(late(elapsed)))?
 }
 
-/// An answer that is handed on in parts, so that what is not sent is held once for all who read it.
+/// An answer that is handed on in parts, so that the unsent rest is held once for all its readers.
 fn json_answer(json: Bytes, place: Option<OwnedSemaphorePermit>) -> HttpResponse {
     let size = u64::try_from(json.len()).unwrap_or(u64::MAX);
     let parts = stream::unfold((json, place), |(mut rest, place)| async move {
@@ -282,7 +282,7 @@ fn quoted(version: &str) -> String {
     format!("\"{version}\"")
 }
 
-/// The answer to what has nothing to tell but that it was done.
+/// The answer without a body to a call that succeeded.
 async fn empty(
     status: StatusCode,
     call: impl Future<Output = Result<(), CallError>>,
@@ -291,7 +291,7 @@ async fn empty(
     Ok(HttpResponse::new(status))
 }
 
-/// What a call holds: the object in its body or, without a body, its query.
+/// The fields of a call: the object in its body or, without a body, its query.
 fn fields(body: &[u8], query: &str) -> Result<Fields, Rejection> {
     if body.is_empty() {
         return from_query(query);
@@ -374,7 +374,7 @@ impl Rejection {
         }
     }
 
-    /// The answer. What the database reports is for the log only.
+    /// The answer. Errors of the database are for the log only.
     fn response(&self) -> HttpResponse {
         let is_database = matches!(self, Self::Call(CallError::Database(_)));
         let message = if is_database { "the database cannot be used now".to_owned() } else { self.to_string() };

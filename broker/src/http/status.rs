@@ -1,5 +1,5 @@
-//! What the broker shows of itself to anybody, without keys: one value for the page, for `/status.json`, and for the
-//! commands that read that.
+//! The public status of the broker, without keys: one value for the page, for `/status.json`, and for the commands that
+//! read that.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -36,7 +36,7 @@ pub struct Status {
     pub uptime_secs: u64,
     /// Whether it can serve routers.
     pub ready: bool,
-    /// What an operator should look at, the worst first.
+    /// The problems that an operator should check, the worst first.
     pub problems: Vec<Problem>,
     /// The domains that are served.
     pub domains: Vec<DomainStatus>,
@@ -85,7 +85,7 @@ pub struct Durations {
     pub count: u64,
     /// Half of them were shorter, in seconds.
     pub p50: Option<f64>,
-    /// So were 99 of 100.
+    /// 99 of 100 were shorter, in seconds.
     pub p99: Option<f64>,
     /// How many were at most so long.
     pub buckets: Vec<Bucket>,
@@ -198,8 +198,8 @@ impl App {
         }
     }
 
-    /// The client ids of MQTT that two programs use: those of this broker, those of clients of its MQTT server, and those of gateways
-    /// that say so.
+    /// The client ids of MQTT that two programs use: those of this broker, those of clients of its MQTT server, and
+    /// those of gateways that report this.
     pub fn names_in_use(&self, now: Instant) -> Vec<Problem> {
         let problem = |subject: String, text| Problem { kind: ProblemKind::NameInUse, subject, text };
         let own = self.name_suspects.iter().any(|suspect| *suspect.borrow()).then(|| {
@@ -288,7 +288,7 @@ fn tenants_problems(Troubles { strangers, hub }: &Troubles) -> Vec<Problem> {
     apart.chain(hub).collect()
 }
 
-/// What is wrong with the access lists.
+/// The problems of the access lists.
 pub fn list_problems(lists: &ListSnapshot) -> Vec<Problem> {
     let unread = lists.unread.iter().map(|list| Problem {
         kind: ProblemKind::AllowListUnread,

@@ -1,4 +1,4 @@
-//! The status page: what is wrong, tables of gateways and of counts, no key, no tenant, no script, nothing from elsewhere.
+//! The status page: problems, tables of gateways and of counts, no key, no tenant, no script, nothing from elsewhere.
 
 use maud::{DOCTYPE, Markup, html};
 use strum::VariantNames as _;
@@ -154,7 +154,7 @@ fn table_of_refused(clients: &[RefusedClient]) -> Markup {
     }
 }
 
-/// What is under way.
+/// The table of keys and requests now.
 fn now(keys: &KeyStatus) -> Markup {
     let seconds = |seconds: Option<f64>| seconds.map_or("-".to_owned(), |seconds| format!("{seconds:.3} s"));
     let rows = [

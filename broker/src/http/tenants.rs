@@ -1,4 +1,5 @@
-//! Requests for a WebSocket, up to the upgrade: whose tenant, whether the client may, whether there is room.
+//! Requests for a WebSocket, up to the upgrade: the tenant, the client's right to join it, and the room for a
+//! connection.
 
 use actix_web::http::StatusCode;
 use actix_web::http::header::{AUTHORIZATION, HeaderValue, UPGRADE, WWW_AUTHENTICATE};
@@ -15,7 +16,7 @@ use crate::tenants::opening::Opening;
 use crate::tenants::socket::Socket;
 use crate::tenants::tokens::TokenError;
 
-/// What the path of a WebSocket begins with; the tenant's id follows.
+/// The beginning of a WebSocket's path; the tenant's id follows.
 pub const PATH: &str = "/tenants/";
 
 /// Why there is no upgrade.
@@ -58,7 +59,7 @@ async fn upgrade(app: Data<App>, request: HttpRequest, body: Payload) -> Result<
     Ok(response)
 }
 
-/// Only who asks for endpoints shows its own.
+/// A client's endpoint is shown only if the client requests those of others.
 fn opening(request: &HttpRequest, tenant: TenantId, app: &App) -> Opening {
     let wants = |name| query(request, name).as_deref() == Some("1");
     let form = Form { endpoints: wants("endpoints"), hub: wants("hub") };

@@ -8,7 +8,7 @@ use wgkex_common::{BrokerName, Topic, WorkerName};
 
 use crate::mqtt_server::filter::{covers, matches};
 
-/// What a client does with a topic.
+/// An operation of a client on a topic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Operation {
     /// To publish on it.
@@ -21,7 +21,7 @@ impl Operation {
     /// Both.
     pub const ALL: [Self; 2] = [Self::Publish, Self::Subscribe];
 
-    /// What MQTT calls it.
+    /// Its name in MQTT.
     pub fn word(self) -> &'static str {
         match self {
             Self::Publish => "publish",
@@ -33,7 +33,7 @@ impl Operation {
 /// Stands for the user's name in [`PARKER`].
 const NAME: &str = "%u";
 
-/// What each role may do with Parker's topics (contract section 5).
+/// The rights of each role on Parker's topics (contract section 5).
 const PARKER: [(Role, Operation, &str); 9] = [
     (Role::Worker, Operation::Publish, "parker/wireguard-metrics/%u/connected_peers"),
     (Role::Worker, Operation::Publish, "parker/wireguard-worker/%u/status"),
@@ -46,7 +46,7 @@ const PARKER: [(Role, Operation, &str); 9] = [
     (Role::Broker, Operation::Subscribe, "parker/#"),
 ];
 
-/// What one user may publish and subscribe to.
+/// The rights of one user to publish and to subscribe.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Access {
     publish: Vec<String>,
@@ -54,12 +54,12 @@ pub(crate) struct Access {
 }
 
 impl Access {
-    /// What everybody may where there are no users: all but what begins with `$`.
+    /// The rights of every client where there are no users: all topics but those that begin with `$`.
     pub fn everything() -> Self {
         Self { publish: vec!["#".into()], subscribe: vec!["#".into()] }
     }
 
-    /// What the user `name` may.
+    /// The rights of the user `name`.
     pub fn of(role: Role, name: &str) -> Self {
         Self { publish: filters(role, Operation::Publish, name), subscribe: filters(role, Operation::Subscribe, name) }
     }
@@ -90,14 +90,15 @@ pub(crate) fn filters(role: Role, operation: Operation, name: &str) -> Vec<Strin
     }
 }
 
-/// What the worker owns, all of it below its name in `wgkex/`, and what it asks brokers. No keys.
+/// The topics that the worker owns, those in `wgkex/` all below its name, and those of its requests to brokers. No
+/// keys.
 fn worker_publishes(worker: &WorkerName) -> Vec<String> {
     let contract = topics(worker, |topic| matches!(topic.owner(), Owner::Worker(_)) && !topic.is_ours());
     let requests = topics(&WorkerName::any(), |topic| topic.direction() == Direction::FromAll);
     [contract, vec![Topic::all_of_worker(worker)], requests].concat()
 }
 
-/// What everybody may subscribe to, and what only this worker may.
+/// The topics that everybody may subscribe to, and those that only this worker may.
 fn worker_subscribes(worker: &WorkerName) -> Vec<String> {
     let any = WorkerName::any();
     let is_for_all = |topic: &Topic| matches!(topic.direction(), Direction::StateForAll | Direction::Broadcast);
@@ -109,7 +110,7 @@ fn worker_subscribes(worker: &WorkerName) -> Vec<String> {
     [named, own, shared].concat()
 }
 
-/// What any broker owns, what brokers send to workers, and what no program owns.
+/// The topics that any broker owns, those of messages from brokers to workers, and those that no program owns.
 fn broker_publishes() -> Vec<String> {
     let any = WorkerName::any();
     let brokers = topics(&any, |topic| matches!(topic.owner(), Owner::Broker(_) | Owner::Domain(_)));
@@ -119,7 +120,8 @@ fn broker_publishes() -> Vec<String> {
     [brokers, workers, shared].concat()
 }
 
-/// The filters of the kinds of topics that are so, in the order of [`Topic::each`]; of workers' those of `worker`.
+/// The filters of the kinds of topics for which `is_so` is true, in the order of [`Topic::each`]; of workers' those of
+/// `worker`.
 fn topics(worker: &WorkerName, is_so: impl Fn(&Topic) -> bool) -> Vec<String> {
     Topic::each("+", worker, &BrokerName::any()).iter().filter(|topic| is_so(topic)).map(Topic::filter).collect()
 }

@@ -1,4 +1,5 @@
-//! What all connections share: the log, the retained messages with the wills, and which clients are connected.
+//! The state that all connections share: the log, the retained messages with the wills, and which clients are
+//! connected.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -22,14 +23,14 @@ use crate::mqtt_server::takeovers::client_id;
 
 /// The shortest time between two warnings that there is no room.
 const WARNING_INTERVAL: Duration = Duration::from_secs(60);
-/// How far the last reader may be behind for a user that publishes much at once to go on; it is less than for the others, so
-/// that they need not wait for what it published.
+/// How far the last reader may be behind for a user that publishes much at once to go on; it is less than for the
+/// others, so that they need not wait for its messages.
 const MAX_LAG_OF_BURST: u64 = 4 << 20;
 /// The same for every client.
 const MAX_LAG: u64 = 8 << 20;
-/// The same for this broker itself, and for the readers of clients only: it reads what it publishes after that.
+/// The same for this broker itself, and for the readers of clients only: it reads its own messages after that.
 const MAX_LAG_OF_OWN: u64 = 12 << 20;
-/// How often to look whether a will can be published.
+/// How often to check whether a will can be published.
 const WILL_RETRY: Duration = Duration::from_millis(10);
 
 /// The state of the embedded server. Every connection has a part in it by its [`ClientSlot`].
@@ -57,11 +58,11 @@ struct Registration {
     takeover: Arc<Notify>,
     /// Closed when it has ended.
     gone: watch::Receiver<()>,
-    /// When something came from it last, in nanoseconds since the server started.
+    /// When data was last received from it, in nanoseconds since the server started.
     last_read: Arc<AtomicU64>,
 }
 
-/// The only connection of a client; when it is dropped, the next one may come.
+/// The only connection of a client; when it is dropped, the next one may be registered.
 pub struct ClientSlot {
     client: String,
     clients: Arc<Mutex<BTreeMap<String, Registration>>>,
@@ -91,7 +92,7 @@ impl MessageBroker {
         self.shared.lock().publish(message, slot.user(), &self.metrics);
     }
 
-    /// Whether a client has to wait before it publishes, until others have read what was published.
+    /// Whether a client has to wait before it publishes, until others have read the published messages.
     pub fn must_wait(&self, account: &Account) -> bool {
         if account.is_own {
             return self.log.lag_of_clients() > MAX_LAG_OF_OWN;
@@ -110,7 +111,7 @@ impl MessageBroker {
         self.log.end()
     }
 
-    /// A reader of what is published from now on, for this broker itself or a client.
+    /// A reader of messages published from now on, for this broker itself or a client.
     pub fn subscribe(&self, is_own: bool) -> anyhow::Result<LogReader> {
         self.log.subscribe(is_own)
     }
@@ -194,12 +195,12 @@ impl MessageBroker {
         }
     }
 
-    /// What is to be written to disk.
+    /// Takes the changes to be written to disk.
     pub fn take_unwritten(&self) -> Unwritten {
         self.shared.lock().retained.take_unwritten()
     }
 
-    /// It could not be written.
+    /// Takes back changes that could not be written.
     pub fn requeue(&self, unwritten: Unwritten) {
         self.shared.lock().retained.requeue(unwritten);
     }
@@ -234,7 +235,7 @@ impl BrokerState {
     }
 }
 
-/// Of the clients of `client`'s user the one from which nothing came for longest, if there are `most` of them.
+/// The client of `client`'s user from which no data was received for the longest time, if the user has `most` clients.
 fn longest_silent<'a>(
     clients: &'a BTreeMap<String, Registration>,
     client: &str,
@@ -266,7 +267,7 @@ impl Registration {
 }
 
 impl ClientSlot {
-    /// Something came from the client.
+    /// Data was received from the client.
     pub fn touch(&self) {
         self.last_read.store(nanos(self.began), Ordering::Relaxed);
     }

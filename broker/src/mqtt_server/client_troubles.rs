@@ -1,5 +1,5 @@
-//! What operators are shown of clients that the embedded server had trouble with: those that it refused lately, and client
-//! ids that two programs use. Clones share it; each connection adds to it, the status reads it.
+//! The clients that the embedded server had trouble with, for operators: those that it refused lately, and client ids
+//! that two programs use. Clones share it; each connection adds to it, the status reads it.
 
 use std::sync::Arc;
 use std::time::Instant;

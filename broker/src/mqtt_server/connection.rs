@@ -52,7 +52,7 @@ pub enum End {
     Lost(&'static str),
 }
 
-/// What happens to a connection.
+/// An event of a connection.
 enum ConnectionEvent {
     /// Another connection takes over its slot.
     TakenOver,
@@ -72,7 +72,7 @@ enum ConnectionEvent {
     Waited,
 }
 
-/// Nothing is read before `until`, and what has come is left.
+/// Nothing is read before `until`, and received data is left in the buffer.
 #[derive(Debug, Clone, Copy)]
 struct Pause {
     until: Instant,
@@ -85,7 +85,7 @@ pub struct ClientConnection {
     writer: WriteHalf<Box<dyn Stream>>,
     input: BytesMut,
     output: BytesMut,
-    /// What was written may still be in the stream.
+    /// Written data may still be in the stream.
     unflushed: bool,
     session: ClientSession,
     log_reader: Option<LogReader>,
@@ -102,13 +102,13 @@ pub struct ClientConnection {
     has_more: bool,
 }
 
-/// What the connection of an admitted client starts with.
+/// The parts with which the connection of an admitted client starts.
 pub struct ConnectionParts {
     /// The TCP or TLS stream.
     pub stream: Box<dyn Stream>,
-    /// What the client sent behind its CONNECT.
+    /// The data that the client sent behind its CONNECT.
     pub input: BytesMut,
-    /// What is sent to it first.
+    /// The data to be sent to it first.
     pub output: BytesMut,
     /// Its session.
     pub session: ClientSession,
@@ -116,9 +116,9 @@ pub struct ConnectionParts {
     pub account: Account,
     /// Its keep-alive; none for one that may be silent for ever.
     pub keep_alive: Option<Duration>,
-    /// Takes what it publishes.
+    /// Takes the messages that it publishes.
     pub broker: Arc<MessageBroker>,
-    /// What it counts in.
+    /// The metrics.
     pub metrics: Metrics,
 }
 
@@ -163,7 +163,7 @@ impl ClientConnection {
         }
     }
 
-    /// Waits for one thing to happen. If it depends on the client when its reader reads on, and others may have to wait for
+    /// Waits for the next event. If it depends on the client when its reader reads on, and others may have to wait for
     /// that, the time counts.
     async fn next_in_time(&mut self, slot: &ClientSlot, tick: &mut Interval) -> ConnectionEvent {
         if !self.holds_up_reader() {
@@ -181,8 +181,8 @@ impl ClientConnection {
         event
     }
 
-    /// Whether it depends on the client when the next message is taken from the log: on what it reads, acknowledges, or may
-    /// still ask for. This broker's own connections are waited for however long that takes.
+    /// Whether it depends on the client when the next message is taken from the log: on its reading, its
+    /// acknowledgements, or its rate. This broker's own connections are waited for however long that takes.
     fn holds_up_reader(&self) -> bool {
         let waits_for_retained = self.session.next_retained().is_some() && self.exceeds_rate();
         !self.account.is_own && (!self.has_output_room() || self.session.room() == 0 || waits_for_retained)
@@ -192,10 +192,11 @@ impl ClientConnection {
         self.paused.is_some_and(|pause| pause.reason == Slowed::Rate)
     }
 
-    /// Waits for one thing to happen. What is to be sent is written last: together. Only if that is much it comes first.
+    /// Waits for the next event. Output is written last, so that it is written together; only much output is written
+    /// first.
     async fn next(&mut self, slot: &ClientSlot, tick: &mut Interval) -> ConnectionEvent {
         let can_deliver = self.has_output_room() && self.session.next_retained().is_none() && self.session.room() > 0;
-        // What this broker sends itself is little; it must not wait until it reads.
+        // This broker's own messages are few; they must not wait until it reads.
         let can_read = self.paused.is_none() && (self.has_output_room() || self.account.is_own);
         let (has_output, is_much) = (!self.output.is_empty() || self.unflushed, self.output.len() >= MAX_OUTPUT);
         self.make_room();
@@ -246,7 +247,7 @@ impl ClientConnection {
                     self.session.deliver(message, &mut self.output);
                 }
             }
-            // When it reconnects it gets the retained messages, and asks for the others.
+            // When it reconnects it gets the retained messages, and requests the others.
             ConnectionEvent::Published(Err(Lagged)) => return Err(End::Lost("too slow")),
             ConnectionEvent::Read(Ok(0)) => return Err(End::Lost("closed")),
             ConnectionEvent::Read(Ok(_)) => {
@@ -280,7 +281,7 @@ impl ClientConnection {
         }
     }
 
-    /// Makes room to read, and gives back what much to send took.
+    /// Makes room for input, and frees the memory of large output.
     fn make_room(&mut self) {
         self.input.reserve(MAX_INPUT);
         if self.output.is_empty() && self.output.capacity() > MAX_OUTPUT {
@@ -288,14 +289,14 @@ impl ClientConnection {
         }
     }
 
-    /// Gives back what a large packet took: what came behind it is in the same memory.
+    /// Frees the memory of a large packet: the data received behind it is in the same buffer.
     fn shrink(&mut self) {
         let mut rest = BytesMut::with_capacity(self.input.len() + MAX_INPUT);
         rest.extend_from_slice(&self.input);
         self.input = rest;
     }
 
-    /// Takes the packets that have come, and sends some of the retained messages.
+    /// Takes the received packets, and sends some of the retained messages.
     fn process_input(&mut self, slot: &ClientSlot) -> Result<(), End> {
         self.take_packets(slot)?;
         self.has_more = false;
@@ -310,7 +311,7 @@ impl ClientConnection {
             if self.paused.is_some() {
                 return Ok(());
             }
-            // Only what would be published waits: others may wait for this client's acknowledgements.
+            // Only PUBLISH packets wait: others may wait for this client's acknowledgements.
             let publishes = self.input.first().is_some_and(|first| first >> 4 == PUBLISH);
             if publishes && self.broker.must_wait(&self.account) {
                 self.pause(Slowed::Behind, PAUSE_STEP);
@@ -409,8 +410,8 @@ impl ClientConnection {
     }
 }
 
-/// Why a client counts as gone: nothing was read from it for longer than its keep-alive, or it took nothing of what is
-/// to be written for too long.
+/// Why a client counts as gone: nothing was read from it for longer than its keep-alive, or it took no output for too
+/// long.
 fn timed_out(now: Instant, last_read: Option<(Instant, Duration)>, last_write: Instant) -> Option<End> {
     if last_read.is_some_and(|(last_read, keep_alive)| now.saturating_duration_since(last_read) > keep_alive) {
         return Some(End::Lost("silent"));
@@ -437,7 +438,7 @@ async fn next(log_reader: &mut Option<LogReader>, session: &ClientSession) -> Re
     }
 }
 
-/// Writes some of it, or what the stream still holds. Dropping the future loses nothing.
+/// Writes some of the output, or flushes the stream. Dropping the future loses nothing.
 async fn write(writer: &mut WriteHalf<Box<dyn Stream>>, output: &mut BytesMut, unflushed: &mut bool) -> io::Result<()> {
     if output.is_empty() {
         writer.flush().await?;

@@ -1,4 +1,4 @@
-//! Topics and topic filters (MQTT 3.1.1 section 4.7), as text from whoever sent it.
+//! Topics and topic filters (MQTT 3.1.1 section 4.7), as text from clients.
 
 /// Whether a message can have this topic.
 pub fn is_topic(text: &str) -> bool {
@@ -40,7 +40,7 @@ pub fn covers(filter: &str, narrower: &str) -> bool {
     narrower.next().is_none()
 }
 
-/// What every topic that `filter` has begins with.
+/// The text that all topics of `filter` begin with.
 pub fn prefix(filter: &str) -> &str {
     let literal = filter.find(['+', '#']).map_or(filter, |wildcard| &filter[..wildcard]);
     if literal.len() < filter.len() { literal.strip_suffix('/').unwrap_or(literal) } else { literal }

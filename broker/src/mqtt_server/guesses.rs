@@ -8,8 +8,9 @@ use crate::client_ip::Client;
 /// The most wrong passwords of a client at once, for all users together and for one; then it has to wait.
 const BURST: u32 = 40;
 const BURST_PER_USER: u32 = 5;
-/// The time per further wrong password, for all users together and for one. So somebody who guesses one user's password is
-/// eight times slower than what would make a gateway behind the same address, which is another user, wait.
+/// The time per further wrong password, for all users together and for one. So a client that guesses one user's
+/// password has an eighth of the rate at which a gateway behind the same address, which is another user, would have to
+/// wait.
 const GUESS_INTERVAL: Duration = Duration::from_millis(125);
 const GUESS_INTERVAL_PER_USER: Duration = Duration::from_secs(1);
 

@@ -54,9 +54,9 @@ pub struct Endpoint {
 pub struct AdmittedClient {
     /// A name that no other client has: user and client id.
     pub name: String,
-    /// What it may do.
+    /// Its rights.
     pub access: Access,
-    /// What it shares with other connections of its user.
+    /// The account that it shares with other connections of its user.
     pub account: Account,
     /// The user's name; empty where there are no users.
     pub user: String,
@@ -262,7 +262,7 @@ impl Endpoint {
         if will.as_ref().is_some_and(|will| !is_topic(&will.topic) || !access.can_publish(&will.topic)) {
             return Err(Refusal::Will.into());
         }
-        // This broker itself is not lost as long as it runs.
+        // The connections of this broker itself are not lost as long as it runs.
         let keep_alive = (seconds > 0 && !account.is_own).then(|| Duration::from_secs(seconds.into()).mul_f32(1.5));
         Ok(AdmittedClient { name, access, account, user, will, keep_alive })
     }
@@ -321,7 +321,7 @@ fn parse(input: &mut BytesMut, length: usize) -> Result<Connect, Refusal> {
     }
 }
 
-/// The protocol's version in a CONNECT: what follows it is different in each.
+/// The protocol's version in a CONNECT: the fields behind it differ between versions.
 fn level(connect: &[u8]) -> Option<u8> {
     let (first, rest) = connect.split_first()?;
     let length_end = rest.iter().position(|byte| byte & 0x80 == 0)?;

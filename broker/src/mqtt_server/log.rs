@@ -1,14 +1,14 @@
 //! The log that carries every published message to every connection: the only place that knows rumqttd.
 //!
 //! rumqttd's router does three things here: it keeps the last 16 MiB of messages in order, wakes each reader when there
-//! is more, and drops the oldest however slow a reader is. Everything else is ours, around it: the listener, TLS and login
-//! ([`super::handshake`]), the protocol with clients ([`super::session`], [`super::connection`]), topic filters
-//! ([`super::subscriptions`]), access rules ([`super::acl`]), retained messages and wills ([`super::retained`]), and quotas
-//! ([`super::quota`]). That is because the router breaks on client ids, topics, filters, acknowledgements and ends of
-//! connections that it does not expect; so it sees nothing of what clients send. One link publishes all messages on one
-//! topic, as bytes of [`super::message`]; each [`LogReader`] is a link that subscribes to that topic and picks what its
-//! client subscribed to. Every message has its position in the log with it, so that a reader notices when it has missed
-//! some.
+//! is more, and drops the oldest however slow a reader is. Everything else is ours, around it: the listener, TLS and
+//! login ([`super::handshake`]), the protocol with clients ([`super::session`], [`super::connection`]), topic filters
+//! ([`super::subscriptions`]), access rules ([`super::acl`]), retained messages and wills ([`super::retained`]), and
+//! quotas ([`super::quota`]). That is because the router breaks on client ids, topics, filters, acknowledgements and
+//! ends of connections that it does not expect; so nothing that clients send reaches it unwrapped. One link publishes
+//! all messages on one topic, as bytes of [`super::message`]; each [`LogReader`] is a link that subscribes to that
+//! topic and picks the messages that its client subscribed to. Every message has its position in the log with it, so
+//! that a reader notices when it has missed some.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,13 +30,13 @@ const TOPIC: &str = "bus";
 const BARRIER: &str = "barrier";
 /// The bytes of a segment: the log drops whole segments, read or not.
 const SEGMENT: usize = 1 << 20;
-/// How many segments there are: 16 MiB are more than anybody may be ahead of the readers.
+/// How many segments there are: 16 MiB are more than any publisher may be ahead of the readers.
 const SEGMENTS: usize = 16;
 /// The most messages that are forwarded to a reader at once; with 200 of them in its queue it gets no more.
 const FORWARD_BATCH: u64 = 10;
 /// The bytes of a position.
 const POSITION: usize = size_of::<u64>();
-/// What the log counts for a message beside its payload.
+/// The bytes that the log counts for a message beside its payload.
 const FRAME: usize = 4 + TOPIC.len();
 /// How long to wait for a place in the router's queue.
 const QUEUE_RETRY: Duration = Duration::from_millis(1);
@@ -111,7 +111,7 @@ impl Log {
         Ok((Self { dial, names: Mutex::default(), replies: replies.into(), progress }, writer))
     }
 
-    /// Returns when the router has ended, which nobody asks it to do.
+    /// Returns when the router has ended, which is a failure.
     pub async fn ended(&self) {
         let mut replies = self.replies.lock().await;
         while replies.next().await.is_ok() {}
@@ -132,7 +132,7 @@ impl Log {
         self.progress.clients.lag()
     }
 
-    /// A reader of what is published from now on, for this broker itself or a client. It has to be closed.
+    /// A reader of messages published from now on, for this broker itself or a client. It has to be closed.
     pub fn subscribe(&self, is_own: bool) -> anyhow::Result<LogReader> {
         let name = self.names(|names| {
             names.free.pop().unwrap_or_else(|| {
@@ -142,7 +142,7 @@ impl Log {
         });
         let (mut link, mut incoming) = (self.dial)(&name.to_string())?;
         link.subscribe(TOPIC).context("the MQTT router")?;
-        // The router takes all that the writer has at once: also what comes after this, before it takes the subscription.
+        // The router takes all messages of the writer at once, also later ones, before it takes the subscription.
         while !is_granted(incoming.recv().context("the MQTT router")?) {}
         let position = ReaderPosition::at_end(if is_own { &self.progress.own } else { &self.progress.clients });
         Ok(LogReader { name, link, incoming, next: None, position })
@@ -214,7 +214,7 @@ pub struct LogReader {
     incoming: LinkRx,
     /// The position of the next message.
     next: Option<u64>,
-    /// The same for those who publish.
+    /// Its position, as publishers see it.
     position: ReaderPosition,
 }
 
@@ -245,17 +245,18 @@ impl LogReader {
         }
     }
 
-    /// Whether those who publish may have to wait for it.
+    /// Whether publishers may have to wait for it.
     pub fn is_awaited(&self) -> bool {
         self.position.is_awaited()
     }
 
-    /// Whether the log has dropped what it would read next. Its client may keep it from finding out.
+    /// Whether the log has dropped the message that it would read next. Its client may keep it from reading, and so
+    /// from noticing that.
     pub fn is_lapped(&self) -> bool {
         self.position.is_left_behind((SEGMENT * SEGMENTS) as u64)
     }
 
-    /// Nobody waits for it from now on: it is to be closed.
+    /// No publisher waits for it from now on: it is to be closed.
     pub fn leave(&mut self) {
         self.position.leave();
     }
@@ -302,7 +303,7 @@ mod tests {
 
     use super::*;
 
-    /// The router serves 100 links and then looks whether there is more to do. It must not find one there that it has
+    /// The router serves 100 links and then checks whether there is more to do. It must not find one there that it has
     /// removed: it would take that for "no", and the rest would wait until the next message.
     #[tokio::test(flavor = "multi_thread")]
     async fn closing_a_reader_keeps_no_other_waiting() {

@@ -40,7 +40,7 @@ impl Message {
         std::str::from_utf8(bytes.get(3..3 + usize::from(length))?).ok()
     }
 
-    /// What was encoded; not one to be retained any more.
+    /// The decoded message, which is not to be retained any more.
     pub fn decode(bytes: &Bytes) -> Option<Self> {
         let topic = Self::topic_of(bytes)?.to_owned();
         let qos = qos(*bytes.first()?).ok()?;

@@ -19,7 +19,7 @@ pub struct Metrics {
     pub takeovers: IntCounter,
     /// How often nothing was read from a client for a while, by reason.
     pub slowed: IntCounterVec,
-    /// What users wanted and may not, by operation (label `verb`).
+    /// Operations that the access rules denied to users, by operation (label `verb`).
     pub denied: IntCounterVec,
     /// Topics with a retained message.
     pub retained: IntGauge,

@@ -7,7 +7,7 @@ use argon2::password_hash::phc::{Output, PasswordHash, Salt};
 use argon2::{Algorithm, Argon2, Block, Params, Version};
 use ring::rand::{SecureRandom as _, SystemRandom};
 
-/// The memory that a hash may take, in KiB: whoever connects makes this program take it.
+/// The memory that a hash may take, in KiB: each client that connects makes this program allocate it.
 const MEMORY_MAX: u32 = 256 << 10;
 
 /// No hash can be made or read; the text says why.
@@ -29,8 +29,8 @@ pub fn check(phc: &str) -> Result<(), PasswordError> {
     Parsed::new(phc).map(drop)
 }
 
-/// Verifies one password after the other, always in the same memory: what is given back to the allocator each time stays
-/// in pieces with the program.
+/// Verifies one password after the other, always in the same memory: memory that is freed each time would stay in the
+/// program as fragments.
 #[derive(Default)]
 pub struct Verifier {
     memory: Vec<Block>,
@@ -54,7 +54,7 @@ impl Verifier {
     }
 }
 
-/// What a hash says.
+/// The fields of a hash.
 struct Parsed {
     argon2: Argon2<'static>,
     salt: Salt,

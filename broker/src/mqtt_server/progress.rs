@@ -1,8 +1,8 @@
-//! How far the readers of the log have read. Clients publish no more while a reader is too far behind, so that the log holds
-//! what each reader has not read yet, however much is published.
+//! How far the readers of the log have read. Clients publish no more while a reader is too far behind, so that the log
+//! holds the messages that each reader has not read yet, however many are published.
 //!
-//! Nobody waits for long for a reader whose client does not take what it is sent: its user's [`Account`] limits the time in
-//! which its clients keep readers from reading. Beyond that the reader is left out, until it has caught up.
+//! No publisher waits long for a reader whose client does not take its messages: its user's [`Account`] limits the time
+//! in which its clients keep readers from reading. Beyond that the reader is left out, until it has caught up.
 //!
 //! [`Account`]: crate::mqtt_server::quota::Account
 
@@ -17,7 +17,7 @@ const STEP: u64 = 64 << 10;
 /// A reader that is no further behind has caught up.
 const CAUGHT_UP: u64 = 2 << 20;
 
-/// The end of the log, and the steps in which readers are that are waited for.
+/// The end of the log, and the steps of the readers that publishers wait for.
 #[derive(Debug)]
 pub struct Progress {
     end: AtomicU64,
@@ -98,7 +98,7 @@ impl ReaderPosition {
         }
     }
 
-    /// Whether others may have to wait for it: it is not left out, and has not caught up.
+    /// Whether publishers may have to wait for it: it is not left out, and has not caught up.
     pub fn is_awaited(&self) -> bool {
         self.step.is_some() && self.progress.unread(self.position) > CAUGHT_UP
     }
@@ -108,7 +108,7 @@ impl ReaderPosition {
         self.step.is_none() && self.progress.unread(self.position) > most
     }
 
-    /// Nobody waits for it from now on.
+    /// No publisher waits for it from now on.
     pub fn leave(&mut self) {
         self.move_to(None);
     }

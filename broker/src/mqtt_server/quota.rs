@@ -1,8 +1,8 @@
 //! The limits of one user: connections, packets and bytes over time, and memory for incomplete packets. All connections of a
 //! user share them.
 //!
-//! A user that exceeds its rate is slowed down: nothing is read from it for a while. What it sent stays in its own buffers,
-//! so nothing that was acknowledged is lost.
+//! A user that exceeds its rate is slowed down: nothing is read from it for a while. Unread data stays in its own
+//! buffers, so nothing that was acknowledged is lost.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -24,21 +24,21 @@ const MAX_UNFINISHED_OF_ALL: usize = 64 << 20;
 /// The shortest time between two log lines about the same offence of a user.
 const WARNING_INTERVAL: Duration = Duration::from_secs(60);
 
-/// What a packet costs, beside its bytes.
+/// The cost of a packet, beside its bytes.
 pub const PACKET: u64 = 100;
-/// What each topic costs that a search of the retained messages compares.
+/// The cost of each topic that a search of the retained messages compares.
 pub const LOOK: u64 = 5;
-/// What each retained message costs that is delivered.
+/// The cost of each retained message that is delivered.
 pub const DELIVERY: u64 = 50;
-/// What a new connection costs: tasks, a client slot, and its will.
+/// The cost of a new connection: tasks, a client slot, and its will.
 pub const LOGIN: u64 = 5_000;
 
-/// What something costs the server.
+/// The cost of an operation for the server.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Cost {
-    /// Its time, in hundredths of what a small packet takes.
+    /// Its time, in hundredths of that of a small packet.
     pub work: u64,
-    /// What is moved.
+    /// The bytes that it moves.
     pub bytes: u64,
 }
 
@@ -58,23 +58,23 @@ struct RateLimit {
     patience: Pace,
 }
 
-/// A worker publishes a batch of 2,000 keys in 100 kB. In the worst case it publishes each key alone: 20,000 keys are half
-/// of what it may publish at once.
+/// A worker publishes a batch of 2,000 keys in 100 kB. In the worst case it publishes each key alone: 20,000 keys are
+/// half of the number that it may publish at once.
 const WORKER: RateLimit = RateLimit {
     work: Pace { per_second: 2_000 * PACKET, burst: 40_000 * PACKET },
     bytes: Pace { per_second: 512 << 10, burst: 16 << 20 },
     patience: Pace { per_second: 1_000_000 / 60, burst: 2_000_000 },
 };
-/// A broker of another machine publishes as many keys as routers ask it for, and sends all live keys to each gateway that
-/// asks. It is trusted with more than this; the limit is for programs that fail.
+/// A broker of another machine publishes as many keys as routers request, and sends all live keys to each gateway that
+/// requests them. It is trusted with more than this; the limit is for programs that fail.
 const BROKER: RateLimit = RateLimit {
     work: Pace { per_second: 50_000 * PACKET, burst: 100_000 * PACKET },
     bytes: Pace { per_second: 64 << 20, burst: 256 << 20 },
     patience: Pace { per_second: 5_000_000 / 60, burst: 5_000_000 },
 };
 
-/// What a user publishes without being one that publishes much at once: a batch of keys, and what a worker may go on to
-/// publish.
+/// The rate up to which a user does not count as one that publishes much at once: a batch of keys, and the lasting rate
+/// of a worker.
 const STEADY: Pace = Pace { per_second: 512 << 10, burst: 256 << 10 };
 
 /// Why nothing is read from a client for a while; the names are the labels of metrics.
@@ -85,7 +85,7 @@ pub enum Slowed {
     Rate,
     /// Its user has too many bytes of incomplete packets.
     Unfinished,
-    /// What it publishes is more than other clients have read.
+    /// Other clients have not yet read enough of the published messages.
     Behind,
 }
 
@@ -96,7 +96,7 @@ impl Slowed {
     }
 }
 
-/// What all connections of a user share, or those of everybody where there are no users.
+/// The account that all connections of a user share, or all connections where there are no users.
 #[derive(Debug, Clone)]
 pub struct Account {
     /// How many connections there may be at once.
@@ -108,10 +108,10 @@ pub struct Account {
     warned: Arc<[LogThrottle; 2]>,
 }
 
-/// What a user does that is logged, each at most once in a while.
+/// An offence of a user that is logged, each kind at most once in a while.
 #[derive(Debug, Clone, Copy)]
 pub enum Offence {
-    /// It publishes or subscribes to what it may not.
+    /// It publishes on or subscribes to a topic that it may not.
     Forbidden,
     /// It exceeds its rate.
     Excess,
@@ -124,7 +124,7 @@ impl Account {
         Self { max_clients, ..Self::with(Some(rate(role)), MAX_UNFINISHED) }
     }
 
-    /// The account of everybody, where there are no users.
+    /// The account of all clients, where there are no users.
     pub fn of_anyone() -> Self {
         Self::with(Some(rate(Role::Broker)), MAX_UNFINISHED_OF_ALL)
     }
@@ -149,7 +149,7 @@ impl Account {
         self.rate.as_ref().map_or(Duration::ZERO, |rate| rate.charge(cost, now))
     }
 
-    /// Whether the user publishes much at once, within what it may.
+    /// Whether the user publishes much at once, within its rate.
     pub fn is_bursting(&self, now: Instant) -> bool {
         self.rate.as_ref().is_some_and(|rate| rate.is_bursting(now))
     }
@@ -186,7 +186,7 @@ fn rate(role: Role) -> Rate {
     }
 }
 
-/// The rate of a user, and what was charged.
+/// The rate of a user, and the charges so far.
 #[derive(Debug)]
 struct Rate {
     began: Instant,

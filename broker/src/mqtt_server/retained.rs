@@ -23,7 +23,7 @@ const SCAN_LIMIT: u64 = 2_000;
 /// The most changes that wait for the disk; beyond them everything is written again.
 const MAX_CHANGES: usize = 200_000;
 
-/// What is retained on a topic.
+/// The retained message of a topic.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RetainedMessage {
     /// Its payload.
@@ -45,7 +45,7 @@ pub struct Found {
     pub messages: Vec<Message>,
     /// Behind which topic to go on, if there may be more.
     pub after: Option<String>,
-    /// How many topics were looked at for that.
+    /// How many topics were compared for that.
     pub scanned: u64,
     /// The bytes of the messages' topics and payloads.
     pub bytes: usize,
@@ -68,10 +68,10 @@ struct Size {
     bytes: usize,
 }
 
-/// What is not on disk yet.
+/// The changes that are not on disk yet.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct Changes {
-    /// The topics of messages that came, changed or went.
+    /// The topics of messages that were added, changed or deleted.
     pub topics: BTreeSet<String>,
     /// The clients whose wills did.
     pub clients: BTreeSet<String>,
@@ -79,7 +79,7 @@ pub struct Changes {
     pub needs_full_write: bool,
 }
 
-/// What is to be written: each with what it is now, none if it is gone.
+/// The changes to be written: each with its current value, none if it was deleted.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct Unwritten {
     /// By topic.
@@ -214,7 +214,7 @@ impl Retained {
         }
     }
 
-    /// What changed since the last time, as it is now.
+    /// Takes the changes since the last call, with their current values.
     pub fn take_unwritten(&mut self) -> Unwritten {
         let Changes { topics, clients, needs_full_write } = std::mem::take(&mut self.changes);
         if needs_full_write {
@@ -233,7 +233,7 @@ impl Retained {
         Unwritten { messages: messages.collect(), wills: wills.collect(), needs_full_write }
     }
 
-    /// Takes back what could not be written; it is written as it is next time.
+    /// Takes back changes that could not be written; next time their values of then are written.
     pub fn requeue(&mut self, unwritten: Unwritten) {
         if unwritten.needs_full_write {
             self.require_full_write();

@@ -1,4 +1,4 @@
-//! What is retained, on disk: `mqtt-retained.sqlite`, at most 1 s behind.
+//! The retained messages and wills on disk: `mqtt-retained.sqlite`, at most 1 s behind.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -31,24 +31,24 @@ const ADD_USER: &str = "ALTER TABLE messages ADD COLUMN user TEXT";
 /// The file in `state_dir`.
 pub const FILE: StateFile = StateFile::sqlite("mqtt-retained.sqlite", RetainedTable::SCHEMA);
 
-/// The file, and what writes it.
+/// The file, and its writer.
 pub struct File(WriteBehind<RetainedTable>);
 
-/// What is written: the retained messages and wills of the server, once there is one.
+/// The state that is written: the retained messages and wills of the server, once there is one.
 #[derive(Default)]
 struct RetainedTable {
     broker: Option<Arc<MessageBroker>>,
 }
 
 impl File {
-    /// Opens the file in `dir`, and gives what was kept. A corrupt one is set aside; one that cannot be written is read all
-    /// the same, and tried again later. The only error is that it has a version which is not known here.
+    /// Opens the file in `dir`, and returns its content. A corrupt one is set aside; one that cannot be written is read
+    /// all the same, and tried again later. The only error is that it has a version which is not known here.
     pub fn open(dir: &Path) -> Result<(Self, Retained), StorageError> {
         let (store, retained) = WriteBehind::with_table(FILE.path(dir), RetainedTable::default(), Clocks::read())?;
         Ok((Self(store), retained))
     }
 
-    /// Writes behind until `stop` returns, and then what is left.
+    /// Writes behind until `stop` returns, and then the last changes.
     pub async fn run(mut self, broker: Arc<MessageBroker>, stop: impl Future<Output = ()>) {
         self.0.table_mut().broker = Some(broker);
         self.0.run(|_| {}, stop).await;
@@ -164,7 +164,7 @@ mod tests {
         found.messages.into_iter().map(|message| (message.topic, message.payload)).collect()
     }
 
-    /// Writes what changed to the file in `dir`, which `file` lets go of.
+    /// Writes the changes to the file in `dir`, which `file` releases.
     fn close(dir: &TempDir, file: File, retained: &mut Retained) {
         drop(file);
         let path = dir.path().join("mqtt-retained.sqlite");
@@ -221,7 +221,7 @@ mod tests {
         assert_eq!(topics(&File::open(dir.path()).unwrap().1).len(), 1);
     }
 
-    /// It was taken for damage, and all was forgotten.
+    /// Failed before: the layout was taken for damage, and all messages were lost.
     #[test]
     fn a_file_of_the_first_layout_is_brought_to_todays() {
         let dir = tempfile::tempdir().unwrap();

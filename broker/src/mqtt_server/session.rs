@@ -27,7 +27,7 @@ const MAX_FILTERS: usize = 1_000;
 /// The longest filter, in bytes.
 const FILTER_MAX: usize = 1_000;
 
-/// What has to be done for a client.
+/// An action that a session requires.
 #[derive(Debug, PartialEq, Eq)]
 pub enum SessionAction {
     /// To publish this.
@@ -36,18 +36,18 @@ pub enum SessionAction {
     Subscribe,
     /// To log and count that the access rules deny it something.
     Deny {
-        /// What it wanted to do.
+        /// The denied operation.
         operation: Operation,
-        /// With which topic or filter.
+        /// Its topic or filter.
         topic: String,
-        /// It did not before.
+        /// It is the first denial of the session.
         is_first: bool,
     },
-    /// To end the connection, as it asked for.
+    /// To end the connection, as the client requested.
     Disconnect,
 }
 
-/// The client does what no client may: the connection ends.
+/// The client violates the protocol: the connection ends.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Violation(pub &'static str);
 
@@ -68,7 +68,7 @@ pub struct ClientSession {
     access: Access,
     subscriptions: ClientSubscriptions,
     retained: VecDeque<RetainedCursor>,
-    /// What it has not acknowledged yet, how much that may be, and the identifier given last.
+    /// The messages that it has not acknowledged yet, how many these may be, and the identifier given last.
     inflight: BTreeSet<u16>,
     max_inflight: usize,
     last_pkid: u16,
@@ -78,7 +78,7 @@ pub struct ClientSession {
 }
 
 impl ClientSession {
-    /// A client that may do this, one of this broker itself or not.
+    /// A client with these rights, one of this broker itself or not.
     pub fn new(access: Access, is_own: bool) -> Self {
         Self {
             access,
@@ -92,7 +92,7 @@ impl ClientSession {
         }
     }
 
-    /// What a packet takes of the server's time. An acknowledgement that is due was paid for by the publisher.
+    /// The server's time that a packet takes. An acknowledgement that is due was paid for by the publisher.
     pub fn work(&self, packet: &Packet) -> u64 {
         let topics = if let Packet::Subscribe(Subscribe { filters, .. }) = packet {
             filters.len()
@@ -105,7 +105,8 @@ impl ClientSession {
         if is_due { 0 } else { PACKET * (1 + topics as u64) }
     }
 
-    /// Takes a packet, and answers it at the end of `output`. A subscription has what is published behind `log_end`.
+    /// Takes a packet, and answers it at the end of `output`. A subscription gets the messages that are published
+    /// behind `log_end`.
     pub fn take(
         &mut self,
         packet: Packet,
@@ -226,7 +227,7 @@ impl ClientSession {
         self.max_inflight - self.inflight.len()
     }
 
-    /// What it gets before anything else.
+    /// The retained messages that it gets before any other message.
     pub fn next_retained(&self) -> Option<&RetainedCursor> {
         self.retained.front()
     }
@@ -259,7 +260,7 @@ impl ClientSession {
     }
 }
 
-/// Only packets that are too large cannot be written, and no one is as large as may be.
+/// Writing fails only for a packet above the limit, which no packet reaches.
 fn put(packet: &Packet, output: &mut BytesMut) {
     let _ = packet.write(output, usize::MAX);
 }

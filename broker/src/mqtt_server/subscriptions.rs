@@ -1,5 +1,5 @@
-//! The filters that a client subscribed to, as a tree of their levels: what a topic costs to look up depends on its
-//! levels, and not on how many filters there are. Every message meets every client here.
+//! The filters that a client subscribed to, as a tree of their levels: the cost to look up a topic depends on its
+//! levels, and not on how many filters there are. Every message is looked up for every client.
 
 use rumqttc::QoS;
 
@@ -8,7 +8,7 @@ use crate::mqtt_server::log::LogPosition;
 /// The most levels of a filter.
 pub const MAX_LEVELS: usize = 64;
 
-/// What was granted to a client.
+/// A subscription that was granted to a client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Subscription {
     /// The quality of service.
@@ -17,7 +17,7 @@ pub struct Subscription {
     pub since: LogPosition,
 }
 
-/// A client's filters, each with what was granted.
+/// A client's filters, each with its granted subscription.
 #[derive(Debug, Default)]
 pub struct ClientSubscriptions {
     root: Node,

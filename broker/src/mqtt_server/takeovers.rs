@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-/// So many takeovers within [`PERIOD`] are no lost connection any more that its client replaces.
+/// The number of takeovers within [`PERIOD`] that is no longer explained by a client that replaces its lost
+/// connections.
 const SUSPICIOUS: u32 = 4;
 const PERIOD: Duration = Duration::from_secs(300);
 /// After how long the same client is named again.

@@ -24,13 +24,13 @@ use crate::mqtt_server::quota::Account;
 
 const NO_RANDOM: &str = "the system gives no random numbers";
 
-/// What this broker itself is called, as no user of the config can be.
+/// The name of this broker itself, which no user of the config can have.
 const OWN: &str = "/";
 
 /// The user of a client.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum User {
-    /// Anybody, where there are no users.
+    /// Any client, where there are no users.
     Anyone,
     /// A user of this name.
     Named(String, Role),
@@ -39,7 +39,7 @@ pub enum User {
 /// The users that may log in.
 pub struct Users {
     known: BTreeMap<String, Arc<UserEntry>>,
-    /// What everybody shares where there are no users.
+    /// The account that all clients share where there are no users.
     anyone: Account,
     passwords: Arc<Passwords>,
     /// Wakes the thread that verifies passwords; it ends when this is dropped.
@@ -48,8 +48,8 @@ pub struct Users {
     thread_end: CancellationToken,
 }
 
-/// What is known of passwords, and those that are to be verified: by one thread, one after the other. Each takes a core
-/// for a while, and 19 MiB.
+/// The known passwords, and those that are to be verified: by one thread, one after the other. Each takes a core for a
+/// while, and 19 MiB.
 struct Passwords {
     queue: Mutex<LoginQueue<Check>>,
     guesses: Mutex<Guesses>,
@@ -62,7 +62,7 @@ struct Check {
     known: Arc<UserEntry>,
     password: String,
     client: Client,
-    /// Stands for the user's name.
+    /// The number of the user's name.
     number: u64,
     answer: oneshot::Sender<Result<bool, Denied>>,
 }
@@ -83,14 +83,14 @@ pub enum Denied {
     NoUser,
     /// The password is wrong.
     Wrong,
-    /// It was wrong too often to look at another one now.
+    /// There were too many wrong ones to verify another one now.
     TooOften,
     /// Too many other passwords wait to be verified.
     Crowded,
 }
 
 impl User {
-    /// What the user may do.
+    /// The user's rights.
     pub fn access(&self) -> Access {
         match self {
             Self::Anyone => Access::everything(),
@@ -172,8 +172,8 @@ impl Users {
         Ok((users, Credentials { username: OWN.into(), password: Secret::new(password) }))
     }
 
-    /// The user of this login, and what it shares with its other connections. A name that no user has takes as
-    /// long as a wrong password.
+    /// The user of this login, and the account that it shares with its other connections. A name that no user has takes
+    /// as long as a wrong password.
     pub async fn admit(&self, login: Option<Login>, origin: Origin) -> Result<(User, Account), Denied> {
         if self.known.is_empty() {
             return Ok((User::Anyone, self.anyone.with_new_rate()));
@@ -196,7 +196,7 @@ impl Users {
         self.known.contains_key(name)
     }
 
-    /// Stands for a name, which may be any text.
+    /// The number of a name, which may be any text.
     fn number(&self, name: &str) -> u64 {
         let tag = self.passwords.tag(name);
         tag.as_ref().iter().take(8).fold(0, |number, byte| number << 8 | u64::from(*byte))
@@ -307,7 +307,7 @@ mod tests {
         MqttListen { address: ([127, 0, 0, 1], 0).into(), tls: None, users, max_connections: 10 }
     }
 
-    /// From where nobody logged in before: the `n`th of such.
+    /// The `n`th origin from which no user logged in before.
     fn from(n: u8) -> Origin {
         Origin { client: IpAddr::from([192, 0, 2, n]).into(), is_known: false }
     }
@@ -345,7 +345,7 @@ mod tests {
         assert_eq!(admit(&users, Some(login("x", "y"))).await, Ok(User::Anyone));
     }
 
-    /// Nobody verifies passwords of these any longer.
+    /// Users whose passwords are no longer verified by any thread.
     fn asleep(mut users: Users) -> Users {
         users.wake = sync_channel(1).0;
         while Arc::strong_count(&users.passwords) > 1 {
@@ -403,7 +403,7 @@ mod tests {
     #[tokio::test]
     async fn a_guesser_is_stopped_and_others_are_not() {
         let users = users();
-        // A name that no user has is no other to the guesser.
+        // For a client that guesses, a name that no user has does not differ from others.
         for (name, denied) in [("gw1", Denied::Wrong), ("none", Denied::NoUser)] {
             assert_eq!(admit(&users, Some(login(name, "wrong"))).await, Err(denied), "{name}");
             let (client, number, now) = (from(1).client, users.number(name), Instant::now());

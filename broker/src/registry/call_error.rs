@@ -8,10 +8,10 @@ use crate::database::DatabaseError;
 /// Why a call was not done.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CallError {
-    /// For what is in the registry.
+    /// The content of the registry does not allow it.
     #[error(transparent)]
     Refused(#[from] Refusal),
-    /// For the state of the database.
+    /// The database cannot be used.
     #[error(transparent)]
     Database(#[from] DatabaseError),
     /// Another broker has the registry.

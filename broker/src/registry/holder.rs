@@ -1,8 +1,8 @@
-//! Which broker of the bus has the registry. All have the one in a common database; a SQLite file is one broker's, so that a second one
-//! refuses: agents that ask it would take an empty list for the truth. It refuses until the first one has no registry any more,
-//! also while that is away and after a restart: `broker.registry.json` in `state_dir` has that, and since when this broker has
-//! servers, by which the first one is found. With either database, that is the mark by which one that has lost its tables is not
-//! taken for a new one.
+//! Which broker of the bus has the registry. Brokers with a common database share one; a SQLite file is one broker's,
+//! so a second broker refuses calls: agents would take its empty list for the truth. It refuses until the first broker
+//! has no registry any more, also while that is offline and after a restart. `broker.registry.json` in `state_dir`
+//! records that, and since when this broker has servers: the broker with the earliest time is the first. With either
+//! database, that time is also the mark by which a database that has lost its tables is not taken for a new one.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -23,15 +23,15 @@ use wgkex_common::{BrokerName, Config};
 use crate::database::FilledMark;
 use crate::fleet::election;
 
-/// What all brokers with a SQLite file have in common.
+/// The rules that all brokers with a SQLite file announce.
 const RULES: &str = "sqlite";
-/// A registry without servers comes after all that have some.
+/// A registry without servers ranks behind all that have some.
 const EMPTY: u64 = 1 << 52;
 /// Brokers that are remembered at most: more than any bus has.
 const BROKERS_MAX: usize = 256;
 /// How long calls wait for the states of other brokers after the start, at most.
 const START_TIMEOUT: Duration = Duration::from_secs(5);
-/// How often they look.
+/// How often they check.
 const START_CHECK: Duration = Duration::from_millis(50);
 /// The version of the file.
 const LAYOUT: u32 = 1;
@@ -51,9 +51,9 @@ struct Shared {
     file: PathBuf,
     mark: FilledMark,
     state: Mutex<State>,
-    /// Locked by who writes the file.
+    /// Locked while the file is written.
     writer: Mutex<()>,
-    /// The disk did not take it.
+    /// The last write of the file failed.
     is_unsaved: AtomicBool,
 }
 
@@ -61,14 +61,14 @@ struct Shared {
 struct State {
     kept: Kept,
     started: u64,
-    /// Calls do not wait for others any more then.
+    /// The time from which calls no longer wait for other brokers.
     decided: Instant,
     is_status_back: bool,
     is_hello_back: bool,
     others: BTreeMap<BrokerName, Other>,
 }
 
-/// What is on disk.
+/// The content of the file.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Kept {
     /// Since when this broker has servers, in milliseconds since 1970.
@@ -80,14 +80,14 @@ struct Kept {
 #[derive(Debug, Default)]
 struct Other {
     is_online: bool,
-    /// It said what it serves.
+    /// Its hello was received.
     is_known: bool,
     served: Option<Served>,
 }
 
 impl Holder {
-    /// Of a broker that has just started. There is nothing to be decided without a registry. The errors are that the file is of a
-    /// newer version, or cannot be read.
+    /// For a broker that has just started. Without a registry there is nothing to decide. The errors are that the file
+    /// is of a newer version, or cannot be read.
     pub fn open(config: &Config) -> Result<Self, StorageError> {
         if config.registry.is_none() {
             return Ok(Self(None));
@@ -136,7 +136,7 @@ impl Holder {
         self.0.as_ref().is_none_or(|shared| is_kept(shared) && shared.state.lock().kept.since.is_some())
     }
 
-    /// There are servers. Returns when that is on the disk.
+    /// Records that there are servers. Returns when that is written to disk.
     pub async fn set_filled(&self) {
         let Some(shared) = &self.0 else { return };
         shared.state.lock().kept.since.get_or_insert_with(election::since);
@@ -156,7 +156,7 @@ impl Holder {
         self.0.as_ref().map(|shared| shared.mark.clone()).unwrap_or_default()
     }
 
-    /// What others are told; nothing where this broker refuses.
+    /// The registry that this broker announces; none while it refuses calls.
     #[must_use]
     pub fn served(&self) -> Option<Served> {
         let state = self.of_one()?.state.lock();
@@ -196,7 +196,7 @@ impl Holder {
         self.0.as_ref().filter(|shared| shared.is_of_one)
     }
 
-    /// Takes in what was heard of a broker. The caller must not wait for the disk.
+    /// Applies a message about a broker. The caller must not wait for the disk.
     fn change(&self, broker: &BrokerName, change: impl FnOnce(&mut Other), own: impl FnOnce(&mut State)) {
         let Some(shared) = self.of_one() else { return };
         let mut state = shared.state.lock();
@@ -213,7 +213,7 @@ impl Holder {
 }
 
 impl Shared {
-    /// Has what is kept written, on another thread. Whoever writes last writes what is newest.
+    /// Writes the file on another thread. The last write has the newest state.
     fn save(self: &Arc<Self>) -> JoinHandle<()> {
         let shared = Arc::clone(self);
         spawn_blocking(move || {
@@ -299,7 +299,7 @@ mod tests {
         }
     }
 
-    /// Failed before: it was written where the MQTT session waited for it.
+    /// Failed before: the file was written while the MQTT session waited for it.
     #[tokio::test]
     async fn who_hears_of_another_broker_does_not_wait_for_the_disk() {
         let dir = tempfile::tempdir().unwrap();

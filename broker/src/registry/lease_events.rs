@@ -1,4 +1,4 @@
-//! What the task that publishes leases, [`push`](super::push), is told.
+//! The events of the task that publishes leases, [`push`](super::push).
 
 use tokio::sync::mpsc;
 use wgkex_common::WorkerName;
@@ -7,18 +7,18 @@ use wgkex_common::wire::lease::{AnnouncedServers, LeaseRequest};
 /// Events that wait at most.
 const QUEUE: usize = 4096;
 
-/// What the task is told.
+/// An event for the task.
 #[derive(Debug, Clone)]
 pub enum LeaseEvent {
-    /// The servers that a worker is.
+    /// A worker announced its servers.
     Announced(WorkerName, AnnouncedServers),
-    /// A worker asks for leases.
+    /// A worker requests leases.
     Requested(WorkerName, LeaseRequest),
 }
 
-/// Tells the task. Clones share it.
+/// Sends events to the task. Clones share it.
 pub type LeaseSender = mpsc::Sender<LeaseEvent>;
-/// What the task receives.
+/// Receives the events in the task.
 pub type LeaseReceiver = mpsc::Receiver<LeaseEvent>;
 
 /// The queue of the task.

@@ -1,4 +1,4 @@
-//! Who may call: one user with one password, by HTTP Basic (RFC 7617).
+//! The login of callers: one user with one password, by HTTP Basic (RFC 7617).
 
 use std::path::Path;
 use std::sync::Arc;
@@ -16,17 +16,17 @@ use wgkex_common::config;
 pub struct Login(Arc<[u8; 32]>);
 
 impl Login {
-    /// Of the user and the password in the file.
+    /// The login with the user of the config, and the password in the file.
     pub fn read(config: &config::Registry) -> anyhow::Result<Self> {
         Ok(Self::of(&format!("{}:{}", config.user, password(config)?)))
     }
 
-    /// Of a user and a password, with a colon between.
+    /// The login with a user and a password, with a colon between.
     pub(super) fn of(credentials: &str) -> Self {
         Self(Arc::new(Sha256::digest(credentials).into()))
     }
 
-    /// Whether a request has the user and the password. How long that takes does not depend on what is wrong.
+    /// Whether a request has the user and the password. It takes the same time whichever part is wrong.
     pub fn admits(&self, headers: &HeaderMap) -> bool {
         let value = headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok()).unwrap_or_default();
         let (scheme, encoded) = value.trim().split_once(' ').unwrap_or_default();

@@ -4,7 +4,7 @@ use prometheus::{IntCounterVec, IntGauge};
 
 use crate::metrics::Registry;
 
-/// What is counted here. Gauges are up to date only when they are read.
+/// The metrics of the registry. Gauges are up to date only when they are read.
 #[derive(Clone)]
 pub struct Metrics {
     pub(super) servers: IntGauge,

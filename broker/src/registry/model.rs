@@ -1,4 +1,4 @@
-//! What a call of the registry may hold: checked values from the JSON, or the field that is wrong. No IO.
+//! The fields of a call of the registry: checked values from the JSON, or the invalid field. No IO.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -14,21 +14,21 @@ use crate::ipam::Range;
 /// The longest name, in characters.
 const NAME_MAX: usize = 253;
 
-/// The fields of a call, as they came.
+/// The fields of a call, as received.
 #[derive(Debug, Default)]
 pub struct Fields(pub Map<String, Value>);
 
-/// What is wrong with a call, and in which field.
+/// An invalid field of a call.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{field}: {problem}")]
 pub struct InvalidField {
     /// The key in the JSON.
     pub field: &'static str,
-    /// What it must be.
+    /// The rule that it breaks.
     pub problem: &'static str,
 }
 
-/// The name of a server. `Display` gives it as it came.
+/// The name of a server. `Display` gives it as received.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ServerName(String);
 
@@ -39,7 +39,7 @@ pub struct ClientName(String);
 /// Where a server is reached: a host name or an address, and a UDP port.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Endpoint {
-    /// As it came.
+    /// As received.
     pub address: String,
     /// The port.
     pub port: NonZeroU16,
@@ -58,7 +58,7 @@ pub struct NewServer {
     pub reserved: u64,
     /// Where it is reached.
     pub endpoint: Endpoint,
-    /// What its clients send to it, as it came.
+    /// The networks that its clients send to it, as received.
     pub allowed_ips: String,
 }
 
@@ -76,7 +76,7 @@ pub struct NewClient {
 }
 
 impl ServerName {
-    /// As it came.
+    /// As received.
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
@@ -84,7 +84,7 @@ impl ServerName {
 }
 
 impl ClientName {
-    /// As it came.
+    /// As received.
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
@@ -253,7 +253,8 @@ fn invalid(field: &'static str, problem: &'static str) -> InvalidField {
     InvalidField { field, problem }
 }
 
-/// Whether a text is an address or a host name (RFC 1123 section 2.1). What ends in a number would be an address.
+/// Whether a text is an address or a host name (RFC 1123 section 2.1). A name that ends in a number would be an
+/// address.
 fn is_host(text: &str) -> bool {
     let is_label = |label: &str| {
         (1..=63).contains(&label.len())

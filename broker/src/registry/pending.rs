@@ -1,4 +1,5 @@
-//! What changed at workers' servers, until the bus takes it: merged by server, so that it stays little however long that takes.
+//! The changes of workers' servers, until the bus takes them: merged by server, so that they stay few however long that
+//! takes.
 //!
 //! Previous stop of a change: the thread of the database, in the order of the commits. Next stop: [`super::push`].
 
@@ -12,12 +13,12 @@ use wgkex_common::wire::lease::{CHUNK, LeaseContent, LeaseMessage};
 
 use crate::registry::store::ServerChange;
 
-/// Messages that are under way at most: no router's key comes behind more of them.
+/// The most messages in flight: no router's key waits behind more of them.
 const UNDER_WAY_MAX: usize = 20;
 /// Messages of one server that wait at most: they do not follow one another where other brokers make the changes between.
 const WAITING_MAX: usize = 8;
 
-/// What workers are to know. Clones share it.
+/// The lease messages for workers. Clones share it.
 #[derive(Debug, Clone, Default)]
 pub struct PendingLeases(Arc<Shared>);
 
@@ -46,7 +47,7 @@ impl PendingLeases {
         self.0.added.notify_one();
     }
 
-    /// The next messages, as many as may be under way at once. They have to be published in this order.
+    /// The next messages, as many as may be in flight at once. They have to be published in this order.
     pub async fn next(&self) -> Vec<(WorkerName, LeaseMessage)> {
         loop {
             let messages = self.0.queue.lock().take();
@@ -85,8 +86,8 @@ impl LeaseQueue {
     }
 }
 
-/// Adds a message to those that wait. If they are too many then, the worker is only told which version there is, so that it notices
-/// that it is behind, and asks for all leases.
+/// Adds a message to those that wait. If they are too many then, the worker only receives the current version, so that
+/// it notices that it is behind, and requests all leases.
 fn merge(waiting: &mut VecDeque<LeaseMessage>, message: LeaseMessage) {
     let version = message.version;
     if message.content == LeaseContent::Deleted {

@@ -1,9 +1,9 @@
-//! Leases reach the gateways that are servers: each change at once, and all of them when a worker asks. Workers add their servers
-//! to the registry themselves.
+//! Leases reach the gateways that are servers: each change at once, and all of them when a worker requests them.
+//! Workers add their servers to the registry themselves.
 //!
-//! Two tasks, which `run` of the broker owns: [`publish_changes`] and [`LeasePublisher::run`]. Previous stop of a change:
-//! [`super::pending`]; of a request: [`crate::bus`]. Next stop: the worker, by MQTT. A request that finds the queue full is dropped:
-//! the worker asks again.
+//! Two tasks, which `run` of the broker owns: [`publish_changes`] and [`LeasePublisher::run`]. Previous stop of a
+//! change: [`super::pending`]; of a request: [`crate::bus`]. Next stop: the worker, by MQTT. A request that finds the
+//! queue full is dropped: the worker repeats it.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -30,18 +30,18 @@ use crate::registry::store::{self, Found, Snapshot};
 const REFUSALS_MAX: usize = 1024;
 /// Workers at most whose servers are remembered until the database takes them.
 const WAITING_MAX: usize = 1024;
-/// How long after a database did not take a worker's servers it is asked again.
+/// How long after the database did not take a worker's servers they are registered again.
 const PAUSE: Duration = Duration::from_secs(5);
 /// How long other events may wait for the database then.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// Publishes what changed, for ever. What waits goes on when the server has the messages before.
+/// Publishes changes, for ever. The next messages are published when the server has those before.
 pub async fn publish_changes(pending: PendingLeases, bus: MqttHandle) {
     loop {
         let messages = pending.next().await;
-        // Of so few, each is queued before the next one is.
+        // These are so few that each is queued before the next one.
         let published = join_all(messages.iter().map(|(worker, message)| bus.publish(to_worker(worker, message))));
-        // What is lost with the session is asked for on the next one.
+        // Workers request messages that are lost with the session on the next one.
         drop(published.await);
     }
 }
@@ -59,7 +59,7 @@ pub struct LeasePublisher {
 #[derive(Debug, Default)]
 struct Waiting {
     announced: VecDeque<(WorkerName, AnnouncedServers)>,
-    /// When it is asked again.
+    /// When they are registered again.
     due: Option<Instant>,
 }
 
@@ -79,7 +79,7 @@ impl LeasePublisher {
         Self { registry, bus, broker, events, waiting: Waiting::default() }
     }
 
-    /// Publishes until nobody can tell it anything any more.
+    /// Publishes until all senders of events are dropped.
     pub async fn run(mut self) {
         loop {
             let due = self.waiting.due;
@@ -111,7 +111,8 @@ impl LeasePublisher {
         self.waiting.note(worker, announced, is_taken, Instant::now());
     }
 
-    /// Whether the database took them, or refused them for what is in it.
+    /// Registers a worker's servers. True if the database took each or refused it by its content; false if it cannot be
+    /// used.
     async fn register(&self, worker: &WorkerName, announced: &AnnouncedServers) -> bool {
         let is_there = |of: &WorkerName, name: &String| of != worker || announced.servers.contains_key(name);
         self.registry.refused.lock().retain(|(of, name), _| is_there(of, name));
@@ -155,7 +156,7 @@ impl LeasePublisher {
         refused.insert(key, reason.to_owned());
     }
 
-    /// Sends what a worker lacks. Without an answer it asks again.
+    /// Sends the leases that a worker lacks. Without an answer the worker repeats its request.
     async fn answer(&self, worker: &WorkerName, LeaseRequest { to, server, known }: LeaseRequest) {
         if to != self.broker {
             return;
@@ -168,7 +169,8 @@ impl LeasePublisher {
         }
     }
 
-    /// What the registry has for a worker that knows this version. One from before a copy was restored is outrun first.
+    /// The leases in the registry for a worker that knows this version. If that is a later one, from before a copy of
+    /// the database was restored, the server gets an even later one first.
     async fn find(&self, worker: &WorkerName, server: &str, known: Option<LeaseVersion>) -> Result<Found, CallError> {
         let read = || {
             let (worker, server) = (worker.clone(), server.to_owned());
@@ -184,7 +186,7 @@ impl LeasePublisher {
 }
 
 impl Waiting {
-    /// What became of a worker's servers.
+    /// Records whether a worker's servers were taken.
     fn note(&mut self, worker: WorkerName, announced: AnnouncedServers, is_taken: bool, now: Instant) {
         self.announced.retain(|(waiting, _)| *waiting != worker);
         if !is_taken && self.announced.len() < WAITING_MAX {
@@ -195,7 +197,7 @@ impl Waiting {
     }
 }
 
-/// The messages that have what was found.
+/// The messages with the found leases.
 fn messages(server: &str, found: Found) -> Vec<LeaseMessage> {
     let message = |version, content| vec![LeaseMessage { server: server.to_owned(), version, content }];
     match found {
@@ -214,7 +216,7 @@ fn to_worker(worker: &WorkerName, message: &LeaseMessage) -> Message {
     Message::transient(Topic::WorkerLeases { worker: worker.clone() }, payload)
 }
 
-/// The server as a call would have it, with the checks of calls.
+/// The server as in a call, with the checks of calls.
 fn new_server(name: &str, announced: &AnnouncedServer) -> Result<NewServer, InvalidField> {
     let fields = json!({
         "server_name": name,

@@ -1,5 +1,5 @@
-//! The tables of the registry, and what a call does to them: each function runs within one transaction, checks first, and
-//! writes when nothing stands against it.
+//! The tables of the registry, and the operations of calls on them: each function runs within one transaction, checks
+//! first, and writes only if no check fails.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::IpAddr;
@@ -67,16 +67,16 @@ pub(super) const ADD_RETURNED_NUMBERS: &str = "
 /// Taken addresses that are read at once, to find a free one.
 const PAGE: i64 = 256;
 
-/// What a call changed at a server that is a worker of ours.
+/// A change of a server that is a worker of ours.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ServerChange {
     /// The worker.
     pub worker: WorkerName,
-    /// What it is to know.
+    /// The message for it.
     pub message: LeaseMessage,
 }
 
-/// How much there is.
+/// The numbers of servers and leases.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct Counts {
     /// Servers.
@@ -107,12 +107,12 @@ pub struct ShownPeer {
     public_key: String,
 }
 
-/// What a client has to know, as `client/config` shows it.
+/// The configuration of a client, as `client/config` shows it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct ClientConfig {
     server: ShownServer,
     subnet: ShownLease,
-    /// Its key, for a caller that asked whether it has that.
+    /// Its key, for a call that has it as a condition.
     #[serde(skip_serializing_if = "Option::is_none")]
     public_key: Option<PublicKey>,
 }
@@ -154,13 +154,13 @@ impl ConfigCache {
     }
 }
 
-/// JSON of what a job read: made where the job runs.
+/// The result of a job as JSON, made on the thread of the job.
 pub fn json_of<T: Serialize>(value: &T) -> Result<Bytes, CallError> {
     let json = serde_json::to_vec(value).map_err(|error| DatabaseError::Corrupt(error.to_string()))?;
     Ok(json.into())
 }
 
-/// What a worker asked for.
+/// The result of a worker's request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Found {
     /// The leases of its server.
@@ -189,7 +189,7 @@ struct Server {
     worker: String,
 }
 
-/// A server with what it hands out.
+/// A server with the addresses that it hands out.
 struct Lessor {
     server: Server,
     network: IpNet,
@@ -198,7 +198,7 @@ struct Lessor {
 }
 
 impl Server {
-    /// A row that has it from a column on.
+    /// The server in the columns of a row from `at` on.
     fn of_row(row: &Row, at: usize) -> Result<Self, DatabaseError> {
         Ok(Self {
             id: row.integer(at)?,
@@ -276,7 +276,7 @@ pub fn register(
         if transaction.first("SELECT id FROM peerings WHERE server = ?1 LIMIT 1", &values)?.is_some() {
             return Err(Refusal::NetworkChanged.into());
         }
-        // The worker has no lease of the old one to be told of.
+        // The worker has no lease of the old server, so no message is due.
         delete_server(transaction, &new.name)?;
         return add_server(transaction, new, id, Some(worker));
     }
@@ -295,8 +295,8 @@ pub fn register(
     Ok(())
 }
 
-/// Adds a client to a server, or gives it another key. It keeps the address that it has there. With the same key it has but
-/// another id then, which no gateway is told.
+/// Adds a client to a server, or gives it another key. It keeps the address that it has there. With the same key only
+/// its id changes, which is not published.
 pub fn add_client(
     transaction: &mut Transaction<'_>,
     new: &NewClient,
@@ -339,7 +339,7 @@ pub fn add_client(
     touch(transaction, server, change, now)
 }
 
-/// Who may have a key already.
+/// The holder that may have a key already.
 #[derive(Debug, Clone, Copy)]
 enum Holder<'a> {
     Nobody,
@@ -383,7 +383,7 @@ fn lease_this(transaction: &mut Transaction<'_>, lessor: &Lessor, address: IpAdd
     if holder.is_some() { Err(Refusal::LeaseTaken.into()) } else { take(transaction, server, number) }
 }
 
-/// A number that was free is not any more.
+/// Marks a free number as taken.
 fn take(transaction: &mut Transaction<'_>, server: &Server, number: u128) -> Result<u128, CallError> {
     if number < server.next_free {
         let values = [server.id.into(), number.into()];
@@ -456,7 +456,7 @@ pub fn remove_peer(
     free(transaction, &leased, now)
 }
 
-/// Removes peerings, rows of an id, a number, a key, and a server, each of another one.
+/// Removes peerings: rows of an id, a number, a key, and a server, which is a different one in each row.
 fn free(transaction: &mut Transaction<'_>, peerings: &[Row], now: SystemTime) -> Result<Vec<ServerChange>, CallError> {
     let mut changes = Vec::new();
     for peering in peerings {
@@ -472,7 +472,7 @@ fn free(transaction: &mut Transaction<'_>, peerings: &[Row], now: SystemTime) ->
     Ok(changes)
 }
 
-/// The clients of a server are not what they were: this is what changed.
+/// Gives a server a new revision after a change of its clients; returns the message for its worker.
 fn touch(
     transaction: &mut Transaction<'_>,
     server: &Server,
@@ -487,14 +487,15 @@ fn touch(
     change_for(worker, LeaseMessage { server: name.clone(), version, content })
 }
 
-/// The revision that follows one: the time in microseconds, as long as that is higher. Where the last changes are lost, because a
-/// copy of the database was restored or its server lost them, those that come instead do not get the revisions of these.
+/// The revision that follows one: the time in microseconds, as long as that is higher. Where the last changes are lost,
+/// because a copy of the database was restored or its server lost them, later changes do not get the revisions of the
+/// lost ones.
 fn revision_after(revision: i64, now: SystemTime) -> i64 {
     let now = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_micros();
     i64::try_from(now).unwrap_or(i64::MAX).max(revision.saturating_add(1))
 }
 
-/// Gives a worker's server a later revision than the worker knows, which has heard of changes that are lost.
+/// Gives a worker's server a later revision than the worker knows: the worker has received changes that are lost.
 pub fn outrun(
     transaction: &mut Transaction<'_>,
     worker: &WorkerName,
@@ -508,7 +509,7 @@ pub fn outrun(
     Ok(())
 }
 
-/// What the worker of this name is to know; nothing if it is none.
+/// The change for the worker of this name; none if the name is empty.
 fn change_for(worker: &str, message: LeaseMessage) -> Result<Vec<ServerChange>, CallError> {
     if worker.is_empty() {
         return Ok(Vec::new());
@@ -539,7 +540,8 @@ pub fn snapshot(
     Ok(Found::Server(Snapshot { version, leases: Some(leases) }))
 }
 
-/// What a worker without a server is told. The one that it knows may be another worker's now, as after a change of its name.
+/// The result for a worker without a server of this name. The server that it knows may be another worker's now, as
+/// after a change of the worker's name.
 fn without_server(transaction: &mut Transaction<'_>, known: Option<LeaseVersion>) -> Result<Found, CallError> {
     let Some(known) = known else { return Ok(Found::Nothing) };
     let found = transaction.first("SELECT id FROM servers WHERE id = ?1", &[known.id.into()])?;
@@ -606,7 +608,7 @@ pub fn server_config(
     Ok(ServerConfig { version, json: Some(json) })
 }
 
-/// What a client has to know to reach a server, if it has this key where one is given.
+/// The configuration of a client for a server; an error if `key` is given, and the client has another one.
 pub fn client_config(
     transaction: &mut Transaction<'_>,
     client: &ClientName,
@@ -711,7 +713,7 @@ mod tests {
         database.run(Access::Write, work, |_| {}).await.unwrap()
     }
 
-    /// How long it takes that the client with the lowest of so many addresses leaves, and two others come.
+    /// How long it takes to remove the client with the lowest of so many addresses, and to add two others.
     async fn churn(clients: u32) -> Duration {
         let dir = tempfile::tempdir().unwrap();
         let (database, _end) =

@@ -1,5 +1,5 @@
-//! What the coordinator decides: who becomes a member at which address, and who leaves. It has no IO and no clock; what follows
-//! from its decisions are [`Update`]s, for one broker or for all.
+//! The coordinator's decisions: which session becomes a member at which address, and which member leaves. It has no IO
+//! and no clock; its decisions result in [`Update`]s, for one broker or for all.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -32,10 +32,10 @@ pub struct Authority {
     last: u64,
     /// Brokers that are to register their sessions, with when their members leave otherwise.
     awaited: BTreeMap<BrokerName, Instant>,
-    /// Those of them that are there: joins wait for these, until `settled`.
+    /// Those of them that are online: joins wait for these, until `settled`.
     settling: BTreeSet<BrokerName>,
     settled: Instant,
-    /// Other brokers may give addresses, and are not heard now.
+    /// Other brokers may give addresses, and are out of reach now.
     is_paused: bool,
     /// Joins that wait for these.
     early: Vec<RemoteWish>,
@@ -54,7 +54,7 @@ pub enum Target {
 /// A broker's sessions, as it registers them.
 #[derive(Debug, Default)]
 pub struct Registration {
-    /// All of them, with the addresses that they were told already.
+    /// All of them, with the addresses that they received already.
     pub sessions: Vec<(Wish, Option<IpAddr>)>,
     /// Addresses that it knows to be held.
     pub held: Vec<HeldAddress>,
@@ -87,7 +87,7 @@ impl RemoteWish {
 }
 
 impl Authority {
-    /// Nobody is a member of these tenants. `others` are the brokers that are to register themselves.
+    /// No tenant has a member. `others` are the brokers that are to register themselves.
     pub fn new(tenants: Tenants, others: BTreeSet<BrokerName>, now: Instant) -> Self {
         Self {
             tenants,
@@ -125,7 +125,7 @@ impl Authority {
         self.tenants.counts()
     }
 
-    /// What followed from the decisions since the last time.
+    /// Takes the updates of the decisions since the last call.
     pub fn take_updates(&mut self) -> Vec<(Target, Update)> {
         self.note_changes();
         std::mem::take(&mut self.updates)
@@ -138,7 +138,7 @@ impl Authority {
         }
     }
 
-    /// A broker registers its sessions: those that were there stay, and others of it leave.
+    /// A broker registers its sessions: members with a registered session stay, and others of this broker leave.
     pub fn register(&mut self, broker: &BrokerName, registration: Registration, now: Instant) {
         let Registration { sessions, held } = registration;
         self.awaited.remove(broker);
@@ -227,7 +227,7 @@ impl Authority {
         self.join_early(now);
     }
 
-    /// Looks for what is over.
+    /// Ends probes, registrations and held addresses whose time is over.
     pub fn tick(&mut self, now: Instant) {
         self.tenants.expire(now);
         let silent = self.probes.iter().filter(|(_, probe)| probe.until <= now).map(|(id, _)| *id);
@@ -241,7 +241,7 @@ impl Authority {
         self.join_early(now);
     }
 
-    /// Whether it knows the sessions of the other brokers, as far as they are there.
+    /// Whether it knows the sessions of the other brokers, as far as these are online.
     pub fn is_settled(&self, now: Instant) -> bool {
         !self.is_paused && (self.settling.is_empty() || self.settled <= now)
     }
@@ -339,7 +339,7 @@ impl Authority {
         self.updates.push((Target::Broker(origin.broker.clone()), Update::Ended(origin.session, refusal)));
     }
 
-    /// All that there is, for a broker that has registered.
+    /// Sends all members and addresses to a broker that has registered.
     fn snapshot(&mut self, broker: &BrokerName) {
         self.note_changes();
         let to = |update| (Target::Broker(broker.clone()), update);

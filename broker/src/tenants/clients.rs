@@ -7,7 +7,7 @@ use crate::tenants::id::TenantId;
 
 /// The part of all networks that the tenants of one client may take: many members may share an address, behind NAT.
 const SHARE: u128 = 2;
-/// As many tenants it may have at least.
+/// The number of tenants that a client may have in any case.
 const LEAST: usize = 16;
 
 /// The clients of a broker's sessions.
@@ -19,7 +19,7 @@ pub struct Clients {
 }
 
 impl Clients {
-    /// None is there. `networks`: how many networks there are for tenants.
+    /// Without clients. `networks`: how many networks there are for tenants.
     pub fn new(networks: u128) -> Self {
         let most = usize::try_from(networks / SHARE).unwrap_or(usize::MAX).max(LEAST);
         Self { most, tenants: BTreeMap::new() }

@@ -16,7 +16,7 @@ pub const MESSAGE_MAX: usize = 64 << 10;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, IntoStaticStr, VariantNames)]
 #[strum(serialize_all = "snake_case")]
 pub enum CloseCause {
-    /// No first message came in time.
+    /// No first message was received in time.
     #[error("no join within {} s", JOIN_TIMEOUT.as_secs())]
     JoinTimeout,
     /// The first message is not a text.
@@ -55,7 +55,7 @@ pub enum CloseCause {
     /// The broker stops.
     #[error("the broker stops")]
     Stopping,
-    /// The member does not read what it is sent, and would not get a reason either.
+    /// The member does not read its messages, and would not receive a reason either.
     #[error("the member does not read")]
     Slow,
     /// The member does not answer, and would not get a reason either.
@@ -69,7 +69,7 @@ impl CloseCause {
         self.into()
     }
 
-    /// What the close frame has; none for a client that would not receive it.
+    /// The content of the close frame; none for a client that would not receive it.
     pub fn reason(&self) -> Option<CloseReason> {
         let code = match self {
             Self::Slow | Self::Silent => return None,

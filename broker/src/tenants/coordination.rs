@@ -1,6 +1,6 @@
-//! The tenants of one broker, among all brokers of its bus. The coordinator decides for its own sessions and for those of the
-//! others; the others follow it. It has no IO and no clock: commands of sessions and frames of brokers come in, and frames
-//! for brokers go out.
+//! The tenants of one broker, among all brokers of its bus. The coordinator decides for its own sessions and for those
+//! of the others; the others follow it. It has no IO and no clock: it receives commands of sessions and frames of
+//! brokers, and returns frames for brokers.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::mem::take;
@@ -24,15 +24,15 @@ use crate::tenants::sessions::{SessionLink, Sessions};
 use crate::tenants::streams::{Numbered, Stream};
 use crate::tenants::troubles::Troubles;
 
-/// How long a session may wait for an address: for longer than a member with its key is asked whether it is alive. What is left of
-/// 5 s is for the close frame.
+/// How long a session may wait for an address: for longer than a member with its key is asked whether it is alive. The
+/// rest of 5 s is for the close frame.
 const ANSWER_TIMEOUT: Duration = Duration::from_millis(4500);
-/// How long a broker's members stay while it is not there.
+/// How long a broker's members stay while it is offline.
 const ABSENCE_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long no frame may come from a broker that is there. The members of a coordinator that stands still leave after twice this and
-/// the time for registrations: within 40 s.
+/// How long a broker that is online may send no frame. The members of a coordinator that stands still leave after twice
+/// this and the time for registrations: within 40 s.
 const SILENCE_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long the hub is not told of changes after the bus is there again.
+/// How long changes are not published to the hub after the bus is connected again.
 const HUB_PAUSE: Duration = Duration::from_secs(5);
 /// How often sessions are registered at most.
 const REGISTER_INTERVAL: Duration = Duration::from_secs(1);
@@ -49,22 +49,22 @@ pub struct Coordination {
     role: Role,
     last_epoch: u64,
     frames: Vec<(BrokerName, Frame)>,
-    /// When it last looked for what is over.
+    /// When [`Self::tick`] was last called.
     ticked: Option<Instant>,
-    /// Until when the hub is not told of changes: other brokers may not have registered again.
+    /// Until when changes are not published to the hub: other brokers may not have registered again.
     hub_pause: Option<Instant>,
     troubles: Arc<Mutex<Troubles>>,
     metrics: Metrics,
 }
 
-/// What this broker is for the tenants.
+/// The role of this broker for the tenants.
 #[derive(Debug)]
 enum Role {
-    /// That is not known yet: sessions wait.
+    /// The role is not known yet: sessions wait.
     Starting,
     /// It gives the addresses.
     Coordinator { authority: Box<Authority>, followers: BTreeMap<BrokerName, Follower> },
-    /// Another broker does.
+    /// Another broker gives the addresses.
     Follower {
         coordinator: BrokerName,
         stream: Stream<Request>,
@@ -84,9 +84,9 @@ struct Follower {
 
 #[derive(Debug)]
 enum FollowerState {
-    /// This much of its registration came.
+    /// The part of its registration that was received.
     Registering(Registration),
-    /// It is to get a snapshot, and what is not of this broker alone after that.
+    /// It is to get a snapshot; updates for all brokers are sent to it after that.
     Registered,
     /// It has a snapshot.
     Current,
@@ -110,7 +110,8 @@ impl Follower {
 }
 
 impl Coordination {
-    /// Of this broker, whose election and sessions have just begun. `epoch` is larger than in any run before.
+    /// The coordination of this broker, whose election and sessions have just begun. `epoch` is larger than in any run
+    /// before.
     pub fn new(
         own: BrokerName,
         settings: TenantSettings,
@@ -135,7 +136,7 @@ impl Coordination {
         }
     }
 
-    /// What is known of the other brokers.
+    /// The election among the brokers.
     pub fn election(&mut self) -> &mut Election {
         &mut self.election
     }
@@ -159,7 +160,7 @@ impl Coordination {
         self.request(Request::Alive(session), now);
     }
 
-    /// A frame of another broker came.
+    /// A frame of another broker was received.
     pub fn on_frame(&mut self, frame: Frame, now: Instant) {
         let Frame { from, epoch, number, content } = frame;
         match (&mut self.role, content) {
@@ -185,7 +186,7 @@ impl Coordination {
         }
     }
 
-    /// What a worker announces of its hub.
+    /// A worker announced its hub, or withdrew it.
     pub fn on_hub(&mut self, worker: &WorkerName, announced: Option<AnnouncedHub>, now: Instant) {
         let Some(hub) = self.sessions.hub() else { return };
         let is_changed = hub.on_announced(worker, announced);
@@ -197,14 +198,14 @@ impl Coordination {
         }
     }
 
-    /// A worker asks for what its hub lacks.
+    /// A worker requests the addresses that its hub lacks.
     pub fn on_lease_request(&mut self, worker: &WorkerName, request: &LeaseRequest) {
         if request.to == self.own && request.server == HUB {
             self.sessions.hub().into_iter().for_each(|hub| hub.on_request(worker, request.known));
         }
     }
 
-    /// Whether the bus is there.
+    /// The connection to the bus is up, or lost.
     pub fn on_bus(&mut self, is_up: bool, now: Instant) {
         self.election.on_bus(is_up, now);
         if !is_up {
@@ -224,7 +225,7 @@ impl Coordination {
         (!messages.is_empty()).then(|| (hub.worker().clone(), messages))
     }
 
-    /// Looks for what is over, and whether this broker's role is another one now.
+    /// Handles time limits, and changes this broker's role if the election has another result now.
     pub fn tick(&mut self, now: Instant) {
         let before = self.ticked.replace(now);
         if before.is_some_and(|before| now.saturating_duration_since(before) >= SILENCE_TIMEOUT) {
@@ -246,7 +247,7 @@ impl Coordination {
         self.warn_of_strangers(now);
     }
 
-    /// Sessions that wait for too long are told to come again.
+    /// Ends sessions that wait for too long: their clients are to join again.
     fn refuse_waiting(&mut self, now: Instant) {
         let Some(then) = now.checked_sub(ANSWER_TIMEOUT) else { return };
         for session in self.sessions.waiting(then) {
@@ -263,7 +264,7 @@ impl Coordination {
         }
     }
 
-    /// A damaged database was made anew, and is to have all addresses.
+    /// A damaged database was created again: writes all addresses to it.
     pub fn write_all(&self) {
         self.sessions.write_all();
     }
@@ -296,7 +297,7 @@ impl Coordination {
     /// The broker stops: its members leave, whose addresses stay on the disk. Returns the last frames.
     pub fn stop(mut self, now: Instant) -> Vec<(BrokerName, Frame)> {
         let sessions: Vec<_> = self.sessions.all().map(|(wish, _)| wish.session).collect();
-        // None of them learns of the others' leave.
+        // All end first, so that no member receives the others' leave.
         for session in &sessions {
             self.sessions.end(*session, CloseCause::Stopping);
         }
@@ -306,10 +307,10 @@ impl Coordination {
         self.take_frames(now)
     }
 
-    /// Tells the coordinator.
+    /// Sends a request to the coordinator.
     fn request(&mut self, request: Request, now: Instant) {
         match &mut self.role {
-            // It is told when it is known.
+            // The coordinator receives all sessions once it is known.
             Role::Starting => {}
             Role::Follower { stream, .. } => stream.push(request),
             Role::Coordinator { authority, .. } => {
@@ -319,7 +320,7 @@ impl Coordination {
         }
     }
 
-    /// Passes on what the coordinator decided, and what follows from that.
+    /// Passes on the updates of the coordinator, and handles the requests that follow from them.
     fn settle(&mut self, now: Instant) {
         let Role::Coordinator { authority, followers } = &mut self.role else { return };
         loop {
@@ -395,7 +396,7 @@ impl Coordination {
         self.settle(now);
     }
 
-    /// Takes the role that it has by what is known of the brokers.
+    /// Takes the role that follows from the election.
     pub fn elect(&mut self, now: Instant) {
         let Some(coordinator) = self.election.first(now).cloned() else { return };
         let is_same = match &self.role {
@@ -418,7 +419,7 @@ impl Coordination {
         }
     }
 
-    /// This broker becomes the coordinator, with all that it knows of the one before.
+    /// This broker becomes the coordinator, with all members and addresses that it knows from the one before.
     fn coordinate(&mut self, now: Instant) {
         let TenantSettings { networks, grace, .. } = &self.settings;
         let tenants = Tenants::new(networks, *grace);
@@ -492,7 +493,7 @@ impl Coordination {
         self.sessions.forget_partial();
     }
 
-    /// Brokers that are not there any more, or say nothing, are gone with their members.
+    /// Removes the followers that are offline or silent for too long, with their members.
     fn tick_followers(&mut self, now: Instant) {
         let Role::Coordinator { authority, followers } = &mut self.role else { return };
         let peers: BTreeSet<_> = self.election.peers(now).map(|(name, _)| name).collect();

@@ -1,8 +1,9 @@
-//! What brokers of one bus send each other of their tenants' members. One of them, the coordinator, gives all addresses; the
-//! others send it the wishes of their sessions and receive who is a member where.
+//! The messages between brokers of one bus about their tenants' members. One of them, the coordinator, gives all
+//! addresses; the others send it the wishes of their sessions, and receive the members with their addresses.
 //!
-//! Frames between two brokers are numbered, each way by itself, in an epoch that begins when the broker that is no coordinator
-//! registers its sessions. Whatever was lost shows as a gap, and then it registers them again.
+//! Frames between two brokers are numbered, each way by itself, in an epoch that begins when the broker that is no
+//! coordinator registers its sessions. A lost frame shows as a gap in the numbers, and then the broker registers its
+//! sessions again.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -40,7 +41,7 @@ pub struct Frame {
     pub epoch: u64,
     /// How many frames of this sender were before it in the epoch.
     pub number: u64,
-    /// What it has.
+    /// Its content.
     pub content: Content,
 }
 
@@ -70,7 +71,7 @@ impl Frame {
     }
 }
 
-/// What a [`Frame`] has. Nothing in it only says that its sender is there.
+/// The content of a [`Frame`]. Without items it is only a sign that its sender is alive.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Content {
@@ -82,13 +83,13 @@ pub enum Content {
     Unknown,
 }
 
-/// What a broker tells the coordinator.
+/// A request of a broker to the coordinator.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Request {
     /// A registration begins: all sessions and held addresses up to [`Self::Registered`].
     Register,
-    /// One of its sessions, with the address that it was told already.
+    /// One of its sessions, with the address that it received already.
     Session(Wish, Option<IpAddr>),
     /// An address that is held, or a member's.
     Held(HeldAddress),
@@ -102,7 +103,7 @@ pub enum Request {
     Alive(SessionId),
 }
 
-/// What the coordinator tells a broker, itself too.
+/// An update of the coordinator for a broker, itself too.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Update {
@@ -122,14 +123,14 @@ pub enum Update {
     Ended(SessionId, Refusal),
 }
 
-/// What a session wants.
+/// The wish of a session to join a tenant.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Wish {
     /// The session.
     pub session: SessionId,
     /// The tenant that it wants to be a member of.
     pub tenant: TenantId,
-    /// Who it says that it is.
+    /// The client, as it describes itself.
     pub client: Newcomer,
 }
 

@@ -1,8 +1,8 @@
-//! The hub: the gateway by which members reach each other who cannot do so directly. It has a peer for each address of a
-//! tenant, a member's or held, and forwards within a tenant's network. No IO and no clock.
+//! The hub: the gateway by which members reach each other that cannot do so directly. It has a peer for each address of
+//! a tenant, a member's or held, and forwards within a tenant's network. No IO and no clock.
 //!
-//! Each broker knows it by what its worker announces, and tells it to members that ask for that. The coordinator publishes the
-//! addresses to the worker, as the registry publishes leases to a server.
+//! Each broker knows it by its worker's announcement, and passes it on to members that request it. The coordinator
+//! publishes the addresses to the worker, as the registry publishes leases to a server.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
@@ -18,11 +18,11 @@ use wgkex_common::{PublicKey, WorkerName};
 
 use crate::tenants::message::HubPeer;
 
-/// How often at least the worker learns which version there is: what it missed shows then.
+/// The longest time between two messages with the current version, by which the worker notices missed changes.
 const SIGN_INTERVAL: Duration = Duration::from_secs(10);
 /// Messages that are sent at once, at most.
 const BURST: usize = 20;
-/// Addresses of one key at most, those that came first: a peer takes no more in one message.
+/// The most addresses of one key, the oldest ones: a peer takes no more in one message.
 const ADDRESSES_MAX: usize = 512;
 
 /// The hub of the tenants.
@@ -52,7 +52,7 @@ pub enum HubTrouble {
 }
 
 impl Hub {
-    /// The worker of this name is to be it. No address is known.
+    /// The hub is to be the worker of this name. No address is known.
     pub fn new(worker: WorkerName, networks: TenantNetworks) -> Self {
         Self {
             worker,
@@ -67,22 +67,22 @@ impl Hub {
         }
     }
 
-    /// The worker that is to be it.
+    /// The worker that is to be the hub.
     pub fn worker(&self) -> &WorkerName {
         &self.worker
     }
 
-    /// Why members do not learn of it.
+    /// Why members do not learn of the hub.
     pub fn trouble(&self) -> Option<HubTrouble> {
         self.trouble
     }
 
-    /// What a worker announces. True if members have to learn of a change.
+    /// A worker announced its hub, or withdrew it. True if members must receive a change.
     pub fn on_announced(&mut self, worker: &WorkerName, announced: Option<AnnouncedHub>) -> bool {
         if *worker != self.worker {
             return false;
         }
-        // It may be just there.
+        // The worker may have just connected: the version is sent to it at once.
         self.signed = None;
         let trouble = match &announced {
             None => Some(HubTrouble::Missing),
@@ -142,7 +142,8 @@ impl Hub {
         self.changed.clear();
     }
 
-    /// The worker asks for what it lacks. While it is being sent something it is not answered, and asks again.
+    /// The worker requests the addresses that it lacks. While other messages for it wait it gets no answer, and repeats
+    /// the request.
     pub fn on_request(&mut self, worker: &WorkerName, known: Option<LeaseVersion>) {
         if *worker != self.worker || self.announced.is_none() || !self.outgoing.is_empty() {
             return;
@@ -177,7 +178,7 @@ impl Hub {
         self.outgoing.push_back(message(version, LeaseContent::Current));
     }
 
-    /// Makes messages of the changes since the last time.
+    /// Queues messages about the changes since the last call.
     fn note_changes(&mut self) {
         let Some(version) = &mut self.version else { return self.changed.clear() };
         let mut changed = std::mem::take(&mut self.changed).into_iter().peekable();

@@ -1,4 +1,4 @@
-//! What a tenant is called: a segment of a URL, which is its secret, too, where there are no tokens.
+//! A tenant's id: a segment of a URL, which is its secret, too, where there are no tokens.
 
 use std::borrow::Borrow;
 use std::fmt;
@@ -18,7 +18,7 @@ pub struct TenantId(Arc<str>);
 /// Why a text is no tenant's id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum IdError {
-    /// Nothing.
+    /// It is empty.
     #[error("the tenant's id is missing: /tenants/ID is expected")]
     Empty,
     /// More than one segment, or a slash within one.
@@ -33,7 +33,7 @@ pub enum IdError {
 }
 
 impl TenantId {
-    /// The id in what follows `/tenants/` in the path of a request, percent-encoded.
+    /// The id in the part behind `/tenants/` of a request's path, percent-encoded.
     pub fn of_path(rest: &str) -> Result<Self, IdError> {
         let id = percent_decode_str(rest).decode_utf8().map_err(|_| IdError::NotText)?;
         Self::new(&id)

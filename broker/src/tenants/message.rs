@@ -1,4 +1,4 @@
-//! What members and broker send each other: JSON objects without a type, known by their keys.
+//! The messages between members and broker: JSON objects without a type, distinguished by their keys.
 
 use std::fmt;
 use std::iter::{from_fn, once, repeat};
@@ -21,7 +21,7 @@ const PART: usize = 4 << 10;
 /// Why a first message is not a join.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum JoinMessageError {
-    /// It is not what is expected.
+    /// It does not have the expected form.
     #[error("not a JSON object with display_name and public_key as texts: {0}")]
     Malformed(String),
     /// The name is too long.
@@ -89,12 +89,12 @@ fn required_text(name: &str, value: Option<Value>) -> Result<String, JoinMessage
     }
 }
 
-/// Where it is wrong, without what the client sent.
+/// The place of the error, without the client's text.
 fn place(error: &serde_json::Error) -> String {
     format!("no JSON at column {} of line {}", error.column(), error.line())
 }
 
-/// What a client gets beside the original's messages.
+/// The extensions of the original's messages that a client gets.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Form {
     /// `endpoint` in each member's object: the endpoints of those that show theirs.
@@ -148,12 +148,12 @@ impl<'a> MemberObject<'a> {
     }
 }
 
-/// What a member is told when it has joined.
+/// The answer to a member that has joined.
 #[derive(Debug)]
 pub struct Welcome {
     /// Its address.
     pub virtual_ip: IpAddr,
-    /// Those that were members before.
+    /// The members before it.
     pub peers: Vec<Arc<Member>>,
     /// The hub, if there is one.
     pub hub: Option<HubPeer>,
@@ -177,17 +177,17 @@ pub fn answer(Welcome { virtual_ip, peers, hub }: &Welcome, form: Form) -> impl 
     })
 }
 
-/// Another hub than before, or none.
+/// The message about another hub than before, or about none.
 pub fn hub_change(hub: Option<&HubPeer>) -> String {
     json(&ShownHub { hub })
 }
 
-/// A new member, as the others learn of it.
+/// The message about a new member for the others.
 pub fn announcement(member: &Member, form: Form) -> String {
     json(&MemberObject::new(member, form))
 }
 
-/// A member that left, as the others learn of it.
+/// The message about a member that left for the others.
 pub fn removal(virtual_ip: IpAddr) -> String {
     json(&Removal { removed_peer: virtual_ip })
 }

@@ -37,7 +37,7 @@ pub struct Metrics {
 pub enum Leave {
     /// It closed its WebSocket, or lost the connection.
     Closed,
-    /// It sent what is not allowed.
+    /// It sent a message that is not allowed.
     Refused,
     /// It does not answer.
     Silent,

@@ -6,10 +6,10 @@ use crate::client_ip::Client;
 use crate::tenants::id::TenantId;
 use crate::tenants::message::Form;
 
-/// What the request for the WebSocket said.
+/// The data of the request for the WebSocket.
 #[derive(Debug)]
 pub struct Opening {
-    /// Whose it is.
+    /// Its client.
     pub client: Client,
     /// The tenant that the client wants to join.
     pub tenant: TenantId,

@@ -1,19 +1,19 @@
-//! The messages to a member, no faster than its connection takes them: what it has not read waits in its queue, where members share
-//! the texts, and hardly any of it in the HTTP server, where each connection has a copy.
+//! The messages to a member, no faster than its connection takes them: unread messages wait in its queue, where members
+//! share the texts, and hardly in the HTTP server, where each connection has a copy.
 
 use actix_ws::{Closed, Item, Session};
 use bytestring::ByteString;
 use wgkex_common::http::connections::UpgradedConnection;
 
-/// Bytes that may be under way when more are said. With the longest part of an answer they are no more than what each connection
-/// may hold.
+/// The most unsent bytes of the connection when further ones are added. With the longest part of an answer they are no
+/// more than each connection may hold.
 const UNDER_WAY_MAX: u64 = 2 << 10;
 
-/// The way to a member. Pings and what ends the session go beside it.
+/// Sends messages to a member. Pings and close frames bypass it.
 pub struct Outlet<'a> {
     session: Session,
     connection: &'a UpgradedConnection,
-    /// What the connection has sent when all that was said is out.
+    /// The connection's count of sent bytes when all messages so far are sent.
     said: u64,
 }
 

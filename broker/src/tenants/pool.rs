@@ -47,7 +47,7 @@ pub struct Counts {
     pub held: usize,
 }
 
-/// What a key has, from now on.
+/// The address of a key, from now on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Change {
     /// In this tenant.
@@ -67,7 +67,7 @@ struct TenantNetwork {
 }
 
 impl Tenants {
-    /// No tenant is there. `grace`: how long an address is held.
+    /// Without tenants. `grace`: how long an address is held.
     pub fn new(networks: &TenantNetworks, grace: Duration) -> Self {
         let parts: Vec<_> = networks.parts().filter_map(|(part, length)| Blocks::new(part, length)).collect();
         Self {
@@ -219,7 +219,7 @@ impl Tenants {
         self.counts.held = self.counts.held - before + held;
     }
 
-    /// Frees the addresses that were held for the grace time, and the networks that nobody has any more.
+    /// Frees the addresses that were held for the grace time, and the networks that no tenant needs any more.
     pub fn expire(&mut self, now: Instant) {
         let grace = self.grace;
         let expired = self.by_id.iter_mut().filter_map(|(id, tenant)| {
@@ -254,7 +254,7 @@ impl Tenants {
         is_restored
     }
 
-    /// What changed since the last time, in its order.
+    /// Takes the changes since the last call, in their order.
     pub fn take_changes(&mut self) -> Vec<Change> {
         std::mem::take(&mut self.changes)
     }

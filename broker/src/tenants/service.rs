@@ -1,5 +1,6 @@
-//! The one task that owns all tenants, and the handle by which sessions talk to it. It waits for nothing but what happens next:
-//! [`Coordination`] decides, and what is to be published and does not find a place is lost, which the other broker notices.
+//! The one task that owns all tenants, and the handle by which sessions send it commands. It only waits for the next
+//! event: [`Coordination`] decides, and a message for which the MQTT session has no room is lost, which the other
+//! broker notices.
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -24,19 +25,19 @@ use crate::tenants::sessions::{Outgoing, SessionLink};
 use crate::tenants::store::AddressBuffer;
 use crate::tenants::table::Newcomer;
 
-/// How often to look for what is over.
+/// How often to check time limits.
 const TICK: Duration = Duration::from_millis(250);
-/// What sessions may have asked for and did not get yet; more of them wait.
+/// The most commands of sessions that are queued; further ones wait.
 const COMMANDS_MAX: usize = 1024;
 /// Messages of other brokers that wait; more are lost.
 const EVENTS_MAX: usize = 1024;
-/// Commands and events that are done before frames are sent.
+/// Commands and events that are handled before frames are sent.
 const BURST_MAX: usize = 256;
-/// What a member may have been sent and has not read yet, beyond what its connection holds: more messages than a large
-/// tenant has members. The texts in it are shared by all members.
+/// The most unread messages for a member, beyond those that its connection holds: more than a large tenant has members.
+/// The texts in it are shared by all members.
 const QUEUE_MAX: usize = 4096;
 
-/// What a session asks for.
+/// A command of a session.
 #[derive(Debug)]
 enum Command {
     Join(Wish, SessionLink),
@@ -45,25 +46,25 @@ enum Command {
     Alive(SessionId),
 }
 
-/// What comes by MQTT.
+/// An event received by MQTT.
 #[derive(Debug)]
 pub enum TenantEvent {
     /// A broker is online, or no longer.
     Status(BrokerName, bool),
-    /// What a broker serves.
+    /// The service that a broker announces; none if it withdrew that.
     Hello(BrokerName, Option<Served>),
     /// A message to this broker.
     Frame(Frame),
-    /// What a worker is a hub of.
+    /// The hub that a worker announces; none if it withdrew that.
     Hub(WorkerName, Option<AnnouncedHub>),
-    /// A worker asks for the addresses of its hub.
+    /// A worker requests the addresses of its hub.
     LeaseRequest(WorkerName, LeaseRequest),
 }
 
-/// Tells the task. What finds no place is lost.
+/// Sends events to the task. An event for which there is no room is lost.
 pub type TenantEventSender = mpsc::Sender<TenantEvent>;
 
-/// The way to the tenants. Clones lead to the same ones.
+/// The handle to the tenants' task. Clones share it.
 #[derive(Debug, Clone)]
 pub struct TenantsHandle {
     commands: mpsc::Sender<Command>,
@@ -73,9 +74,9 @@ pub struct TenantsHandle {
 /// A session's place among the members, or on the way there, as the session sees it.
 #[derive(Debug)]
 pub struct Membership {
-    /// The way back.
+    /// Reports to the task.
     pub seat: Seat,
-    /// What the session is to send.
+    /// The messages that the session is to send.
     pub queue: mpsc::Receiver<Outgoing>,
     /// When it is to ask the member whether it is alive.
     pub probes: mpsc::Receiver<()>,
@@ -83,7 +84,7 @@ pub struct Membership {
     pub end: oneshot::Receiver<CloseCause>,
 }
 
-/// How a session reports what becomes of it.
+/// Reports of a session to the task.
 #[derive(Debug)]
 pub struct Seat {
     session: SessionId,
@@ -102,7 +103,7 @@ pub struct TenantService {
 }
 
 impl TenantsHandle {
-    /// Asks for a place among the members of a tenant. The answer comes by the queue, or the reason against it by the end.
+    /// Asks for a place among the members of a tenant. The queue delivers the answer, or `end` the reason of a refusal.
     pub async fn join(&self, opening: &Opening, newcomer: Newcomer) -> Result<Membership, CloseCause> {
         let session = SessionId(self.last.fetch_add(1, Ordering::Relaxed));
         let (sender, queue) = mpsc::channel(QUEUE_MAX);
@@ -135,7 +136,7 @@ impl Seat {
 }
 
 impl TenantService {
-    /// The task, and the ways to it.
+    /// The task, and the handles to it.
     pub fn new(
         mut tenants: Coordination,
         kept: AddressBuffer,
@@ -148,7 +149,7 @@ impl TenantService {
         (Self { tenants, kept, metrics, served, commands, events }, handle, event_sender)
     }
 
-    /// What this broker tells others that it serves.
+    /// The service that this broker announces.
     pub fn served(&self) -> watch::Receiver<Served> {
         self.served.subscribe()
     }
@@ -182,7 +183,7 @@ impl TenantService {
                     break;
                 }
             }
-            // What waits goes on when the server has the frames before: no router's key comes behind more of them.
+            // Further frames are sent when the server has those before: no router's key waits behind more of them.
             if under_way.is_terminated() {
                 under_way = publish(&bus, self.tenants.take_frames(Instant::now()));
             }
@@ -215,7 +216,7 @@ impl TenantService {
                 self.tenants.elect(now);
             }
             TenantEvent::Frame(frame) if frame.is_bounded() => self.tenants.on_frame(frame, now),
-            // It is missed, and all is registered again.
+            // The missing number is noticed, and all sessions are registered again.
             TenantEvent::Frame(_) => {}
             TenantEvent::Hub(worker, announced) => self.tenants.on_hub(&worker, announced, now),
             TenantEvent::LeaseRequest(worker, request) => self.tenants.on_lease_request(&worker, &request),
@@ -235,15 +236,15 @@ impl TenantService {
     }
 }
 
-/// Publishes frames; what is returned ends when the server has all of them. One that finds no place is missed by the other broker,
-/// and all is registered again.
+/// Publishes frames; the returned future ends when the server has all of them. A frame for which there is no room is
+/// missed by the other broker, and all sessions are registered again.
 fn publish(bus: &MqttHandle, mut frames: Vec<(BrokerName, Frame)>) -> Fuse<BoxFuture<'static, ()>> {
     let Some(last) = frames.pop() else { return Fuse::terminated() };
     for frame in frames {
         let _ = bus.try_publish(message(frame));
     }
     let (bus, last) = (bus.clone(), message(last));
-    // It is lost with the session.
+    // The frame is lost with the session.
     async move { bus.publish(last).await.unwrap_or_default() }.boxed().fuse()
 }
 
@@ -252,7 +253,7 @@ fn message((broker, frame): (BrokerName, Frame)) -> Message {
     Message::transient(Topic::BrokerTenants { broker }, payload)
 }
 
-/// A message that finds no place is missed by the worker, which asks for all then.
+/// A message for which there is no room is missed by the worker, which then requests all addresses.
 fn publish_to_hub(bus: &MqttHandle, worker: &WorkerName, messages: &[LeaseMessage]) {
     for message in messages {
         let payload = serde_json::to_vec(message).unwrap_or_default();

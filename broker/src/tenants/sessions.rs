@@ -1,5 +1,6 @@
-//! This broker's sessions, and what they were told: who is a member at which address, by the updates of the coordinator. It
-//! waits for no session: what a member is to receive goes into the member's queue, and a member whose queue is full is dropped.
+//! This broker's sessions, and the state that they know: all members with their addresses, by the updates of the
+//! coordinator. It waits for no session: a message to a member is put into the member's queue, and a member whose queue
+//! is full is dropped.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -26,35 +27,36 @@ use crate::tenants::table::Member;
 /// How a session is reached.
 #[derive(Debug)]
 pub struct SessionLink {
-    /// Whose it is.
+    /// Its client.
     pub client: Client,
     /// The form of the messages that it gets.
     pub form: Form,
-    /// What it is to send.
+    /// Takes the messages that it is to send.
     pub queue: mpsc::Sender<Outgoing>,
-    /// Has room for one probe: a ping whose answer is to be reported. It does not wait for what is in the queue.
+    /// Has room for one probe: a ping whose answer is to be reported. It does not wait for the messages in the queue.
     pub probes: mpsc::Sender<()>,
     /// Why it is to end.
     pub end: oneshot::Sender<CloseCause>,
 }
 
 impl SessionLink {
-    /// Whether there is room for what the session is to send. One that has ended is about to leave, and not slow.
+    /// Queues a message for the session; false if there is no room. A session that has ended is about to leave, and not
+    /// slow.
     fn takes(&self, outgoing: Outgoing) -> bool {
         !matches!(self.queue.try_send(outgoing), Err(TrySendError::Full(_)))
     }
 
     /// Asks the member whether it is alive.
     fn probe(&self) {
-        // Where there is no room, it is asked already.
+        // If there is no room, a probe is pending already.
         let _ = self.probes.try_send(());
     }
 }
 
-/// What a session is to send.
+/// A message that a session is to send.
 #[derive(Debug)]
 pub enum Outgoing {
-    /// It is a member.
+    /// The answer to its join: it is a member.
     Answer(Box<Welcome>),
     /// A message about another member.
     Text(ByteString),
@@ -68,7 +70,7 @@ pub struct Sessions {
     clients: Clients,
     members: Members,
     addresses: Addresses,
-    /// A snapshot, as far as it came.
+    /// The part of a snapshot that was received so far.
     partial: Option<(Members, Addresses)>,
     last_order: u64,
     hub: Option<Hub>,
@@ -83,7 +85,7 @@ type Members = BTreeMap<TenantId, BTreeMap<IpAddr, KnownMember>>;
 struct KnownMember {
     origin: Origin,
     member: Arc<Member>,
-    /// Larger than that of all who joined before.
+    /// Larger than that of all members that joined before.
     order: u64,
 }
 
@@ -92,7 +94,7 @@ struct Session {
     wish: Wish,
     link: SessionLink,
     since: Instant,
-    /// What it was told.
+    /// The address in its answer; none before that.
     address: Option<IpAddr>,
 }
 
@@ -103,7 +105,7 @@ struct Broadcast {
 }
 
 impl Sessions {
-    /// Of a broker of this name without clients, whose disk has these addresses.
+    /// The sessions of a broker of this name without clients, whose disk has these addresses.
     pub fn new(own: BrokerName, clients: Clients, addresses: Addresses, kept: AddressBuffer, metrics: Metrics) -> Self {
         let (by_id, members) = (BTreeMap::new(), Members::new());
         Self { own, by_id, clients, members, addresses, partial: None, last_order: 0, hub: None, kept, metrics }
@@ -123,7 +125,7 @@ impl Sessions {
         self.hub.as_mut()
     }
 
-    /// The hub is another one than before: those learn of it that want to. Returns what the coordinator is to be told.
+    /// The hub has changed: sends that to the members that requested it. Returns the requests for the coordinator.
     pub fn on_hub_change(&mut self) -> Vec<Request> {
         let mut slow = Vec::new();
         for Session { wish, link, address, .. } in self.by_id.values().filter(|session| session.link.form.hub) {
@@ -156,7 +158,7 @@ impl Sessions {
         Some(taken)
     }
 
-    /// A session is over. False if that is known.
+    /// A session is over. False if it was removed before.
     pub fn remove(&mut self, session: SessionId, leave: Leave) -> bool {
         let removed = self.take(session);
         if removed.as_ref().is_some_and(|session| session.address.is_some()) {
@@ -212,19 +214,19 @@ impl Sessions {
         Counts { tenants: self.members.len(), members, held: self.addresses.len().saturating_sub(members) }
     }
 
-    /// A damaged database was made anew, and is to have all addresses.
+    /// A damaged database was created again: writes all addresses to it.
     pub fn write_all(&self) {
         for (entry, address) in &self.addresses {
             self.kept.note(entry.clone(), Some(*address));
         }
     }
 
-    /// A registration is sent: what of a snapshot came before it does not count.
+    /// A registration is sent: drops the part of a snapshot that was received before it.
     pub fn forget_partial(&mut self) {
         self.partial = None;
     }
 
-    /// Takes in an update; returns what the coordinator is to be told of it.
+    /// Applies an update; returns the requests for the coordinator that follow from it.
     pub fn apply(&mut self, update: Update) -> Vec<Request> {
         let mut requests = Vec::new();
         match update {
@@ -268,7 +270,7 @@ impl Sessions {
         self.drop_slow(slow, requests);
     }
 
-    /// Tells a session that it is a member.
+    /// Sends a session its answer: it is a member.
     fn answer(&mut self, session: SessionId, tenant: &TenantId, own: IpAddr, requests: &mut Vec<Request>) {
         let Some(found) = self.by_id.get_mut(&session) else { return };
         if found.address.is_some_and(|address| address != own) {
@@ -326,7 +328,7 @@ impl Sessions {
         }
     }
 
-    /// What is known becomes what a snapshot has: sessions learn the difference.
+    /// Replaces the known members by those of a snapshot: sessions receive the difference.
     fn replace_members(&mut self, members: &Members, requests: &mut Vec<Request>) {
         for (tenant, known) in missing(&self.members, members) {
             self.left(&tenant, known.member.virtual_ip, requests);

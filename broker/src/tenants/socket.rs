@@ -1,5 +1,5 @@
-//! One WebSocket, from its upgrade to its end: the first message is a join, then what the tenants' task has for the member is
-//! sent, and what the member sends is only a sign that it is alive.
+//! One WebSocket, from its upgrade to its end: the first message is a join, then the messages of the tenants' task are
+//! sent to the member, and messages of the member only show that it is alive.
 
 use std::cell::Cell;
 use std::future::pending;
@@ -35,9 +35,9 @@ pub struct Socket {
     pub connection: UpgradedConnection,
     /// How it was opened.
     pub opening: Opening,
-    /// What it is to be a member of.
+    /// The handle to the tenants' task.
     pub tenants: TenantsHandle,
-    /// What is counted.
+    /// The metrics.
     pub metrics: Metrics,
 }
 
@@ -51,15 +51,16 @@ enum End {
     Broker(CloseCause),
 }
 
-/// What is received while the member is there.
+/// The signs of life of a member.
 #[derive(Default)]
 struct Pulse {
-    /// Something came since the last ping.
+    /// A message was received since the last ping.
     is_heard: Cell<bool>,
     probe: Probe,
 }
 
-/// The ping whose answer is to be reported, until it came. Other pongs are not: each goes to all brokers' coordinator.
+/// The ping whose answer is to be reported, until that is received. Other pongs are not reported: each report goes to
+/// the coordinator of all brokers.
 #[derive(Default)]
 struct Probe {
     payload: Cell<Option<[u8; 8]>>,
@@ -138,7 +139,7 @@ impl Socket {
 }
 
 impl Probe {
-    /// What the next one has, of a number that the member does not know.
+    /// The payload of the next ping, from a number that the member does not know.
     fn begin(&self, number: u64) -> [u8; 8] {
         let payload = number.to_be_bytes();
         self.payload.set(Some(payload));
@@ -176,7 +177,7 @@ async fn first_text(messages: &mut AggregatedMessageStream, session: &mut Sessio
     }
 }
 
-/// Receives for ever what a member sends: nothing of it matters but that it comes.
+/// Receives a member's messages for ever: they only show that it is alive.
 async fn read(messages: &mut AggregatedMessageStream, mut session: Session, pulse: &Pulse, seat: &Seat) -> End {
     loop {
         match receive(messages, &mut session).await {
@@ -206,7 +207,7 @@ async fn receive(messages: &mut AggregatedMessageStream, session: &mut Session) 
     }
 }
 
-/// Sends what the tenants' task has for the member. `joined` is called with the answer.
+/// Sends the messages of the tenants' task to the member. `joined` is called with the answer.
 async fn write(queue: &mut mpsc::Receiver<Outgoing>, mut outlet: Outlet<'_>, form: Form, joined: impl Fn()) -> End {
     while let Some(outgoing) = queue.recv().await {
         let sent = match outgoing {
@@ -220,12 +221,12 @@ async fn write(queue: &mut mpsc::Receiver<Outgoing>, mut outlet: Outlet<'_>, for
             return End::Lost;
         }
     }
-    // The other end names the reason.
+    // `end` delivers the reason.
     pending().await
 }
 
-/// Pings the member when the tenants' task wants to know whether it is alive. What waits in the queue comes later: on a slow line
-/// that takes longer than the member has for its answer.
+/// Pings the member when the tenants' task probes it. Messages in the queue are sent later: on a slow line they take
+/// longer than the member has for its answer.
 async fn send_probes(probes: &mut mpsc::Receiver<()>, mut session: Session, probe: &Probe) -> End {
     while probes.recv().await.is_some() {
         if session.ping(&probe.begin(fastrand::u64(..))).await.is_err() {

@@ -1,6 +1,6 @@
-//! The tenants' addresses on disk: who had which one before a restart. A restart begins the grace time anew.
+//! The tenants' addresses on disk, for the members' return after a restart. A restart begins the grace time anew.
 //!
-//! The task of [`AddressStore`] writes behind; [`crate::tenants::service`] notes what changed.
+//! The task of [`AddressStore`] writes behind; [`crate::tenants::service`] notes the changes.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -26,7 +26,7 @@ const CREATE_TABLES: &str = "
 
 /// A key in a tenant.
 pub type TenantKey = (TenantId, PublicKey);
-/// What changed and is not on disk yet: the address of each key.
+/// The changes that are not on disk yet: the address of each key.
 pub type AddressBuffer = ChangeBuffer<TenantKey, IpAddr>;
 /// The addresses of members that are there, and those that are held.
 pub type Addresses = BTreeMap<TenantKey, IpAddr>;
@@ -40,8 +40,8 @@ pub struct AddressTable(AddressBuffer);
 /// The file in `state_dir`.
 pub const FILE: StateFile = StateFile::sqlite("tenants.sqlite", AddressTable::SCHEMA);
 
-/// Opens `tenants.sqlite` in `dir`, making what is missing, and gives what it has. A corrupt file is set aside. The only errors
-/// are that the file has a version which is not known here, and that another process has it.
+/// Opens `tenants.sqlite` in `dir`, making it if it is missing, and returns its content. A corrupt file is set aside.
+/// The only errors are that the file has a version which is not known here, and that another process has it.
 pub fn open(dir: &Path) -> Result<(AddressStore, AddressBuffer, Addresses), StorageError> {
     let buffer = AddressBuffer::default();
     let table = AddressTable(buffer.clone());

@@ -1,13 +1,14 @@
-//! The numbers of frames between this broker and another one, each way, and what waits to be sent. It has no IO and no clock.
+//! The numbers of frames between this broker and another one, each way, and the items that wait to be sent. It has no
+//! IO and no clock.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use crate::tenants::frame::FRAME_MAX;
 
-/// How often at least a frame is sent, with nothing in it if need be.
+/// The longest time between two frames; one without items is sent if need be.
 const HEARTBEAT: Duration = Duration::from_secs(2);
-/// Frames that are sent at once, at most: a router's key may come behind them.
+/// Frames that are sent at once, at most: a router's key may wait behind them.
 const FRAMES_MAX: usize = 20;
 
 /// Both ways to another broker, since it registered or was registered with.
@@ -20,7 +21,7 @@ pub struct Stream<T> {
     received: u64,
     waiting: VecDeque<T>,
     sent_at: Option<Instant>,
-    /// When the last frame came, or the epoch began.
+    /// When the last frame was received, or the epoch began.
     pub heard: Instant,
 }
 
@@ -31,12 +32,12 @@ pub struct Numbered<T> {
     pub epoch: u64,
     /// Its number.
     pub number: u64,
-    /// What it has.
+    /// Its items.
     pub items: Vec<T>,
 }
 
 impl<T> Stream<T> {
-    /// Of an epoch that begins now.
+    /// The stream of an epoch that begins now.
     pub fn new(epoch: u64, now: Instant) -> Self {
         Self { epoch, sent: 0, received: 0, waiting: VecDeque::new(), sent_at: None, heard: now }
     }
@@ -46,12 +47,12 @@ impl<T> Stream<T> {
         self.epoch
     }
 
-    /// Adds what is to be sent.
+    /// Adds an item to be sent.
     pub fn push(&mut self, item: T) {
         self.waiting.push_back(item);
     }
 
-    /// Counts a frame that came; false if others before it did not.
+    /// Counts a received frame; false if others before it are missing.
     pub fn receive(&mut self, number: u64, now: Instant) -> bool {
         let is_next = number == self.received;
         if is_next {

@@ -1,5 +1,5 @@
-//! One tenant's table: who is a member at which address, and which addresses are held for members that left. It has no IO
-//! and no clock.
+//! One tenant's table: its members with their addresses, and the addresses that are held for members that left. It has
+//! no IO and no clock.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -16,7 +16,7 @@ use crate::ipam::{FreeList, Range};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct MemberId(pub u64);
 
-/// What a client says of itself when it joins, and what was seen of it.
+/// The data of a client that joins: its own, and the address of its connection.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Newcomer {
     /// As it was given.
@@ -32,7 +32,7 @@ pub struct Newcomer {
 pub struct Member {
     /// Its address in the tenant's network.
     pub virtual_ip: IpAddr,
-    /// What it said.
+    /// Its data from the join.
     pub client: Newcomer,
 }
 

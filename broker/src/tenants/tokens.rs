@@ -1,6 +1,7 @@
-//! The tokens that clients need to join, where the config names a file of them: a line for each, with the SHA-256 of the token
-//! and the tenant's id, as `sha256sum` prints hashes and names. A tenant may have several. The file is read again when it
-//! changes, by one task; one that cannot be read, or has a line that is none, leaves what was read before.
+//! The tokens that clients need to join, where the config names a file of them: a line for each, with the SHA-256 of
+//! the token and the tenant's id, as `sha256sum` prints hashes and names. A tenant may have several. The file is read
+//! again when it changes, by one task; one that cannot be read, or has a line that is none, leaves the tokens that were
+//! read before.
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -31,7 +32,7 @@ pub enum TokenError {
     /// There is none.
     #[error("a token is needed: Authorization: Bearer TOKEN, or ?token=TOKEN")]
     Missing,
-    /// It is nobody's.
+    /// It is in no line of the file.
     #[error("the token is wrong")]
     Unknown,
     /// It is for other tenants.
@@ -54,8 +55,8 @@ impl Tokens {
         Ok(Arc::new(Self { file: file.to_owned(), hashes }))
     }
 
-    /// Whether a client with this token may join the tenant. The time that takes says nothing of a token, as hashes are
-    /// compared.
+    /// Whether a client with this token may join the tenant. The time that this takes reveals nothing of a token, as
+    /// hashes are compared.
     pub fn check(&self, tenant: &TenantId, token: Option<&str>) -> Result<(), TokenError> {
         let token = token.ok_or(TokenError::Missing)?;
         match self.hashes.read().get(&hash(token)) {
@@ -65,7 +66,7 @@ impl Tokens {
         }
     }
 
-    /// Looks for a new file, for ever.
+    /// Checks for a new file, for ever.
     pub async fn watch(self: Arc<Self>) {
         file_watcher::watch(self, |tokens| file_version(&tokens.file), Self::renew).await;
     }

@@ -1,4 +1,5 @@
-//! What operators should know of tenants: [`coordination`](super::coordination) notes it, the status shows it.
+//! The troubles of tenants that operators should know: [`coordination`](super::coordination) notes it, the status shows
+//! it.
 
 use std::collections::BTreeSet;
 
@@ -6,7 +7,7 @@ use wgkex_common::{BrokerName, WorkerName};
 
 use crate::tenants::hub::HubTrouble;
 
-/// What operators should know.
+/// The troubles that operators should know.
 #[derive(Debug, Clone, Default)]
 pub struct Troubles {
     /// Brokers that serve tenants by other rules.

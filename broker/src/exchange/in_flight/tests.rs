@@ -37,7 +37,7 @@ fn names(names: &BTreeSet<WorkerName>) -> Vec<&str> {
     names.iter().map(WorkerName::as_str).collect()
 }
 
-/// Sends what may be sent.
+/// Takes the publications that may be sent now.
 fn send(table: &mut InFlight, now: Instant) -> Vec<Publication> {
     std::iter::from_fn(|| table.next(now)).collect()
 }
@@ -300,7 +300,7 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// Every number of the table is that of a recount, and nothing is kept that nobody needs.
+/// Every counter of the table equals a recount, and no idle entry is kept.
 fn recount(table: &InFlight) {
     let count = |wanted: &dyn Fn(&Flight) -> bool| table.keys.values().filter(|flight| wanted(flight)).count();
     assert_eq!(table.late_keys, count(&|flight| flight.late.is_some()));

@@ -15,11 +15,11 @@ use crate::fleet::status::{
     Standing,
 };
 
-/// What is wrong with domains and gateways, as far as that is found while others wait for the gateways.
+/// The problems of domains and gateways, as far as they are found under the lock of the gateways.
 #[derive(Debug, Default)]
 pub struct FleetProblems {
     found: Vec<Problem>,
-    /// What gateways publish, of which some may clash.
+    /// The data that gateways publish, parts of which may clash.
     published: Vec<PublishedData>,
 }
 
@@ -43,8 +43,8 @@ impl Gateways {
         self.by_name.iter().map(status).collect()
     }
 
-    /// The same for operators: until the retained states are received again, also what was known before the connection was
-    /// lost.
+    /// The same for operators: until the retained states are received again, also the last known state from before the
+    /// connection was lost.
     #[must_use]
     pub fn shown(&self, now: Instant) -> Vec<GatewayStatus> {
         let mut shown = self.statuses(now);
@@ -70,7 +70,7 @@ impl Gateways {
         self.domains.iter().map(status).collect()
     }
 
-    /// Why a gateway gets no new routers: by its own word, and by this broker's operator.
+    /// The drains of a gateway: the one that it publishes, and that of this broker's operator.
     fn draining(&self, name: &WorkerName, gateway: &Gateway) -> Vec<Draining> {
         let worker = gateway.drain().map(|drain| Draining { by: DrainSource::Gateway, drain: drain.clone() });
         let broker = self.drains().get(name).map(|drain| Draining { by: DrainSource::Broker, drain: drain.clone() });
@@ -120,7 +120,7 @@ impl Gateways {
         self.by_name.iter().map(standing).collect()
     }
 
-    /// What is wrong with domains and gateways. Until the retained states are received nobody knows.
+    /// The problems of domains and gateways; none until the retained states are received.
     #[must_use]
     pub fn problems(&self, now: Instant) -> FleetProblems {
         if !self.is_synced() {
@@ -145,7 +145,7 @@ impl Gateways {
         FleetProblems { found: unserved.chain(gateways).chain(offline).collect(), published: self.published() }
     }
 
-    /// The gateways whose name another program seems to use, as they say.
+    /// The gateways that report that another program seems to use their name.
     pub fn names_in_use(&self) -> impl Iterator<Item = Problem> {
         let is_suspect = |gateway: &Gateway| gateway.hello.as_ref().is_some_and(|hello| hello.name_in_use);
         self.by_name.iter().filter(move |(_, gateway)| is_suspect(gateway)).map(|(name, _)| Problem {
@@ -158,7 +158,7 @@ impl Gateways {
         })
     }
 
-    /// The domains that a gateway counts without having published what routers need.
+    /// The domains that a gateway counts without having published the data that routers need.
     fn data_missing(&self) -> impl Iterator<Item = Problem> {
         self.by_name.iter().flat_map(|(name, gateway)| {
             let counted = self.domains.iter().filter(|domain| gateway.has_online(domain));
@@ -196,7 +196,7 @@ impl Gateways {
         })
     }
 
-    /// The gateways to which routers do not get through.
+    /// The gateways that routers do not reach.
     fn unreached(&self) -> impl Iterator<Item = Problem> {
         let connected = |name: &WorkerName| self.by_name.get(name).map_or(0, |gateway| gateway.peers().connected);
         let all = self.reach.by_gateway().iter();
@@ -213,7 +213,7 @@ impl Gateways {
         })
     }
 
-    /// What gateways that are online publish.
+    /// The data that online gateways publish.
     fn published(&self) -> Vec<PublishedData> {
         let online = self.by_name.iter().filter(|(_, gateway)| gateway.online);
         let published = online.flat_map(|(worker, gateway)| {
@@ -229,7 +229,7 @@ impl Gateways {
 }
 
 impl FleetProblems {
-    /// All of them. It compares what the gateways publish, for which nobody has to wait.
+    /// All problems. Compares the data of the gateways, without their lock.
     #[must_use]
     pub fn all(mut self) -> Vec<Problem> {
         self.found.extend(clashes::find(&self.published));

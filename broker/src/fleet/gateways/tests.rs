@@ -312,17 +312,17 @@ fn only_a_worker_with_a_hello_before_its_status_is_awaited() {
         |gateways: &Gateways| gateways.select(router(&domain("ff_a")), |_, _| true).map(|selection| selection.confirms);
     assert_eq!(confirms(&gateways), Some(true));
 
-    // An original takes the place: no hello of its own.
+    // An original takes its place, without a hello.
     gateways.live("wireguard-worker/a/status", "0");
     gateways.live("wireguard-worker/a/status", "1");
     assert_eq!(confirms(&gateways), Some(false));
 
-    // Ours comes back.
+    // Our worker returns.
     gateways.live("wireguard-worker/a/status", "0");
     gateways.arrive("a", 0);
     assert_eq!(confirms(&gateways), Some(true));
 
-    // A broker that starts finds both, in either order.
+    // A broker that starts receives both as retained, in either order.
     for hello_first in [true, false] {
         gateways.on_disconnect(Instant::now());
         gateways.data("a", "ff_a");
@@ -338,7 +338,7 @@ fn only_a_worker_with_a_hello_before_its_status_is_awaited() {
         assert_eq!(confirms(&gateways), Some(true));
     }
 
-    // It finds a hello that was left behind, and an original comes online.
+    // It receives a retained hello that was left behind, and an original comes online.
     gateways.on_disconnect(Instant::now());
     gateways.data("a", "ff_a");
     gateways.found("wireguard-metrics/ff_a/a/connected_peers", "0");
@@ -393,7 +393,7 @@ fn an_original_takes_keys_before_it_has_counted_its_peers() {
     assert_eq!(gateways.online(&domain("ff_b")), Online::default());
 }
 
-/// What is heard of one worker, and whether it is taken to be alive so many seconds after the last message.
+/// The messages of one worker, and for how many seconds after the last one it counts as alive.
 #[test]
 fn a_worker_is_alive_as_long_as_its_messages_show_it() {
     type Message = (&'static str, &'static str, bool);
@@ -406,16 +406,16 @@ fn a_worker_is_alive_as_long_as_its_messages_show_it() {
         (&[(status, "1", LIVE), (count, "3", LIVE)], 150),
         (&[(count, "3", LIVE), (status, "1", LIVE)], 150),
         (&[(hello, can, LIVE), (status, "1", LIVE)], 150),
-        // Found on the bus, or written by hand.
+        // Retained messages, or messages written by hand.
         (&[(status, "1", FOUND), (count, "3", FOUND), (hello, can, FOUND)], 65),
         (&[(status, "1", LIVE)], 65),
-        // A last will that came late, or zero that was written by hand.
+        // A last will that was published late, or zero that was written by hand.
         (&[(status, "1", LIVE), (count, "3", LIVE), (status, "0", LIVE)], 0),
         (&[(status, "0", FOUND), (count, "3", FOUND)], 0),
         (&[(status, "0", FOUND), (count, "3", LIVE)], 65),
         (&[(status, "0", LIVE), (count, "-1", LIVE)], 0),
         (&[(status, "0", LIVE), (hello, can, LIVE)], 0),
-        // No status, as somebody removed it, or the server hands out none.
+        // No status, as a client removed it, or the server delivers none.
         (&[(count, "3", LIVE)], 65),
         (&[(count, "3", LIVE), (count, "3", LIVE)], 65),
         (&[(count, "3", FOUND), (status, "", LIVE), (count, "3", LIVE)], 65),
@@ -437,7 +437,7 @@ fn a_worker_is_alive_as_long_as_its_messages_show_it() {
     }
 }
 
-/// What may stand as an original's hello, written by hand or left from a worker of ours.
+/// The hellos that an original may seem to have, written by hand or left from a worker of ours.
 #[test]
 fn a_hello_counts_as_long_as_it_is_repeated_or_the_worker_confirms() {
     let hellos = [
@@ -501,13 +501,13 @@ fn data_that_is_removed_stays_as_long_as_the_gateway_counts_there() {
             gateways.expire(seconds(at + 59));
             assert_eq!(gateways.best("ff_a").as_deref(), Some("old"));
         }
-        // Somebody says that it is offline, and it counts again.
+        // A client publishes that it is offline, and it publishes a count again.
         gateways.apply(&Topic::WorkerStatus { worker: name("old") }, b"0", false, seconds(299)).unwrap();
         assert_eq!(gateways.best("ff_a"), None);
         gateways.apply(&count, b"3", false, seconds(300)).unwrap();
         assert_eq!(gateways.best("ff_a").as_deref(), Some("old"));
         assert!(gateways.is_reserved(&key, false));
-        // It does not any longer.
+        // It no longer publishes counts.
         gateways.expire(seconds(449));
         assert!(gateways.by_name["old"].data.contains_key("ff_a"));
         gateways.expire(seconds(450));
@@ -520,7 +520,7 @@ fn a_domain_whose_gateways_data_was_removed_counts_as_never_published() {
     let (data, count) = ("wireguard-worker/a/ff_a/data", "wireguard-metrics/ff_a/a/connected_peers");
     let (hello, status) = ("wgkex/worker/a/hello", "wireguard-worker/a/status");
     let is_known = |gateways: &Gateways| gateways.is_known(&domain("ff_a"));
-    // Of a worker that was never online.
+    // Data of a worker that was never online.
     let mut gateways = gateways(&[]);
     gateways.data("a", "ff_a");
     gateways.data("b", "ff_a");
@@ -544,7 +544,7 @@ fn a_domain_whose_gateways_data_was_removed_counts_as_never_published() {
         }
         assert!(!is_known(&gateways), "{order:?}");
     }
-    // Of one that is online: as long as it counts there.
+    // Data of a worker that is online stays as long as it publishes counts there.
     let now = Instant::now();
     gateways.arrive("a", 3);
     gateways.live(data, "");
@@ -640,7 +640,7 @@ fn connected_peers_are_those_that_are_counted_and_assigned_ones_stand_apart() {
     assert_eq!((status.connected, status.assigned), (6, 0));
 }
 
-/// The version was that of an original, and nothing told why.
+/// Failed before: the version was shown as an original's, and no reason was shown.
 #[test]
 fn an_offline_gateway_keeps_its_version_and_says_since_when_and_why() {
     let mut gateways = gateways(&[]);
@@ -655,7 +655,7 @@ fn an_offline_gateway_keeps_its_version_and_says_since_when_and_why() {
     gateways.live("wireguard-worker/a/status", "0");
     assert_eq!(offline(&gateways, 0), (false, version(), Some((OfflineReason::ConnectionLost, true))));
     gateways.arrive("a", 0);
-    // As a worker says that it stops.
+    // The messages of a worker that stops.
     gateways.live("wireguard-metrics/ff_a/a/connected_peers", "-1");
     gateways.live("wgkex/worker/a/hello", "");
     assert_eq!(gateways.statuses(Instant::now())[0].domains[0].state, DomainState::Down(Some(0)));
@@ -663,7 +663,7 @@ fn an_offline_gateway_keeps_its_version_and_says_since_when_and_why() {
     assert_eq!(offline(&gateways, 0), (false, version(), Some((OfflineReason::Stopped, true))));
     let later = Instant::now() + Duration::from_secs(90);
     assert_eq!(gateways.statuses(later)[0].offline.as_ref().unwrap().for_secs, Some(90));
-    // What is found after a reconnection was so before, and the version is not forgotten.
+    // A state that is received as retained after a reconnection is of unknown age, and the version is not forgotten.
     gateways.on_disconnect(Instant::now());
     gateways.found("wireguard-worker/a/status", "0");
     gateways.found("wireguard-metrics/ff_a/a/connected_peers", "-1");
@@ -700,7 +700,7 @@ fn what_is_remembered_while_there_is_no_connection_is_bounded() {
     assert_eq!(gateways.remembered.len(), NAMES_MAX);
 }
 
-/// They were gone from the page as soon as the connection was.
+/// Failed before: the gateways vanished from the page as soon as the connection was lost.
 #[test]
 fn operators_see_what_was_last_known_until_the_states_are_received_again() {
     let mut gateways = gateways(&[]);
@@ -889,7 +889,7 @@ fn a_gateway_that_routers_do_not_reach_is_a_problem() {
     assert_eq!((problems.len(), reach.reached, reach.unreached), (0, 3, 2));
 }
 
-/// `worker` says hello again, with a drain or without.
+/// `worker` publishes its hello again, with a drain or without.
 fn hello(gateways: &mut Gateways, worker: &str, drain: &str) {
     let hello = format!(r#"{{"version":"1","can":["confirm"]{drain}}}"#);
     gateways.live(&format!("wgkex/worker/{worker}/hello"), &hello);

@@ -57,7 +57,7 @@ fn page_of_none() -> SnapshotChunk {
     }
 }
 
-/// The keys that an asker gets in the end.
+/// All keys that a sync client receives.
 fn all(live: &LiveKeys, mut question: SyncRequest, now: Instant) -> Vec<PublicKey> {
     let mut keys = Vec::new();
     loop {
@@ -137,7 +137,7 @@ fn only_recent_updates_answer_a_request_for_those() {
     live.on_request("ff_a", key(2), now);
     live.on_request("ff_a", key(3), now + HOUR);
     assert_eq!(young(&live, now + HOUR), [key(3)]);
-    // Another broker knew it all the time, and this one hears of it only now.
+    // Another broker has known the key for long, and this one receives it only now.
     let later = now + HOUR + 60 * SECOND;
     let page = SnapshotChunk {
         keys: [
@@ -195,7 +195,7 @@ fn keys_that_expire_at_another_broker_are_not_merged() {
     assert!(live.is_empty());
 }
 
-/// Fails where a worker's word makes a key live: it was given to who asked, and pushed out what had a handshake.
+/// Fails if a worker's report makes a key live: such a key was sent to sync clients, and evicted keys with a handshake.
 #[test]
 fn a_reported_handshake_makes_no_key_live_and_counts_once_a_router_requests_it() {
     let (mut live, now) = live(16);
@@ -264,7 +264,7 @@ fn an_address_is_taken_while_its_owner_is_in_its_grace_or_proven() {
     assert!(taken(&live, first, now + 599 * SECOND) && !taken(&live, first, end), "a repeat does not make it longer");
     assert!(!taken(&live, second, now) && !live.is_taken("ff_none", first, now));
     live.on_handshake(&"gw".parse().unwrap(), "ff_a", second, end);
-    // The word of a handshake is at most as old as the time between two of them.
+    // A report of a handshake is at most as old as the time between two reports.
     let alive = 2 * CLEANUP.stale;
     assert!(taken(&live, first, now + alive) && !taken(&live, first, end + alive));
 }
@@ -295,8 +295,8 @@ fn of_two_keys_with_one_address_only_the_better_founded_is_live() {
     }
 }
 
-/// Fails where whoever never had a handshake, and came less than its grace ago, had the better claim than a router
-/// that was silent for some hours: key after key kept that out for as long as somebody liked.
+/// Fails if a key without a handshake, requested within its grace time, has a better claim than that of a router that
+/// was silent for some hours: with one key after the other a stranger kept that router out without limit.
 #[test]
 fn a_router_that_comes_back_has_its_address_again_from_any_that_never_shook_hands() {
     let (router, stranger) = collision();
@@ -338,7 +338,7 @@ fn a_router_that_was_away_too_long_or_whose_address_shakes_hands_for_another_wai
     live.expire(now + DAY);
     assert!(live.is_taken("ff_a", router, now + DAY), "it does so still");
     assert_eq!(live.is_established(&domain(), &router), None, "and the first is forgotten");
-    // Asking alone keeps no address for ever.
+    // Requests alone keep no address for ever.
     for hours in 20..48 {
         live.on_request("ff_a", other, gone + hours * HOUR);
     }

@@ -1,4 +1,4 @@
-//! A client's packets, and what they bring about.
+//! A client's packets, and their effects.
 
 use proptest::prelude::*;
 use rumqttc::SubscribeFilter;
@@ -23,7 +23,7 @@ fn message(topic: &str, qos: QoS) -> Message {
     Message { topic: topic.into(), payload: "x".into(), qos, retain: false }
 }
 
-/// What the session does, and what it answers.
+/// The actions and the answers of the session.
 fn take(session: &mut ClientSession, packet: Packet) -> (Vec<SessionAction>, Vec<Packet>) {
     let mut output = BytesMut::new();
     let actions = session.take(packet, LogPosition::default(), &mut output).unwrap();
@@ -206,7 +206,7 @@ fn a_packet_costs_by_its_topics_and_an_expected_acknowledgement_nothing() {
 }
 
 proptest! {
-    /// The codec is rumqttc's; strangers speak to it here.
+    /// The codec is rumqttc's; here it reads packets of strangers.
     #[test]
     fn no_bytes_make_it_panic(
         bytes in prop::collection::vec(any::<u8>(), 0..64),

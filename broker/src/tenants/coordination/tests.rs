@@ -30,7 +30,7 @@ struct Rig {
     brokers: Vec<Broker>,
     now: Instant,
     last: u64,
-    /// Whose sessions the next ones are.
+    /// The client of the next sessions.
     client: Client,
 }
 
@@ -91,7 +91,7 @@ impl Rig {
         rig
     }
 
-    /// All that the bus reaches know of each other.
+    /// All brokers that the bus reaches receive each other's states.
     fn introduce(&mut self) {
         let known = self
             .brokers
@@ -118,14 +118,14 @@ impl Rig {
         self.introduce();
     }
 
-    /// A broker ends without a word; the bus notices it.
+    /// A broker ends without a farewell; the bus notices it.
     fn kill(&mut self, broker: usize) -> Broker {
         self.reach(broker, false);
         let dead = new_broker(99, "10.64.0.0/10", 20, Addresses::new(), self.now);
         std::mem::replace(&mut self.brokers[broker], Broker { is_reached: false, ..dead })
     }
 
-    /// Delivers what brokers send each other, until nothing is left.
+    /// Delivers the frames between brokers, until none is left.
     fn deliver(&mut self) {
         self.deliver_some(|| true);
     }
@@ -220,7 +220,8 @@ impl Rig {
 }
 
 impl Guest {
-    /// What came since the last time: `ADDRESS: NAMES` for an answer, `+NAME ADDRESS`, `-ADDRESS`; in the end `?` for a probe.
+    /// The messages received since the last call: `ADDRESS: NAMES` for an answer, `+NAME ADDRESS`, `-ADDRESS`; in the
+    /// end `?` for a probe.
     fn received(&mut self) -> Vec<String> {
         let mut received = Vec::new();
         while let Ok(outgoing) = self.queue.try_recv() {
@@ -623,7 +624,7 @@ fn a_coordinator_that_says_nothing_is_passed_over() {
 fn a_coordinator_that_stood_still_follows_the_one_that_took_its_place() {
     let mut rig = Rig::of(3);
     let (mut a, mut b) = (rig.enter(0, 2), rig.enter(1, 3));
-    // The bus takes it for there.
+    // The bus still counts it as online.
     rig.brokers[0].is_reached = false;
     for _ in 0..45 {
         rig.now += Duration::from_secs(1);
@@ -733,7 +734,7 @@ fn a_broker_whose_registration_is_long_keeps_its_members() {
     let (mut watcher, member) = (rig.enter(1, 2), rig.enter(2, 3));
     assert_eq!(watcher.received(), ["10.64.0.1: ", "+N3 10.64.0.2"]);
     rig.kill(0);
-    // Its registration comes from here, a frame a second.
+    // This test sends its registration, a frame a second.
     rig.brokers[member.broker].is_reached = false;
     rig.wait(Duration::from_secs(5));
     let held = |number: u8| HeldAddress {
@@ -779,7 +780,7 @@ proptest! {
     fn members_of_all_brokers_come_to_know_the_same(steps in steps(), losses in prop::collection::vec(any::<bool>(), 0..40)) {
         let mut rig = Rig::of(3);
         let mut losses = losses.into_iter();
-        // By number: the guest, and what it knows.
+        // By number: the guest, and the members that it knows.
         let mut guests: BTreeMap<u8, (Guest, BTreeMap<String, String>)> = BTreeMap::new();
         for step in steps {
             match step {
@@ -813,7 +814,7 @@ proptest! {
     }
 }
 
-/// Applies what guests received, as clients do. Those that were ended are gone.
+/// Applies the messages that guests received, as clients do. Those that were ended are gone.
 fn check(rig: &mut Rig, guests: &mut BTreeMap<u8, (Guest, BTreeMap<String, String>)>) -> Result<(), TestCaseError> {
     for (guest, known) in guests.values_mut() {
         while let Ok(outgoing) = guest.queue.try_recv() {

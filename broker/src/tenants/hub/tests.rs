@@ -32,12 +32,12 @@ fn hub() -> Hub {
     hub
 }
 
-/// A worker's copy, and how many messages say that it is up to date.
+/// A worker's copy, and whether it has noticed that it is behind.
 #[derive(Default)]
 struct Copy {
     version: Option<LeaseVersion>,
     leases: BTreeMap<PublicKey, LeasedAddresses>,
-    /// What it would ask for.
+    /// It would request all addresses.
     is_behind: bool,
 }
 
@@ -199,7 +199,7 @@ fn a_worker_that_missed_something_notices_it_within_seconds() {
 }
 
 proptest! {
-    /// Whatever is lost: a worker that is not behind has what the tenants have.
+    /// Whatever messages are lost: a worker that is not behind has all addresses of the tenants.
     #[test]
     fn a_worker_that_is_not_behind_has_all_addresses(
         steps in prop::collection::vec((0_u8..5, 0_u8..3, prop::option::of(0_u8..250), 0_u8..10), 0..80),

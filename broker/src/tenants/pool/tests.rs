@@ -114,7 +114,7 @@ fn where_too_many_addresses_are_held_the_tenant_with_most_gives_up_its_oldest() 
         assert!(rig.leave(tenant, number));
         rig.wait(Duration::from_secs(1));
     };
-    // Tenant 0 comes and goes without end, tenant 1 has one address.
+    // Members of tenant 0 join and leave without end, tenant 1 has one address.
     (1..4).for_each(|number| come_and_go(&mut rig, 0, number));
     come_and_go(&mut rig, 1, 1);
     (4..9).for_each(|number| come_and_go(&mut rig, 0, number));
@@ -204,7 +204,7 @@ fn what_does_not_fit_is_not_restored() {
     assert_eq!(rig.tenants.counts(), Counts { tenants: 1, members: 0, held: 1 });
 }
 
-/// What happens to three tenants in a pool of two networks of six addresses each.
+/// A step of three tenants in a pool of two networks of six addresses each.
 #[derive(Debug, Clone)]
 enum Step {
     Join(usize, u8),
@@ -229,7 +229,7 @@ struct Model {
     /// Address and time, by key.
     held: BTreeMap<u8, (u8, Instant)>,
     emptied: Option<Instant>,
-    /// What each member knows of the others from its answer and from what came after it: addresses and keys.
+    /// The addresses and keys of the others that each member knows from its answer and from later messages.
     known: BTreeMap<u8, BTreeMap<u8, u8>>,
 }
 
@@ -293,7 +293,7 @@ fn model_network(models: &mut [Model], tenant: usize) -> Option<usize> {
 }
 
 proptest! {
-    /// What members learn is the truth, no address is given twice, and each is the one that the rules name.
+    /// Members know the true state, no address is given twice, and each is the one that the rules name.
     #[test]
     fn tenants_are_as_the_rules_have_it(steps in steps()) {
         let mut rig = Rig::new(&["10.0.0.0/28"], 29, GRACE);

@@ -1,18 +1,18 @@
-//! The hub of tenants, of which each broker tells its members, and to which the coordinator publishes.
+//! The hub of tenants, which each broker announces to its members, and to which the coordinator publishes.
 
 use wgkex_common::wire::lease::LeaseContent;
 
 use super::*;
 
 impl Rig {
-    /// Each broker learns what the worker that is the hub announces.
+    /// Each broker receives the announcement of the worker that is the hub.
     fn announce(&mut self, announced: Option<&AnnouncedHub>) {
         for broker in self.brokers.iter_mut().filter(|broker| broker.is_reached) {
             broker.tenants.on_hub(&HUB_WORKER.parse().unwrap(), announced.cloned(), self.now);
         }
     }
 
-    /// The worker asks all brokers for what it lacks.
+    /// The worker requests the addresses that it lacks from all brokers.
     fn ask(&mut self) {
         for broker in &mut self.brokers {
             let request = LeaseRequest { to: broker.name.clone(), server: HUB.into(), known: None };
@@ -20,7 +20,7 @@ impl Rig {
         }
     }
 
-    /// What brokers publish to the worker: the broker, and how many keys have an address in a snapshot or changed.
+    /// The messages of brokers to the worker: the broker, and how many keys have an address in a snapshot or changed.
     fn published(&mut self) -> Vec<(usize, i64, String)> {
         let mut published = Vec::new();
         for (number, broker) in self.brokers.iter_mut().enumerate() {
@@ -66,7 +66,7 @@ fn the_coordinator_publishes_all_addresses_and_the_next_one_goes_on() {
     rig.wait(GRACE + Duration::from_secs(1));
     let published: Vec<_> = rig.published().into_iter().filter(|(_, _, content)| content != "current").collect();
     assert_eq!(published, [(0, version + 2, "+0 -1".into())]);
-    // The next coordinator has other numbers, and says so when it knows all sessions.
+    // The next coordinator has other numbers, and publishes them when it knows all sessions.
     rig.kill(0);
     rig.wait(Duration::from_secs(20));
     assert_eq!(
