@@ -1,9 +1,9 @@
-//! Which keys are admitted: keys can be denied, allowed or trusted. The entries come from files of this machine (`files.rs`,
-//! `parse.rs`), and from records of admin calls, which all brokers and workers share (`records.rs`, `anti_entropy.rs`) and
-//! write to disk (`records_file.rs`); what they come to for a key is in `policy.rs`.
+//! Which keys are admitted: keys can be denied, allowed or trusted. The entries are read from files of this machine
+//! (`files.rs`, `parse.rs`), and from records of admin calls, which all brokers and workers share (`records.rs`,
+//! `anti_entropy.rs`) and write to disk (`records_file.rs`); `policy.rs` makes the decision for a key.
 //!
 //! Tasks: one, [`service`], owns all of that; it reads files and writes records on threads that may wait for the disk.
-//! Everything else has its handle, and the [`Admission`] that it makes of the entries.
+//! Other tasks have its handle, and the [`Admission`] that it computes from the entries.
 //!
 //! Previous stops of an entry: a file, the broker's `http` (admin calls), or the `bus` room, which receives the records of others.
 //! Next stops: the broker's `exchange` before it publishes a key, the worker's `reconciler` before it installs one.
@@ -59,13 +59,13 @@ pub struct Entry {
     /// The only domain in which it is allowed; none for all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub domain: Option<String>,
-    /// What the operator calls the node.
+    /// The operator's name for the node.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// Why it is on the list; never sent to the node.
+    /// The reason for the entry; never sent to the node.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-    /// When it counts no longer, in seconds of Unix time; none for never.
+    /// When it expires, in seconds of Unix time; none for never.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub until: Option<u64>,
 }
@@ -77,7 +77,7 @@ impl Entry {
         Self { list, key, domain: None, name: None, reason: None, until: None }
     }
 
-    /// Whether it counts at `now`, in seconds of Unix time.
+    /// Whether it is in effect at `now`, in seconds of Unix time.
     #[must_use]
     pub fn counts(&self, now: u64) -> bool {
         self.until.is_none_or(|until| now < until)

@@ -1,10 +1,10 @@
-//! Which key has an address: several keys can derive the same one. No IO, no clock, no task.
+//! Which key has an address: several keys can derive the same address. No IO, no clock, no task.
 //!
-//! [`reserved`] has the keys and addresses of gateways, which no router may have; [`claim`] decides between two routers.
-//! [`tenants`] says which networks tenants have.
+//! [`reserved`] holds the keys and addresses of gateways, which no router may have; [`claim`] decides between two
+//! routers. [`tenants`] computes the networks of tenants.
 //!
-//! Previous stop of what a gateway reserves: the `bus` room, which receives it. Next stops: the broker's `exchange`, which asks
-//! before it publishes a key, and the worker's `peers` before it admits one.
+//! Previous stop of a gateway's reservation: the `bus` room, which receives the gateway's data. Next stops: the
+//! broker's `exchange`, which checks it before it publishes a key, and the worker's `peers` before it admits one.
 
 pub mod claim;
 pub mod reserved;

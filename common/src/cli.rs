@@ -1,4 +1,4 @@
-//! What the command lines of all programs have in common.
+//! The common parts of the command lines of all programs.
 //!
 //! No task. Previous stop: `main` of each program, which parses the command line; next stop: the program's `cli` room, or its
 //! `run`.
@@ -17,21 +17,21 @@ use crate::doctor::access::Identity;
 use crate::doctor::identity::{self, Sources};
 use crate::doctor::{self, Program};
 
-/// The exit code of `check-config` where only `--strict` finds fault.
+/// The exit code of `check-config` if only `--strict` reports a problem.
 const ONLY_WARNINGS: u8 = 1;
 /// The exit code of `check-config` where the program would not start.
 const MISTAKES: u8 = 2;
 
-/// The exit code of a program that is called wrongly, as `EX_USAGE` of sysexits.h: none of what a command found.
+/// The exit code for a wrong command line, as `EX_USAGE` of sysexits.h: distinct from the results of commands.
 const USAGE: u8 = 64;
 
-/// Runs a program with what its command line says, and returns how the process ends.
+/// Runs a program with its command line, and returns the exit code.
 #[must_use]
 pub fn run<A: Parser>(program: impl FnOnce(A) -> ExitCode) -> ExitCode {
     A::try_parse().map_or_else(|error| refused(&error), program)
 }
 
-/// Prints what is wrong with a command line, or the help or version that it asks for.
+/// Prints the error of a command line, or the requested help or version.
 fn refused(error: &clap::Error) -> ExitCode {
     match error.print() {
         Err(_) => ExitCode::FAILURE,
@@ -71,7 +71,7 @@ pub struct CheckConfig {
 }
 
 impl CheckConfig {
-    /// Prints what is wrong with the config and returns how the process ends: 0 if nothing is, 1 if there are warnings and
+    /// Prints the problems of the config and returns the exit code: 0 if there are none, 1 if there are warnings and
     /// the check is strict, 2 if `program` would not start.
     #[must_use]
     pub fn run(&self, file: Option<&Path>, program: Program) -> ExitCode {
@@ -114,7 +114,7 @@ pub enum Documents {
 }
 
 impl Documents {
-    /// Writes what is asked for, of the program that has this `command` line, and returns how the process ends.
+    /// Writes the requested files for the program that has this `command` line, and returns the exit code.
     #[must_use]
     pub fn run(&self, command: Command) -> ExitCode {
         match self.write(command) {
@@ -138,13 +138,13 @@ impl Documents {
     }
 }
 
-/// The files without which `program` does not start, and the others, that cannot be read: by who runs this, or by another
-/// user as whom the program serves.
+/// The files that cannot be read: those without which `program` does not start, and the others. Checked for the caller,
+/// or for the user as whom the program serves.
 fn unreadable_files(config: &Config, program: Program) -> (Vec<Problem>, Vec<Problem>) {
     let mut files = config.unreadable_files();
     let worker_user = config.worker_user.as_deref().filter(|_| program == Program::Worker);
     let user = identity::find(program, Sources { config: worker_user, ..Sources::default() });
-    // A user who is not known is the doctor's business.
+    // The doctor reports an unknown user.
     if let Some(user) = user.ok().filter(Identity::is_another) {
         let known: Vec<_> = files.iter().map(|file| file.problem.key.clone()).collect();
         let denied = doctor::files::denied(config, program, &user).into_iter();

@@ -1,9 +1,10 @@
-//! The config, checked once at the start. `yaml.rs` (or `variables.rs`) makes text a tree, `keys.rs` brings that into the
-//! shape of the keys in `raw.rs`, which makes the [`Config`] that both programs run by; `diagnostics.rs` writes the lines
-//! about what is wrong.
+//! The config, checked once at the start. `yaml.rs` (or `variables.rs`) parses the text into a tree, `keys.rs`
+//! normalizes that to the shape of the keys in `raw.rs`, which makes the [`Config`] that both programs use;
+//! `diagnostics.rs` collects the problems.
 //!
-//! Each section is one file, which has its keys as they may stand in the file (`Raw...`), what they mean, and the defaults;
-//! the types of values that are no section's own are in `value.rs`. A new key is added to its section, and to wgkex.yaml.example.
+//! Each section is one file, with its keys as they may be written in the file (`Raw...`), their checked values, and the
+//! defaults; types of values that several sections use are in `value.rs`. A new key is added to its section, and to
+//! wgkex.yaml.example.
 //!
 //! No task; `main` of each program owns the config. Previous stop: the file, or the variables of a container; next stop: `run` of
 //! the program, which gives each room its section.
@@ -72,43 +73,43 @@ pub use self::value::Secret;
 pub(crate) use self::yaml::Tree;
 use crate::{Domain, HostName, PublicKey, WorkerName};
 
-/// Where the original has its config.
+/// The default file of the original's config.
 const FILE: &str = "/etc/wgkex.yaml";
-/// How units call the credential that is the password of the MQTT server.
+/// The name that units use for the credential with the password of the MQTT server.
 const PASSWORD_CREDENTIAL: &str = "mqtt-password";
-/// Where they load it from.
+/// The file from which units load it.
 const PASSWORD_SOURCE: &str = "/etc/credstore/wgkex.mqtt-password";
 
-/// Everything an operator may decide; it can be relied on without another check.
+/// All settings, validated: they need no further check.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
     /// The domains served here: those of `domains` that begin with one of `domain_prefixes`.
     pub domains: BTreeSet<Domain>,
-    /// The host name; what this worker or broker is called on the bus.
+    /// The host name; the name of this worker or broker on the bus.
     pub name: HostName,
     /// The address that routers get (`externalName`, else the host name).
     pub external_name: String,
     /// The gateways that the operator gave a place in the balance, by host name.
     pub workers: BTreeMap<WorkerName, GatewayShare>,
-    /// When peers that stay silent go.
+    /// When silent peers are removed.
     pub cleanup: Cleanup,
-    /// The bus.
+    /// The MQTT session.
     pub mqtt: Mqtt,
     /// The MQTT server inside the broker, if no other is named.
     pub mqtt_listen: Option<MqttListen>,
     /// Where the broker serves routers.
     pub broker_listen: Listen,
-    /// Where the broker serves routers by HTTPS, beside that; none if it does not.
+    /// Where the broker serves routers by HTTPS, in addition; none if it does not.
     pub https: Option<Https>,
     /// Where the worker serves its metrics.
     pub worker_listen: Listen,
-    /// As which user the worker serves, if it is started as root; none for root itself.
+    /// The user as whom the worker serves, if it is started as root; none for root itself.
     pub worker_user: Option<String>,
     /// How long a router's answer may wait for a gateway.
     pub confirm: Confirm,
-    /// Where both programs keep what they must know again after a restart.
+    /// The directory of the state that both programs keep over a restart.
     pub state_dir: PathBuf,
-    /// Which keys a gateway gets back.
+    /// How many keys the brokers remember for gateways, and how long.
     pub live_keys: LiveKeyLimits,
     /// How many peers a gateway's interface may have.
     pub peers: Peers,
@@ -116,19 +117,19 @@ pub struct Config {
     pub forget_idle_after: Option<Duration>,
     /// Keys that no router may have: `protected_keys` and `key_whitelist`.
     pub protected_keys: BTreeSet<PublicKey>,
-    /// The networks of proxies whose headers name the client.
+    /// The networks of proxies whose headers are trusted for the client's address.
     pub trusted_proxies: Vec<IpNet>,
-    /// How often keys may come that the broker does not know.
+    /// The rate limits of unknown keys.
     pub limits: Limits,
-    /// Which keys may come, and stay.
+    /// The access lists.
     pub key_lists: KeyLists,
-    /// How fast a gateway that came back is filled.
+    /// How fast the share of a returned gateway grows.
     pub rebalance: Rebalance,
     /// Where the broker takes admin calls.
     pub admin_listen: Listen,
     /// The SHA-256 of the token that admin calls need, 64 hexadecimal digits in lower case; without it there are none.
     pub admin_token_hash: Option<Secret>,
-    /// Where tables are that several brokers may share.
+    /// Where the tables are that several brokers may share.
     pub storage: Storage,
     /// The registry of servers and clients; none if it is not enabled.
     pub registry: Option<Registry>,
@@ -136,37 +137,37 @@ pub struct Config {
     pub servers: BTreeMap<String, Server>,
     /// The hub of tenants that this gateway is, if it is one.
     pub hub: Option<Hub>,
-    /// What tenants get, if the broker serves any.
+    /// The settings of tenants, if the broker serves any.
     pub tenants: Option<TenantSettings>,
-    /// What `wgkex-worker setup` makes for each of `domains`.
+    /// The interfaces that `wgkex-worker setup` makes for each of `domains`.
     pub setup: BTreeMap<Domain, Setup>,
-    /// Whether anything of that is in the file.
+    /// Whether the file has a section `setup`.
     pub is_setup_named: bool,
     /// The least important events that are logged.
     pub log_level: Level,
     /// The form of the log's lines.
     pub log_format: LogFormat,
-    /// Where this was read, and the values of all keys there, for a comparison after it was read again.
+    /// The source of the config and the values of all its keys, to compare them after a reload.
     pub source: Source,
-    /// What is odd but does no harm: the caller logs it once logging is up.
+    /// The warnings: the caller logs them once logging is set up.
     pub warnings: Vec<Problem>,
 }
 
-/// Why there is no [`Config`].
+/// Why there is no valid [`Config`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{}", .mistakes.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))]
 pub struct ConfigError {
-    /// What is wrong, one or more.
+    /// The errors, at least one.
     pub mistakes: Vec<Problem>,
-    /// What is odd beside that.
+    /// The warnings beside them.
     pub warnings: Vec<Problem>,
 }
 
-/// What the config takes from the machine that it is read on.
+/// Facts of the machine on which the config is read.
 #[derive(Clone, Copy)]
 struct Machine<'a> {
     host_name: &'a str,
-    /// The file that the service manager has put the password of the MQTT server in, if it has.
+    /// The file in which the service manager provides the password of the MQTT server, if it does.
     credential: Option<&'a str>,
 }
 
@@ -181,15 +182,15 @@ impl ConfigError {
     }
 }
 
-/// The content of `text`, YAML or JSON of up to `max` bytes with anything at its top; else one line that shows nothing of
-/// it.
+/// Parses `text`, YAML or JSON of up to `max` bytes with any value at its top; the error is one line that shows nothing
+/// of it.
 pub(crate) fn tree(text: &str, max: usize) -> Result<Tree, String> {
     yaml::any(text, max)
 }
 
 impl Config {
-    /// Reads `file`, else the file named by `WGKEX_CONFIG_FILE`, else `/etc/wgkex.yaml`; where there is none, and none is
-    /// named by the caller, the variables of the container.
+    /// Reads `file`, else the file named by `WGKEX_CONFIG_FILE`, else `/etc/wgkex.yaml`; if that does not exist, and
+    /// the caller names none, the variables of the container.
     pub fn load(file: Option<&Path>) -> Result<Self, ConfigError> {
         let text = |(name, value): (OsString, OsString)| Some((name.into_string().ok()?, value.into_string().ok()?));
         let variables: BTreeMap<String, String> = env::vars_os().filter_map(text).collect();
@@ -219,7 +220,7 @@ impl Config {
         Self::from_tree(tree, machine, diagnostics)
     }
 
-    /// The config in a container's variables (contract section 7); other variables do not count.
+    /// The config in a container's variables (contract section 7); other variables are ignored.
     pub fn from_variables(variables: &BTreeMap<String, String>, host_name: &str) -> Result<Self, ConfigError> {
         Self::of_variables(variables, Machine { host_name, credential: None })
     }
@@ -233,7 +234,7 @@ impl Config {
         Self::from_tree(Some(variables::tree(variables)), machine, diagnostics)
     }
 
-    /// A file counts alone; where there is none, the variables do.
+    /// If there is a file, the variables are ignored; they are used if there is none.
     fn choose(
         file: &str,
         content: io::Result<String>,
@@ -284,8 +285,8 @@ impl Config {
     }
 }
 
-/// The password of the MQTT server that the service manager loaded for this program (`LoadCredential=` in its unit). A command
-/// that root runs in a shell, such as `doctor`, reads it where the service manager does.
+/// The password of the MQTT server that the service manager loaded for this program (`LoadCredential=` in its unit). A
+/// command that root runs in a shell, such as `doctor`, reads the file from which the service manager loads it.
 fn password_credential(variables: &BTreeMap<String, String>) -> Option<String> {
     match variables::value(variables, "CREDENTIALS_DIRECTORY") {
         Some(directory) => {

@@ -1,7 +1,7 @@
-//! What the commands `doctor` of both programs have in common: a [`Finding`] for each check, and how they are printed.
+//! The common parts of the commands `doctor` of both programs: a [`Finding`] for each check, and the output.
 //!
-//! Each program gathers facts, in its room `cli`, and decides about them without IO, in its room `doctor`. Here are the
-//! checks that both make: [`files`], [`bus`], [`clock`], [`config`]; and what gathers facts for them: [`access`],
+//! Each program gathers facts, in its room `cli`, and evaluates them without IO, in its room `doctor`. The checks that
+//! both make are here: [`files`], [`bus`], [`clock`], [`config`]; and the code that gathers facts for them: [`access`],
 //! [`identity`], [`sockets`].
 //!
 //! No task. Previous stop: the command `doctor` in the program's `cli` room; next stop: the terminal.
@@ -32,51 +32,51 @@ const WARNINGS: u8 = 1;
 /// The exit code where something fails.
 const FAILURES: u8 = 3;
 
-/// How bad a finding is.
+/// The severity of a finding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Level {
-    /// It is as it should be.
+    /// No problem.
     Ok,
-    /// Somebody should look.
+    /// The operator should check it.
     Warn,
     /// Routers are not served, or will not be.
     Fail,
 }
 
-/// What one check found.
+/// The result of one check.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Finding {
-    /// How bad it is.
+    /// Its severity.
     pub level: Level,
-    /// What was looked at, as `wg-welt` or `clock`.
+    /// The subject of the check, such as `wg-welt` or `clock`.
     pub subject: String,
-    /// What was found.
+    /// The observation.
     pub found: String,
-    /// What to do; none if it is as it should be.
+    /// The remedy; none without a problem.
     pub advice: Option<String>,
 }
 
-/// What is wrong, and what to do.
+/// A problem and its remedy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Trouble {
-    /// What was found.
+    /// The problem.
     pub found: String,
-    /// What to do.
+    /// The remedy.
     pub advice: String,
 }
 
-/// Whose doctor it is.
+/// The program that is checked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Program {
-    /// The broker's.
+    /// The broker.
     Broker,
-    /// The worker's.
+    /// The worker.
     Worker,
 }
 
 impl Program {
-    /// Whether it does not start without a file that is needed by these.
+    /// Whether it does not start without a file that these programs need.
     #[must_use]
     pub fn needs(self, needed_by: NeededBy) -> bool {
         match needed_by {
@@ -86,7 +86,7 @@ impl Program {
         }
     }
 
-    /// What the program is called in a sentence.
+    /// The program's name in a sentence.
     fn word(self) -> &'static str {
         match self {
             Self::Broker => "broker",
@@ -94,7 +94,7 @@ impl Program {
         }
     }
 
-    /// The key of the config that names where it answers.
+    /// The key of the config with the address on which it answers.
     fn listen(self) -> &'static str {
         match self {
             Self::Broker => "broker_listen",
@@ -102,7 +102,7 @@ impl Program {
         }
     }
 
-    /// The unit that names the user as which it is started.
+    /// The settings that name its user, as shown in advice.
     fn user(self) -> &'static str {
         match self {
             Self::Broker => "User= of its unit; --user NAME checks for another one",
@@ -112,7 +112,7 @@ impl Program {
 }
 
 impl Trouble {
-    /// What was found, and what to do.
+    /// A problem and its remedy.
     #[must_use]
     pub fn new(found: impl Into<String>, advice: impl Into<String>) -> Self {
         Self { found: found.into(), advice: advice.into() }
@@ -138,25 +138,25 @@ impl Level {
 }
 
 impl Finding {
-    /// It is as it should be.
+    /// A finding without a problem.
     #[must_use]
     pub fn ok(subject: &str, found: impl Into<String>) -> Self {
         Self { level: Level::Ok, subject: subject.into(), found: found.into(), advice: None }
     }
 
-    /// Somebody should look.
+    /// A warning.
     #[must_use]
     pub fn warn(subject: &str, found: impl Into<String>, advice: impl Into<String>) -> Self {
         Self { level: Level::Warn, subject: subject.into(), found: found.into(), advice: Some(advice.into()) }
     }
 
-    /// Routers are not served, or will not be.
+    /// A failure.
     #[must_use]
     pub fn fail(subject: &str, found: impl Into<String>, advice: impl Into<String>) -> Self {
         Self { level: Level::Fail, ..Self::warn(subject, found, advice) }
     }
 
-    /// `ok` if `trouble` is none, else that.
+    /// A finding without a problem if `trouble` is none, else that.
     #[must_use]
     pub fn judge(subject: &str, level: Level, ok: impl Into<String>, trouble: Option<Trouble>) -> Self {
         match trouble {
@@ -166,7 +166,7 @@ impl Finding {
     }
 }
 
-/// A config that is valid, with what is odd in it.
+/// The finding for a valid config, with its warnings.
 #[must_use]
 pub fn config(odd: &[Problem]) -> Vec<Finding> {
     let mut findings = vec![Finding::ok("config", "it is valid")];
@@ -174,8 +174,8 @@ pub fn config(odd: &[Problem]) -> Vec<Finding> {
     findings
 }
 
-/// The command `doctor`: prints what `check` finds by the config in `file`, and returns how the process ends: 0 if all is
-/// well, 1 if there are warnings, 3 if something fails, or if the checks cannot be made.
+/// The command `doctor`: prints the findings of `check` for the config in `file`, and returns the exit code: 0 if there
+/// is no problem, 1 if there are warnings, 3 if something fails, or if the checks cannot be made.
 #[must_use]
 pub fn run(
     file: Option<&Path>,
@@ -193,7 +193,7 @@ pub fn run(
     conclude(&findings, is_json)
 }
 
-/// What is wrong with a config by which nothing else can be checked.
+/// The finding for an invalid config, without which nothing else can be checked.
 fn invalid_config(error: &ConfigError) -> Vec<Finding> {
     let finding = |mistake: &Problem| {
         let advice = if mistake.is_denied() {
@@ -213,13 +213,13 @@ fn warnings(warnings: &[Problem]) -> impl Iterator<Item = Finding> {
     warnings.iter().map(move |warning| Finding::warn("config", warning.to_string(), advice))
 }
 
-/// The worst of all.
+/// The highest severity.
 #[must_use]
 pub fn worst(findings: &[Finding]) -> Level {
     findings.iter().map(|finding| finding.level).max().unwrap_or(Level::Ok)
 }
 
-/// One line for each finding, and one for all.
+/// One line for each finding, and a summary.
 #[must_use]
 pub fn report(findings: &[Finding], style: Style) -> String {
     let mut report = String::new();

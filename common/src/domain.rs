@@ -12,23 +12,23 @@ pub struct Domain {
     rest: usize,
 }
 
-/// Why a configured name cannot be a domain.
+/// Why a configured name is no valid domain.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum DomainError {
-    /// None of `domain_prefixes` begins it, so no router could use it.
+    /// It begins with none of `domain_prefixes`, so no router could use it.
     #[error("{0:?} begins with none of domain_prefixes")]
     NoPrefix(String),
-    /// Its interfaces could not exist (`IFNAMSIZ` in linux/if.h, `dev_valid_name` in net/core/dev.c).
+    /// The names of its interfaces would be invalid (`IFNAMSIZ` in linux/if.h, `dev_valid_name` in net/core/dev.c).
     #[error(
         "{0:?} gives the interface name \"wg-{1}\": 1 to 12 characters without \"/\", \":\" or spaces may follow \"wg-\""
     )]
     Interface(String, String),
-    /// It could not be one level of an MQTT topic.
+    /// It is not a valid level of an MQTT topic.
     #[error("{0:?} cannot be part of an MQTT topic: \"/\", \"+\", \"#\" and control characters are not allowed")]
     Topic(String),
 }
 
-/// Whether `name` can be one level of a topic (MQTT 3.1.1 section 4.7).
+/// Whether `name` is a valid level of a topic (MQTT 3.1.1 section 4.7).
 #[must_use]
 pub fn is_topic_level(name: &str) -> bool {
     !name.is_empty() && !name.contains(['/', '+', '#']) && !name.chars().any(char::is_control)
@@ -38,7 +38,8 @@ impl Domain {
     /// The longest that may follow `wg-`: interface names have at most 15 characters.
     const REST_MAX: usize = 12;
 
-    /// Checks `name`; the first of `prefixes`, in their order, that begins it is cut off for the interfaces.
+    /// Checks `name`; for the names of the interfaces the first of `prefixes`, in their order, that it begins with is
+    /// cut off.
     pub fn new(name: &str, prefixes: &[String]) -> Result<Self, DomainError> {
         let rest = prefixes
             .iter()
@@ -54,13 +55,13 @@ impl Domain {
         Ok(Self { name: name.into(), rest: name.len() - rest.len() })
     }
 
-    /// The name as routers and topics have it.
+    /// The name in requests of routers and in topics.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// What its interfaces are named after.
+    /// The part of the name after the prefix, which the interfaces are named after.
     #[must_use]
     pub fn interface_suffix(&self) -> &str {
         &self.name[self.rest..]

@@ -1,8 +1,8 @@
-//! Where a [`Drain`] comes from: a gateway that drains gets no new routers, and keeps those that it has; past a deadline its
+//! The origin of a [`Drain`]: a draining gateway gets no new routers, and keeps those that it has; past a deadline its
 //! worker removes their peers, a portion each minute.
 //!
 //! A worker keeps its own drain in a file that `wgkex-worker drain` writes, and publishes it in its
-//! [`Hello`](crate::wire::message::Hello); a broker keeps those that its operator asked for, which have no deadline. No
+//! [`Hello`](crate::wire::message::Hello); a broker keeps those that its operator requested, which have no deadline. No
 //! clock, no task: `now` is passed in.
 //!
 //! Previous stops: the command `drain` of the worker, and the admin call of the broker. Next stops: the worker's `drain`, which
@@ -22,20 +22,20 @@ const LAYOUT: u32 = 1;
 /// The worker's file in `state_dir`.
 pub const WORKER_FILE: StateFile = StateFile::json("worker.drain.json", LAYOUT);
 
-/// What a command or a call asks for. Durations are such as `30m` or `12h`.
+/// The parameters of a command or a call. Durations are such as `30m` or `12h`.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct DrainRequest<'a> {
-    /// Why, in one short line.
+    /// The reason, in one short line.
     pub reason: Option<&'a str>,
-    /// For how long; without an end if there is none.
+    /// The duration; none for no end.
     pub lasts: Option<&'a str>,
-    /// After how long peers are removed; never if there is none.
+    /// The time until peers are removed; none for never.
     pub deadline: Option<&'a str>,
-    /// How many of them in a minute, in hundredths.
+    /// The most peers to remove in a minute, in percent.
     pub percent: Option<u8>,
 }
 
-/// What a mistake in a command or a call is.
+/// The error message for a mistake in a command or a call.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct InvalidDrain(String);
@@ -47,7 +47,7 @@ impl From<InvalidPercent> for InvalidDrain {
 }
 
 impl Drain {
-    /// One that begins `now`. The error names the field and what is allowed.
+    /// A drain that begins `now`. The error names the field and the requirement.
     pub fn begin(request: DrainRequest<'_>, now: u64) -> Result<Self, InvalidDrain> {
         let DrainRequest { reason, lasts, deadline, percent } = request;
         let reason = reason.map(|reason| time_text::text("reason", reason)).transpose().map_err(InvalidDrain)?;

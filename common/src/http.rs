@@ -1,8 +1,8 @@
-//! The HTTP server of both programs: HTTP/1.1 whose clients take bounded memory and time, whatever they send and however
-//! little they read. actix-http decodes at once all requests that a client sends ahead, 6 KiB each; [`paced`] hands it one
-//! after the other. [`connections`] knows all that are open, and which of them go when there are too many. [`client`] is for
-//! the commands that ask a running program. A connection that
-//! is upgraded to a WebSocket takes no place of the others; [`frames`] bounds what its client sends.
+//! The HTTP server of both programs: HTTP/1.1 whose clients take bounded memory and time, whatever they send and
+//! however little they read. actix-http decodes all requests at once that a client pipelines, 6 KiB each; [`paced`]
+//! passes on one after the other. [`connections`] has all open connections, and closes some when there are too many.
+//! [`client`] is the HTTP client of the commands. A connection that is upgraded to a WebSocket takes no place of the
+//! others; [`frames`] bounds the messages of its client.
 //!
 //! Tasks: each server has its own, owned by the program's list of services. Owners: each server has its table of connections.
 //! Previous stop of a request: a client; next stop: the `http` room of the program, which has the routes.
@@ -45,22 +45,22 @@ use self::connections::{ActiveRequest, Connections, Flow, IDLE};
 use self::paced::Paced;
 use crate::tls::rustls::ServerConfig;
 
-/// How long the head of a first request may take.
+/// The timeout for the head of the first request.
 const HEAD: Duration = Duration::from_secs(5);
-/// How long a TLS handshake may take.
+/// The timeout of a TLS handshake.
 const HANDSHAKE: Duration = Duration::from_secs(3);
-/// How long a client has to see the answer to a request of which not everything was read.
+/// How long a client has to read the response to a request that was not read completely.
 const LINGER: Duration = Duration::from_secs(1);
-/// What of an answer may be encrypted before it is sent, in bytes.
+/// The most bytes of a response that are encrypted before they are sent.
 const ENCRYPTED: usize = 16 << 10;
 
-/// What a server is to be like.
+/// The settings of a server.
 pub struct Settings {
-    /// Threads that serve.
+    /// The number of threads.
     pub threads: usize,
-    /// For HTTPS.
+    /// The settings of TLS, for HTTPS.
     pub tls: Option<ServerConfig>,
-    /// When the server is stopped, requests under way have so long to end.
+    /// How long running requests may take to end when the server is stopped.
     pub drain: Duration,
 }
 
@@ -71,8 +71,8 @@ pub struct Server {
 }
 
 impl Server {
-    /// Serves until `stop` returns, and then until the requests under way are answered. The error is that of a listener
-    /// that fails.
+    /// Serves until `stop` returns, and then until running requests are answered. The error is that the listener was
+    /// closed.
     pub async fn run(self, stop: impl Future<Output = ()>) -> io::Result<()> {
         let Self { server, listener } = self;
         let handle = server.handle();
@@ -87,8 +87,8 @@ impl Server {
     }
 }
 
-/// The server on `listener`, with the app that `factory` makes for each of its threads. It shares its threads with no
-/// other server, so that TLS handshakes that hang keep no plain request waiting.
+/// The server on `listener`, with the app that `factory` makes for each of its threads. It has separate threads, so
+/// that hanging TLS handshakes do not delay the requests of another server.
 pub fn server<T, B>(
     listener: TcpListener,
     settings: Settings,
@@ -103,7 +103,7 @@ where
     let Settings { threads, tls, drain } = settings;
     let watched = listener.try_clone()?;
     let (connections, room) = (connections.clone(), connections.capacity());
-    // Full, it would accept no more; the table makes room before that.
+    // A full server would accept no more connections; the table evicts some before that.
     let each = (room.open + room.pending).div_ceil(threads);
     let upgraded = room.upgraded.div_ceil(threads);
     let builder = ServerBuilder::new()
@@ -136,13 +136,13 @@ where
     Ok(Server { server: builder.run(), listener: watched })
 }
 
-/// A connection that has its place in the table, and its client's address.
+/// A connection with its place in the table, and its client's address.
 fn paced<S>(stream: S, socket: impl Fn(&S) -> &TcpStream, open: &Connections) -> (Paced<S>, Option<SocketAddr>) {
     let (place, peer) = (open.opened(socket(&stream)), socket(&stream).peer_addr().ok());
     (Paced::new(stream, place), peer)
 }
 
-/// What serves the connections of one thread.
+/// The service for the connections of one thread.
 fn http<S, T, B>(
     app: App<T>,
     stopped: GracefulShutdownSignal,
@@ -178,7 +178,7 @@ where
         .h1(map_config(app, |()| AppConfig::default()))
 }
 
-/// Several slashes at the beginning of a path count as one, as for the original's web server.
+/// Several slashes at the beginning of a path count as one, as in the original's web server.
 fn merge_slashes(request: &mut ServiceRequest) {
     let path = request.uri().path_and_query().map_or("", |path| path.as_str());
     if !path.starts_with("//") {
@@ -193,7 +193,7 @@ fn merge_slashes(request: &mut ServiceRequest) {
     }
 }
 
-/// A request is under way from now on, except while its body is waited for.
+/// Marks the connection as busy until the response, except while the request's body is awaited.
 fn begin(request: &mut ServiceRequest) -> Option<ActiveRequest> {
     let flow = request.conn_data::<Arc<Flow>>()?.clone();
     let busy = flow.begin();
@@ -227,13 +227,13 @@ impl Stream for Body {
     }
 }
 
-/// A resource for which routes are still to be named, of the methods that `allow` lists.
+/// A resource without routes yet, whose methods are those in `allow`.
 #[must_use]
 pub fn resource(path: &str, allow: &'static str) -> Resource {
     resource_refusing(path, allow, refusal)
 }
 
-/// The same, where refusals have another form.
+/// The same with another form of error responses.
 #[must_use]
 pub fn resource_refusing(
     path: &str,
@@ -250,7 +250,7 @@ pub fn resource_refusing(
     }))
 }
 
-/// A resource to read, with HEAD as well as GET.
+/// A resource with GET and HEAD.
 pub fn readable<F, Args>(path: &str, handler: F) -> Resource
 where
     F: Handler<Args>,
@@ -260,7 +260,7 @@ where
     resource(path, "GET, HEAD, OPTIONS").route(web::get().to(handler.clone())).route(web::head().to(handler))
 }
 
-/// A refusal, and the reason in one sentence.
+/// An error response with the reason in one sentence.
 #[must_use]
 pub fn refusal(status: StatusCode, message: &str) -> HttpResponse {
     HttpResponse::build(status).json(json!({ "error": { "message": message } }))

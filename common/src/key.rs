@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 #[serde(try_from = "String", into = "String")]
 pub struct PublicKey([u8; 32]);
 
-/// Why a text or 32 bytes are not a public key.
+/// Why a text or 32 bytes are no valid public key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum KeyError {
     /// Not the canonical base64 of 32 bytes (contract section 1).
@@ -53,7 +53,7 @@ const fn point(hex: &[u8; 64]) -> [u8; 32] {
 }
 
 impl PublicKey {
-    /// The key of 32 raw bytes, as netlink has them.
+    /// The key of 32 raw bytes, as in netlink messages.
     pub fn from_bytes(bytes: [u8; 32]) -> Result<Self, KeyError> {
         let mut point = bytes;
         point[31] &= 0x7f;
@@ -76,7 +76,7 @@ impl PublicKey {
         self.derived().into()
     }
 
-    /// The part of [`Self::link_local`] that is its own.
+    /// The part of [`Self::link_local`] that depends on the key.
     #[must_use]
     pub fn derived(&self) -> Derived {
         let mut line = [b'\n'; 45];
@@ -87,12 +87,12 @@ impl PublicKey {
     }
 }
 
-/// The bytes in which addresses that are derived from keys differ. Ordered as the addresses.
+/// The bytes in which addresses that are derived from keys differ. Their order is that of the addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Derived([u8; 5]);
 
 impl Derived {
-    /// None of an address that no key derives.
+    /// None if no key can derive the address.
     #[must_use]
     pub fn of(address: Ipv6Addr) -> Option<Self> {
         let bytes = address.octets();
@@ -107,7 +107,7 @@ impl From<Derived> for Ipv6Addr {
     }
 }
 
-/// Whether `address` has the shape of those that keys have, so that it may be a node's.
+/// Whether `address` has the form of addresses that are derived from keys, so that it may be a node's.
 #[must_use]
 pub fn is_derived(address: Ipv6Addr) -> bool {
     Derived::of(address).is_some()

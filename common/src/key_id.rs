@@ -1,4 +1,4 @@
-//! What a request for a key names, and what both programs remember: a key in a domain.
+//! The identity of a key in requests and in stored records: a key in a domain.
 
 use crate::{Domain, PublicKey};
 

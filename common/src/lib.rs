@@ -1,8 +1,9 @@
-//! What broker and worker share. [`PublicKey`] and [`Domain`] are at the face; each room has a part of the way of a key:
-//! [`wire`] the topics and messages, [`mqtt`] the session that carries them, [`access_lists`] which keys are admitted,
-//! [`address`] which key has an address, [`sync`] how a program gets the live keys that it lacks, [`storage`] what survives
-//! a restart, [`drain`] which gateways get no new routers, [`peer_clock`] whose clock is wrong. [`config`], [`http`] and [`runtime`] are under all of that, and
-//! [`style`], [`time_text`] and [`tls`]; [`cli`] and [`doctor`] have what the commands of both have in common.
+//! The code that broker and worker share. [`PublicKey`] and [`Domain`] are used everywhere; each room is a part of the
+//! way of a key: [`wire`] the topics and messages, [`mqtt`] the session that carries them, [`access_lists`] which keys
+//! are admitted, [`address`] which key has an address, [`sync`] how a program gets missing live keys, [`storage`] the
+//! state over a restart, [`drain`] which gateways get no new routers, [`peer_clock`] whose clock is wrong. All of these
+//! use [`config`], [`http`] and [`runtime`], and [`style`], [`time_text`] and [`tls`]; [`cli`] and [`doctor`] have the
+//! common parts of the commands.
 
 pub mod access_lists;
 pub mod address;

@@ -1,16 +1,17 @@
-//! The MQTT session under both programs: one task that connects, subscribes, publishes and passes on what is received,
-//! and does so again after every loss.
+//! The MQTT session of both programs: one task that connects, subscribes, publishes and passes on received messages,
+//! and reconnects after every loss.
 //!
-//! Tasks: each connection of a program has one [`Session`]; publishers reach it by its [`MqttHandle`]. What it receives it
-//! passes to a function of the program (`bus` of the broker and of the worker), which must not block.
+//! Tasks: each connection of a program has one [`Session`]; publishers reach it by its [`MqttHandle`]. It passes
+//! received messages to a function of the program (`bus` of the broker and of the worker), which must not block.
 //!
-//! Previous stop of a message that goes out: the `bus` room, which makes it of [`crate::wire`]; next stop: the MQTT server.
+//! Previous stop of an outgoing message: the `bus` room, which makes it from [`crate::wire`]; next stop: the MQTT
+//! server.
 //!
-//! rumqttc forgets what was not acknowledged when the server has lost the session, and deadlocks when its own client is
-//! awaited where it is polled. So the session keeps what it publishes in an [`outbox`] until the server has acknowledged
-//! it, and never awaits anything but `poll` and its commands. [`subscriptions`] knows which filters are granted, [`echo`]
-//! whether they still work, [`reconnect`] when to connect again, [`pair`] what to do where a server allows one connection. [`trial`]
-//! is a single connection, by which a command sees what the server allows.
+//! rumqttc drops unacknowledged messages when the server has lost the session, and deadlocks when its client is awaited
+//! in the task that polls it. So the session keeps published messages in an [`outbox`] until the server has
+//! acknowledged them, and never awaits anything but `poll` and its commands. [`subscriptions`] has the granted filters,
+//! [`echo`] checks that they still work, [`reconnect`] schedules attempts to connect, [`pair`] handles servers that
+//! allow one connection only. [`trial`] is a single connection, by which a command checks its rights at the server.
 
 mod cause;
 mod echo;
@@ -37,7 +38,7 @@ pub use self::session::{Session, open, open_pair};
 pub use crate::tls::TlsError;
 pub use rumqttc::{Publish, QoS};
 
-/// Publishes under way at once; what rumqttc and rumqttd allow too.
+/// The most unacknowledged publishes; rumqttc and rumqttd have the same limit.
 const INFLIGHT: u16 = 100;
 /// The longest topic there can be (MQTT 3.1.1 section 1.5.3).
 const TOPIC_MAX: usize = 65_535;
@@ -57,12 +58,12 @@ impl Message {
         Self { topic, payload: payload.into(), qos: QoS::AtLeastOnce, retain: true }
     }
 
-    /// Retained, at most once: a figure that is soon published again.
+    /// Retained, at most once: a value that is published again soon.
     pub fn retained_qos0(topic: Topic, payload: impl Into<Vec<u8>>) -> Self {
         Self { qos: QoS::AtMostOnce, ..Self::retained(topic, payload) }
     }
 
-    /// Not retained, at least once: something that happened.
+    /// Not retained, at least once: an event.
     pub fn transient(topic: Topic, payload: impl Into<Vec<u8>>) -> Self {
         Self { retain: false, ..Self::retained(topic, payload) }
     }
@@ -73,7 +74,7 @@ impl Message {
         Self { retain: false, ..self }
     }
 
-    /// Whether rumqttc can write it, which reports an invalid topic in no other way.
+    /// Whether rumqttc can send it; it reports an invalid topic in no other way.
     fn is_sendable(&self) -> bool {
         let topic = self.topic.to_string();
         valid_topic(&topic) && !topic.is_empty() && topic.len() <= TOPIC_MAX
@@ -85,25 +86,25 @@ impl Message {
 pub struct SessionConfig {
     /// Its client id; a second connection with the same id ends the first.
     pub id: String,
-    /// What the server publishes when it is gone.
+    /// The last will: published by the server when the connection is lost.
     pub will: Option<Message>,
-    /// Filters of at most once: states, of which only the newest matters and all retained ones must come
-    /// (a server's queue for acknowledged messages is bounded, and it drops silently).
+    /// Filters of `QoS` 0: states, of which only the newest matters and all retained messages must be received (a
+    /// server's queue for `QoS` 1 is bounded, and drops silently).
     pub qos0_filters: Vec<String>,
-    /// Filters of at least once.
+    /// Filters of `QoS` 1.
     pub qos1_filters: Vec<String>,
-    /// Filters of at most once that the program can do without, where an access list does not allow them.
+    /// Filters of `QoS` 0 that the program can do without, if an access list does not allow them.
     pub optional: Vec<String>,
-    /// Where it publishes to itself, to notice that a server has forgotten its subscriptions.
+    /// The topic on which it publishes to itself, to detect that a server has lost its subscriptions.
     pub echo: Option<Topic>,
-    /// It is the second connection of a program: only the first one logs its troubles, which are the same.
+    /// It is the second connection of a program: only the first one logs connection problems, which are the same.
     pub is_secondary: bool,
 }
 
 impl SessionConfig {
-    /// The second connection of a program, by which it publishes. What it publishes is acknowledged there: where a
-    /// server leaves Nagle's algorithm on, as most do, an acknowledgement would hold up for 40 ms what is to be received
-    /// on the first.
+    /// The second connection of a program, by which it publishes. The acknowledgements of these messages are received
+    /// there: on a server with Nagle's algorithm, as most have, they would delay messages on the first connection by 40
+    /// ms.
     #[must_use]
     pub fn secondary(id: String) -> Self {
         Self {
@@ -126,7 +127,7 @@ impl SessionConfig {
         qos0.chain(qos1).chain(optional)
     }
 
-    /// A name in its filters or its will that has a dot.
+    /// A name with a dot in its filters or its will.
     fn dotted(&self) -> Option<String> {
         let will = self.will.as_ref().map(|will| will.topic.to_string());
         let mut topics = will.into_iter().chain(self.filters().map(|filter| filter.text));
@@ -134,7 +135,7 @@ impl SessionConfig {
     }
 }
 
-/// What the session passes on.
+/// The events that the session passes on.
 #[derive(Debug)]
 pub enum Event {
     /// Connected, and every filter is subscribed.
@@ -160,7 +161,7 @@ pub enum PublishError {
     /// The session has ended.
     #[error("the MQTT session has ended")]
     SessionEnded,
-    /// No server can take it: its topic has wildcards or is too long, or connections were lost over it again and again.
+    /// It cannot be sent: its topic has wildcards or is too long, or the connection was lost each time it was sent.
     #[error("the message cannot be published")]
     Unsendable,
     /// The server ends the connection of a program that publishes below `wgkex/`.
@@ -177,8 +178,8 @@ pub struct MqttHandle {
 }
 
 impl MqttHandle {
-    /// Publishes and returns when the server has acknowledged, however often the connection is lost meanwhile.
-    /// Dropping the future takes the message back if it is not under way yet.
+    /// Publishes and returns when the server has acknowledged, however often the connection is lost meanwhile. Dropping
+    /// the future cancels the message if it is not sent yet.
     pub async fn publish(&self, message: Message) -> Result<(), PublishError> {
         if !message.is_sendable() {
             return Err(PublishError::Unsendable);
@@ -188,14 +189,14 @@ impl MqttHandle {
         acknowledged.await.unwrap_or(Err(PublishError::SessionEnded))
     }
 
-    /// Publishes without waiting, for what is worthless after the connection is lost. False if there was no place, or no
-    /// server can take it.
+    /// Publishes without waiting, for messages that are useless after the connection is lost. False if the queue is
+    /// full, or the message cannot be sent.
     #[must_use]
     pub fn try_publish(&self, message: Message) -> bool {
         message.is_sendable() && self.queue.try_send(PendingPublish::new(message, None)).is_ok()
     }
 
-    /// Whether the bus can be used now, and a way to wait for that to change.
+    /// The state of the connection, with notifications of changes.
     #[must_use]
     pub fn connection_state(&self) -> watch::Receiver<ConnectionState> {
         self.state.clone()

@@ -1,7 +1,7 @@
-//! How far the clock of another program is away, by the times in its hellos. No IO, no clock.
+//! The difference from another program's clock, by the times in its hellos. No IO, no clock.
 //!
-//! A retained hello is old, so only those count that come when they are published. One that was on its way for long makes a
-//! clock seem to be behind: two have to say the same.
+//! A retained hello is old, so only hellos count that are received when they are published. A delayed one makes a clock
+//! seem to be behind: two must show the same difference.
 //!
 //! No task. Previous stop: the `bus` room, which receives hellos; next stop: the status of the program.
 
@@ -9,18 +9,18 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// More than this is named.
+/// Differences above this, in seconds, are reported.
 const ODD: u128 = 60;
-/// Hellos that were sent within this time count as one, as those that a session sends again after it reconnects.
+/// Hellos sent within this time count as one, such as those that a session sends again after it reconnects.
 const SPACING: u64 = 10;
 
-/// Where another clock is, from this one.
+/// The difference of another clock from this one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Difference {
-    /// So many seconds later.
+    /// It is ahead by so many seconds.
     Ahead(u64),
-    /// So many seconds earlier.
+    /// It is behind by so many seconds.
     Behind(u64),
 }
 
@@ -38,7 +38,7 @@ struct Sample {
 }
 
 impl Difference {
-    /// How much it is.
+    /// The absolute difference in seconds.
     #[must_use]
     pub fn seconds(self) -> u64 {
         match self {
@@ -57,7 +57,8 @@ impl fmt::Display for Difference {
 }
 
 impl PeerClock {
-    /// A hello that was sent at `sent`, by the other clock, has come at `now`, by this one; in seconds of Unix time.
+    /// A hello that was sent at `sent`, by the other clock, was received at `now`, by this one; in seconds of Unix
+    /// time.
     pub fn on_hello(&mut self, sent: u64, now: u64) {
         if self.last.is_some_and(|last| sent.abs_diff(last.sent) >= SPACING) {
             self.before = self.last;
@@ -82,7 +83,7 @@ impl PeerClock {
 mod tests {
     use super::*;
 
-    /// After hellos that were sent at the first times and came at the second ones.
+    /// The clock after hellos that were sent at the first times and received at the second ones.
     fn after(hellos: &[[u64; 2]]) -> Option<Difference> {
         let mut clock = PeerClock::default();
         for [sent, now] in hellos {

@@ -1,5 +1,5 @@
-//! What both programs do around their work: start and end, supervise their tasks, log, count, report their state to the
-//! service manager.
+//! The common parts of both programs: start and end, supervision of tasks, logging, metrics, reports to the service
+//! manager.
 //!
 //! Tasks: [`services`] owns every task of a program; `run` of the broker and of the worker fills it. Two of them are here:
 //! [`reload`] and [`service_manager`]. Previous stop: `main` of a program; next stops: the log, Prometheus, systemd.

@@ -1,18 +1,17 @@
 //! State that survives a restart, as files in `state_dir`.
 //!
-//! [`key_store`] has the live keys of a program; the retained messages of the embedded MQTT server have their table in the
-//! broker. Both are databases: [`schema`] brings them to today's version by numbered migrations, [`sqlite`] opens them,
-//! [`write_behind`] has the one task for each that writes what changed in memory. The records of the access lists are a
-//! [`json_file`], which their service writes at once, because an admin call waits for it. [`writes`] are those of files that
-//! several tasks write.
+//! [`key_store`] stores the live keys of a program; the retained messages of the embedded MQTT server have their table
+//! in the broker. Both are databases: [`schema`] migrates them to the current version, [`sqlite`] opens them,
+//! [`write_behind`] has one task for each that writes changes of the memory. The records of the access lists are a
+//! [`json_file`], which their service writes at once, because an admin call waits for it. [`writes`] serialises the
+//! writes to files that several tasks write.
 //!
-//! Tasks: one for each database, owned by the program's list of services. Previous stop of a key: the broker's `fleet`, the
-//! worker's `reconciler`; both get back at the start what was written.
+//! Tasks: one for each database, owned by the program's list of services. Previous stop of a key: the broker's `fleet`,
+//! the worker's `reconciler`; both load the stored keys at the start.
 //!
-//! For all of them: a file of an older version is migrated, one of a newer version stops the start, before another is
-//! migrated ([`versions`]), and stays as it is, one
-//! that is corrupt gets another name ([`state_file`]), and one that cannot be written is tried again, which is logged
-//! once. A database that another process has stops the start, too ([`process_lock`]).
+//! For all files: one of an older version is migrated, one of a newer version prevents the start, before another is
+//! migrated ([`versions`]), and stays as it is, a corrupt one is renamed ([`state_file`]), and a failed write is
+//! repeated, which is logged once. A database of another running process prevents the start, too ([`process_lock`]).
 
 pub mod json_file;
 pub mod key_store;
@@ -34,28 +33,28 @@ use tracing::{info, warn};
 /// Why a state file cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum StorageError {
-    /// It is not a file of its format, or not a whole one.
+    /// It is not a file of its format, or not a complete one.
     #[error("{0}")]
     Corrupt(String),
-    /// Its version is one that this program does not know, such as a later one. It stays as it is.
+    /// Its version is unknown to this program, such as a later one. It stays as it is.
     #[error("{0}")]
     UnknownVersion(String),
     /// The disk is full, the directory cannot be written, another process reads the file.
     #[error("{0}")]
     Unavailable(String),
-    /// Another process keeps its state there.
+    /// Another process uses it.
     #[error("{0}")]
     InUse(String),
 }
 
 impl StorageError {
-    /// A value of another type than was written.
+    /// A value has an unexpected type.
     #[must_use]
     pub fn corrupt_value(error: &rusqlite::Error) -> Self {
         Self::Corrupt(error.to_string())
     }
 
-    /// `file` has the version `found`, which is not one of those up to `known`.
+    /// `file` has the version `found`; the versions up to `known` are supported.
     pub(crate) fn unknown_version(file: &Path, found: impl fmt::Display, is_newer: bool, known: i64) -> Self {
         let (file, what) = (file.display(), if is_newer { "newer than" } else { "not one of" });
         Self::UnknownVersion(format!(
@@ -83,7 +82,7 @@ impl From<io::Error> for StorageError {
     }
 }
 
-/// What a file has, as the log names it.
+/// The content of a file, as named in the log.
 #[derive(Debug, Clone, Copy)]
 pub struct Noun {
     /// A noun, as `state`.
@@ -107,7 +106,7 @@ impl Health {
         Self { file, noun, is_failing: false }
     }
 
-    /// It could not be read, which is logged already.
+    /// The file could not be read, which is logged already.
     #[must_use]
     pub fn unread(file: PathBuf, noun: Noun) -> Self {
         Self { is_failing: true, ..Self::new(file, noun) }

@@ -1,12 +1,12 @@
-//! Colours of what commands and logs print.
+//! Colours of the output of commands and logs.
 
 use std::env;
 use std::io::{self, IsTerminal};
 
-/// How a text is written.
+/// The style of a text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Style {
-    /// As text.
+    /// Plain text.
     Plain,
     /// With colours for a terminal.
     Coloured,
@@ -15,16 +15,15 @@ pub enum Style {
 /// The colour of a word.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Colour {
-    /// All is well.
+    /// No problem.
     Good,
-    /// Somebody should look.
+    /// The operator should check it.
     Odd,
-    /// Something is wrong.
+    /// A problem.
     Bad,
 }
 
-/// Whether what goes there has colours: only where a person looks, who has not asked for none by `NO_COLOR`
-/// (no-color.org).
+/// Whether the output has colours: only on a terminal, unless `NO_COLOR` is set (no-color.org).
 #[must_use]
 pub fn has_colour(output: &impl IsTerminal) -> bool {
     let is_unwanted = env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());

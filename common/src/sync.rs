@@ -1,11 +1,12 @@
 //! Catching up: a program that may lack live keys requests them from a broker, chunk by chunk. Each request has the key
-//! after which to go on, so a broker keeps no state of it, and another one goes on where the first one died.
+//! after which to continue, so a broker keeps no state of it, and another broker can continue after the first one has
+//! failed.
 //!
-//! Nothing relies on the MQTT server having delivered everything: each client requests every 10 seconds what changed since
-//! its last round; after a fault, and in a quiet fleet, it is the same request.
+//! Nothing relies on the MQTT server having delivered everything: each client requests every 10 seconds the changes
+//! since its last round; the same request is used after a fault.
 //!
-//! Tasks: one, [`run`], owns the [`SyncClient`] of a program. Previous stop of a live key: the `bus` room, which passes on what
-//! brokers publish; next stop: the broker's `fleet`, or the worker's `reconciler`.
+//! Tasks: one, [`run`], owns the [`SyncClient`] of a program. Previous stop of a live key: the `bus` room, which passes
+//! on the messages of brokers; next stop: the broker's `fleet`, or the worker's `reconciler`.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
@@ -24,38 +25,38 @@ use crate::{BrokerName, Domain, PublicKey, Topic};
 
 /// Keys of a chunk at most: about 70 kB of JSON.
 pub const CHUNK: usize = 1000;
-/// How often to ask for what came meanwhile.
+/// The interval of requests for changes.
 const REQUEST_INTERVAL: Duration = Duration::from_secs(10);
-/// How often to request all keys: what was missed otherwise is found then.
+/// The interval of requests for all keys, in case a change was missed.
 const FULL_REQUEST_INTERVAL: Duration = Duration::from_secs(3600);
 /// How long a chunk may take before its request is sent again; doubled each time, for slow lines.
 const CHUNK_TIMEOUT: Duration = Duration::from_secs(3);
-/// How often a request is sent before another broker is asked.
+/// How often a request is sent before another broker is tried.
 const MAX_TRIES: u32 = 3;
-/// How long a broker that did not answer is passed over.
+/// How long a broker that did not answer is skipped.
 const COOLDOWN: Duration = Duration::from_secs(30);
-/// What came shortly before the last round began is asked for again: it may have been under way.
+/// Changes from shortly before the last round are requested again: they may have been in transit.
 const OVERLAP: Duration = Duration::from_secs(10);
-/// Clients that reconnect at once, when their MQTT server does, spread over this time.
+/// Clients that reconnect at once, after a restart of their MQTT server, spread over this time.
 const JITTER: Duration = Duration::from_secs(1);
 /// Brokers that are remembered at most.
 const MAX_BROKERS: usize = 4096;
-/// Events that wait for the client at most; more of them are asked for again.
+/// Queued events for the client at most; dropped chunks are requested again.
 const MAX_EVENTS: usize = 1024;
 
-/// Which brokers are asked.
+/// The selection of brokers to ask.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PeerSelection {
-    /// One of them, the same as long as it answers: they know the same.
+    /// One broker, the same as long as it answers: all have the same keys.
     Sticky,
-    /// Each in its turn: that is how they come to know the same.
+    /// Each broker in turn: that makes all have the same keys.
     RoundRobin,
 }
 
 /// Decides what to request from which broker. No IO, no clock.
 #[derive(Debug)]
 pub struct SyncClient {
-    /// Who requests, and gets the chunks.
+    /// The program that sends the requests and receives the chunks.
     own: Participant,
     selection: PeerSelection,
     domains: Vec<Domain>,
@@ -66,15 +67,15 @@ pub struct SyncClient {
 
 #[derive(Debug, Default)]
 struct KnownBroker {
-    /// Which run of its program it is.
+    /// The run of its program.
     instance: Option<u64>,
     /// How many of the domains it does not serve.
     missing_domains: usize,
-    /// It subscribes to topics for requests on which only the requesting program may publish.
+    /// It subscribes to topics on which only the requesting program may publish.
     names_requests: bool,
     /// When the last round with it began.
     tried: Option<Instant>,
-    /// When the last round with it began that came to its end, and the last such for all keys.
+    /// When the last complete round with it began, and the last such for all keys.
     asked: Option<Instant>,
     asked_for_all: Option<Instant>,
     /// When it failed to answer.
@@ -83,23 +84,23 @@ struct KnownBroker {
 
 #[derive(Debug)]
 enum SyncState {
-    /// Without a bus nobody is asked.
+    /// MQTT is disconnected: nothing is requested.
     Offline,
-    /// The next round begins then.
+    /// The next round begins at this time.
     Resting {
         until: Instant,
     },
     Asking(Round),
 }
 
-/// One way through all chunks of all domains.
+/// One pass over all chunks of all domains.
 #[derive(Debug, Clone)]
 struct Round {
     broker: BrokerName,
     begun: Instant,
     /// Only keys that were updated since; none for all.
     since: Option<Instant>,
-    /// Index of the domain that is asked for.
+    /// Index of the current domain.
     domain: usize,
     after: Option<PublicKey>,
     /// When the request was sent, and how often.
@@ -115,7 +116,7 @@ impl SyncClient {
         Self { own, selection, domains, brokers: BTreeMap::new(), state: SyncState::Offline }
     }
 
-    /// The hello of a broker; none if it goes. True if it is a new one, or was restarted.
+    /// Handles the hello of a broker; none if it is cleared. True if the broker is new, or was restarted.
     pub fn broker(&mut self, name: &BrokerName, hello: Option<&Hello>, now: Instant) -> bool {
         let Some(hello) = hello.filter(|hello| hello.answers()) else {
             self.brokers.remove(name);
@@ -141,23 +142,23 @@ impl SyncClient {
         is_new
     }
 
-    /// Forgets a broker that never answered, for one that may.
+    /// Forgets a broker that never completed a round, to make room for another one.
     fn evict_unresponsive(&mut self) -> bool {
         let unresponsive = self.brokers.iter().find(|(_, broker)| broker.asked.is_none()).map(|(name, _)| name.clone());
         unresponsive.is_some_and(|name| self.brokers.remove(&name).is_some())
     }
 
-    /// The bus can be used: what was missed meanwhile is asked for after `pause`.
+    /// MQTT is connected: missed changes are requested after `pause`.
     pub fn online(&mut self, now: Instant, pause: Duration) {
         self.state = SyncState::Resting { until: now + pause };
     }
 
-    /// The bus is lost, and with it whatever was asked.
+    /// MQTT is disconnected; an outstanding request is dropped.
     pub fn offline(&mut self) {
         self.state = SyncState::Offline;
     }
 
-    /// Keys that were received are gone here: the next round with each broker, at once, is for all keys.
+    /// Received keys were removed here: the next round with each broker, at once, is for all keys.
     pub fn keys_removed(&mut self, now: Instant) {
         for broker in self.brokers.values_mut() {
             broker.asked_for_all = None;
@@ -167,7 +168,7 @@ impl SyncClient {
         }
     }
 
-    /// When there is something to do next, if nothing is received until then.
+    /// When the next action is due, if nothing is received until then.
     #[must_use]
     pub fn due(&self) -> Option<Instant> {
         match &self.state {
@@ -177,8 +178,8 @@ impl SyncClient {
         }
     }
 
-    /// The topic for requests of this client to `broker`: one of its own, unless the broker is of a version that does not
-    /// subscribe to those.
+    /// The topic for requests of this client to `broker`: the client's own, unless the broker is of a version that does
+    /// not subscribe to that.
     fn topic(&self, broker: &BrokerName) -> Topic {
         if self.brokers.get(broker).is_some_and(|broker| broker.names_requests) {
             self.own.requests(broker)
@@ -217,7 +218,7 @@ impl SyncClient {
         Some((round.broker.clone(), request))
     }
 
-    /// A round with the next broker. For all keys, it goes on where the last one was `left`.
+    /// Begins a round with the next broker. For all keys, it continues where the round `left` was interrupted.
     fn begin(&mut self, now: Instant, left: Option<Round>) -> SyncState {
         let Some(name) = self.next_broker(now) else { return SyncState::Resting { until: now + REQUEST_INTERVAL } };
         let broker = self.brokers.entry(name.clone()).or_default();
@@ -233,12 +234,12 @@ impl SyncClient {
         })
     }
 
-    /// The broker for the next round, among those that did not fail to answer lately.
+    /// The broker for the next round, without those that recently did not answer.
     fn next_broker(&self, now: Instant) -> Option<BrokerName> {
         let long_ago = |silent: Instant| now.saturating_duration_since(silent) >= COOLDOWN;
         let candidates = self.brokers.iter().filter(|(_, broker)| broker.silent.is_none_or(long_ago));
         match self.selection {
-            // It stays with the one that it asked last, which has the least to tell.
+            // It stays with the broker that was asked last, which has the fewest changes.
             PeerSelection::Sticky => candidates.min_by_key(|(name, broker)| {
                 (broker.missing_domains, Reverse(broker.asked), rendezvous_hash(name.as_str(), self.own.name()))
             }),
@@ -247,7 +248,7 @@ impl SyncClient {
         .map(|(name, _)| name.clone())
     }
 
-    /// Whether `chunk` answers the request that is out. If so the next one is due, once its keys are taken.
+    /// Whether `chunk` answers the outstanding request. If so, the next request is due once its keys are processed.
     pub fn apply(&mut self, chunk: &SnapshotChunk) -> bool {
         let SyncState::Asking(round) = &mut self.state else { return false };
         let is_asked = self.domains.get(round.domain).is_some_and(|domain| domain.name() == chunk.domain);
@@ -255,7 +256,7 @@ impl SyncClient {
         if !fits || chunk.keys.len() > CHUNK {
             return false;
         }
-        // One that leads back would be followed for ever.
+        // A chunk that leads back would make the round endless.
         let last = chunk.keys.keys().next_back().copied();
         let after = last.filter(|last| chunk.more && round.after.is_none_or(|after| after < *last));
         (round.after, round.sent_at, round.tries) = (after, None, 0);
@@ -274,7 +275,7 @@ impl SyncClient {
         true
     }
 
-    /// The domain with this name, if it is one of those asked for.
+    /// The domain with this name, if it is one of the client's.
     fn domain(&self, name: &str) -> Option<&Domain> {
         self.domains.iter().find(|domain| domain.name() == name)
     }
@@ -286,25 +287,25 @@ impl Round {
     }
 }
 
-/// Spreads many clients over brokers that they know equally well (FNV-1a).
+/// Distributes many clients over equally suitable brokers (FNV-1a).
 fn rendezvous_hash(broker: &str, client: &str) -> u64 {
     let bytes = broker.bytes().chain([0]).chain(client.bytes());
     bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
-/// What a client receives.
+/// An event for a client.
 #[derive(Debug)]
 pub enum SyncEvent {
-    /// What a broker can do; none if it goes.
+    /// The hello of a broker; none if it is cleared.
     Broker(BrokerName, Option<Hello>),
-    /// An answer.
+    /// An answer to a request.
     Chunk(SnapshotChunk),
-    /// This program has removed keys that are live, and is to have them again.
+    /// This program has removed live keys, and needs them again.
     KeysRemoved,
 }
 
 impl SyncEvent {
-    /// The event of a message; else the reason label why it is none: `topic` or `payload`.
+    /// The event of a message; else the label of the reason why it has none: `topic` or `payload`.
     pub fn read(topic: Topic, payload: &[u8]) -> Result<Self, Ignored> {
         if let Topic::BrokerHello { broker } = topic {
             Hello::parse(payload).map(|hello| Self::Broker(broker, hello)).map_err(|_| Ignored::Payload)
@@ -316,17 +317,17 @@ impl SyncEvent {
     }
 }
 
-/// Passes events to a client; one too many is dropped.
+/// Sends events to a client; events for a full queue are dropped.
 pub type SyncSender = mpsc::Sender<SyncEvent>;
 
-/// The way of events to a client, and its end.
+/// The queue of events to a client.
 #[must_use]
 pub fn channel() -> (SyncSender, mpsc::Receiver<SyncEvent>) {
     mpsc::channel(MAX_EVENTS)
 }
 
-/// Sends the requests of `client` on `bus`, and has the keys of each chunk taken before it requests the next one; calls
-/// `new` for a new broker, which may have no keys yet. Ends with the bus.
+/// Sends the requests of `client` on `bus`, and calls `take` for the keys of each chunk before it requests the next
+/// one; calls `new` for a new broker, which may have no keys yet. Ends with the bus.
 pub async fn run<F: Future<Output = ()>>(
     mut client: SyncClient,
     bus: MqttHandle,
@@ -342,7 +343,7 @@ pub async fn run<F: Future<Output = ()>>(
                 info!(broker = broker.as_str(), domain = request.domain, "asking for all live keys");
             }
             let payload = serde_json::to_vec(&request).unwrap_or_default();
-            // One that is lost is put again.
+            // A lost request is sent again.
             let _ = bus.try_publish(Message::transient(client.topic(&broker), payload));
         }
         let due = client.due().unwrap_or_else(|| now + REQUEST_INTERVAL);

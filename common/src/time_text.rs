@@ -1,4 +1,4 @@
-//! Times, durations and short texts, as operators write them and as they are shown to them. No clock.
+//! Times, durations and short texts, as operators write and read them. No clock.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -7,7 +7,7 @@ use time::{Date, Time, UtcDateTime};
 
 /// The longest name or reason, in bytes.
 pub const TEXT_MAX: usize = 200;
-/// Ten years, in seconds: what lasts longer is for good.
+/// Ten years, in seconds: the longest duration.
 const FOR_MAX: u64 = 10 * 366 * 86_400;
 
 /// Seconds of Unix time.
@@ -26,7 +26,7 @@ pub fn text(field: &str, text: &str) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
-/// A time in seconds of Unix time as `2030-12-31T23:59:59Z`; the end of the year 9999 for what is later.
+/// A time in seconds of Unix time as `2030-12-31T23:59:59Z`; the end of the year 9999 for later ones.
 #[must_use]
 pub fn utc(seconds: u64) -> String {
     let last = UtcDateTime::new(Date::MAX, Time::MAX);
@@ -35,8 +35,8 @@ pub fn utc(seconds: u64) -> String {
     time.format(&Rfc3339).unwrap_or_default()
 }
 
-/// The seconds that a text such as `90s`, `30m`, `12h`, `7d` or `2w` says; none if it is none, or not from 1 second to
-/// ten years.
+/// The seconds of a duration such as `90s`, `30m`, `12h`, `7d` or `2w`; none if the text is invalid, or not from 1
+/// second to ten years.
 #[must_use]
 pub fn duration(text: &str) -> Option<u64> {
     let unit = text.chars().last()?;

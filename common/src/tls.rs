@@ -16,7 +16,7 @@ pub use tokio_rustls::rustls;
 pub struct TlsError(pub(crate) String);
 
 impl TlsError {
-    /// What the config's `key` asks for is impossible because of `error`.
+    /// The setting of the config's `key` cannot be used because of `error`.
     pub fn of(key: &str, error: &dyn fmt::Display) -> Self {
         Self(format!("{key}: {error}"))
     }
@@ -27,7 +27,7 @@ impl TlsError {
     }
 }
 
-/// What encrypts.
+/// The cryptographic provider.
 #[must_use]
 pub fn provider() -> Arc<CryptoProvider> {
     Arc::new(ring::default_provider())

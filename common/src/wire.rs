@@ -1,4 +1,4 @@
-//! What goes over MQTT: the topics, and the JSON payloads. No IO, no task.
+//! The MQTT messages: the topics, and the JSON payloads. No IO, no task.
 //!
 //! The previous stop is the `bus` room of the program that publishes, the next one [`crate::mqtt`], which carries it to the
 //! `bus` room of the program that subscribes.

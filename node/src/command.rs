@@ -59,7 +59,7 @@ pub struct Lease {
 }
 
 impl Command {
-    /// Does it, and reports.
+    /// Runs the command and prints the result for each server.
     #[must_use]
     pub fn run(self) -> ExitCode {
         let Self::Lease(lease) = self;
@@ -75,7 +75,7 @@ impl Command {
 }
 
 impl Lease {
-    /// False if one of the servers could not be done.
+    /// False if the lease of at least one server failed.
     fn run(&self) -> anyhow::Result<bool> {
         let name = match &self.name {
             Some(name) => name.clone(),
@@ -113,6 +113,6 @@ impl Lease {
 }
 
 fn complain(error: &dyn fmt::Display) {
-    // There is nobody else to tell.
+    // An error of stderr cannot be reported anywhere.
     let _ = writeln!(io::stderr(), "error: {error}");
 }

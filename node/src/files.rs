@@ -1,4 +1,5 @@
-//! The files for `wg-quick`: written whole and for root alone, and only if they are not somebody else's.
+//! The files for `wg-quick`: written atomically, readable by root only; a file that wgkex-node did not write is not
+//! replaced.
 
 use std::fmt;
 use std::fs::{self, DirBuilder, OpenOptions};
@@ -6,32 +7,32 @@ use std::io::{self, ErrorKind, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
-/// The first line of each file.
+/// The first line of each file: it marks files that wgkex-node wrote.
 pub const MARK: &str = "# Written by wgkex-node, which overwrites what is changed here.\n";
 
-/// What became of a file.
+/// The result of writing a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Written {
-    /// There was none.
+    /// The file did not exist.
     New,
-    /// It had something else.
+    /// The file had another content.
     Changed,
-    /// It has what it is to have.
+    /// The file has this content already.
     Unchanged,
 }
 
 /// Why a file is not written.
 #[derive(Debug, thiserror::Error)]
 pub enum FileError {
-    /// Somebody else's.
+    /// The file exists and does not begin with [`MARK`].
     #[error("{0} was not written by wgkex-node: move it away, or name another directory by --config-dir")]
     Foreign(PathBuf),
-    /// It could not be read or written.
+    /// The file could not be read or written.
     #[error("{0}: {1}")]
     Io(PathBuf, io::Error),
 }
 
-/// An error if the file is there and somebody else's.
+/// Returns an error if the file exists and does not begin with [`MARK`].
 pub fn check_ours(file: &Path) -> Result<(), FileError> {
     match content(file)? {
         Some(content) if !content.starts_with(MARK.as_bytes()) => Err(FileError::Foreign(file.into())),
@@ -39,7 +40,7 @@ pub fn check_ours(file: &Path) -> Result<(), FileError> {
     }
 }
 
-/// Writes the file if it has something else, and its directory if that is missing.
+/// Writes the file if its content differs, and creates its directory if that is missing.
 pub fn write(file: &Path, text: &str) -> Result<Written, FileError> {
     check_ours(file)?;
     let written = match content(file)? {
@@ -59,7 +60,7 @@ fn content(file: &Path) -> Result<Option<Vec<u8>>, FileError> {
     }
 }
 
-/// Nobody sees a part of it, and nobody but its owner sees any of it.
+/// Replaces the file atomically; only its owner may read it.
 fn replace(file: &Path, text: &str) -> io::Result<()> {
     if let Some(directory) = file.parent() {
         DirBuilder::new().recursive(true).mode(0o700).create(directory)?;

@@ -1,4 +1,4 @@
-//! The calls of a broker's registry.
+//! The HTTP client of a broker's registry.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -14,9 +14,9 @@ use wgkex_common::tls;
 
 use crate::tunnel::ClientConfig;
 
-/// How long a call may take.
+/// The timeout of a call.
 const TIMEOUT: Duration = Duration::from_secs(15);
-/// The longest answer: a config with a list of allowed-ips.
+/// The largest answer in bytes: a config with a list of allowed-ips.
 const ANSWER_MAX: u64 = 64 * 1024;
 
 /// The `Authorization` header of each call.
@@ -29,34 +29,34 @@ pub struct Registry {
     agent: Agent,
 }
 
-/// Why a call led to nothing.
+/// Why a call failed.
 #[derive(Debug, thiserror::Error)]
 pub enum CallError {
-    /// The file with the password.
+    /// The file with the password cannot be used.
     #[error("{0}: {1}")]
     Password(PathBuf, String),
-    /// The certificates.
+    /// The certificates cannot be used.
     #[error(transparent)]
     Tls(#[from] tls::TlsError),
-    /// No broker is called like that.
+    /// This is no URL of a broker.
     #[error("--registry must begin with https:// or http://")]
     Url,
-    /// No answer.
+    /// No complete answer was received.
     #[error("{url}: {error}")]
     Connection {
-        /// The call.
+        /// The URL of the call.
         url: String,
-        /// What went wrong.
+        /// The error of the HTTP client.
         error: ureq::Error,
     },
-    /// Another answer than was asked for.
+    /// The broker answered with another status, or with an invalid body.
     #[error("{url}: {status}{message}")]
     Refused {
-        /// The call.
+        /// The URL of the call.
         url: String,
-        /// The status.
+        /// The HTTP status.
         status: u16,
-        /// What the broker says of it.
+        /// The broker's error message.
         message: String,
     },
 }
@@ -92,13 +92,14 @@ impl Registry {
         Ok(Self { url, login, agent: config.build().into() })
     }
 
-    /// Leases an address of a server for this key, or keeps the one that the client has; returns what reaches the server.
+    /// Leases an address of a server for this key, or keeps the lease that the client has; returns the config for the
+    /// tunnel to the server.
     pub fn lease(&self, client: &str, server: &str, key: &PublicKey) -> Result<ClientConfig, CallError> {
         let new = json!({ "client_name": client, "server_name": server, "public_key": key });
         let known = json!({ "client_name": client, "server_name": server, "with_public_key": key });
         match self.config(&known) {
             Ok(config) if config.is_of(key) => return Ok(config),
-            // A broker that does not know the field does not say whose key it is.
+            // A broker that does not know the field `with_public_key` does not return the client's key.
             Ok(_) | Err(CallError::Refused { status: 404, .. }) => {}
             Err(error) => return Err(error),
         }
@@ -123,7 +124,7 @@ impl Registry {
         if status != expected {
             let error = serde_json::from_str::<Value>(&body).unwrap_or_default();
             let message = error["error"]["message"].as_str().map_or_else(String::new, |message| {
-                // It goes to a terminal.
+                // The message is printed on a terminal: control characters are removed.
                 format!(": {}", message.chars().filter(|char| !char.is_control()).collect::<String>())
             });
             return Err(CallError::Refused { url, status, message });

@@ -1,5 +1,5 @@
-//! A tunnel, as the registry's answer describes it: each part is checked before it gets into a file that `wg-quick` reads, since
-//! a line of its own there could be a command. No IO.
+//! A tunnel, made from the registry's answer: each part is validated before it is written into a file that `wg-quick`
+//! reads, since an injected line there could be a command. No IO.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr};
@@ -17,7 +17,7 @@ const NAME_MAX: usize = 15;
 /// The longest name of a host (RFC 1035, section 2.3.4).
 const HOST_MAX: usize = 253;
 
-/// The name of a server that is one of an interface, too, as `wg-quick` takes it.
+/// The name of a server that is also a valid interface name for `wg-quick`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InterfaceName(String);
 
@@ -58,7 +58,7 @@ pub struct ClientConfig {
 }
 
 impl ClientConfig {
-    /// Whether the broker says that the client has this key.
+    /// Whether the broker returned this key as the client's.
     pub fn is_of(&self, key: &PublicKey) -> bool {
         self.public_key.as_ref() == Some(key)
     }
@@ -77,7 +77,7 @@ struct SubnetPart {
     lease: IpAddr,
 }
 
-/// What is needed to reach a server.
+/// The parameters of a tunnel to a server.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Tunnel {
     address: IpAddr,
@@ -86,22 +86,22 @@ pub struct Tunnel {
     endpoint: String,
 }
 
-/// What of an answer cannot be used.
+/// Why an answer cannot be used.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TunnelError {
-    /// The key is none.
+    /// The server's key is no valid public key.
     #[error("server.public_key: {0}")]
     Key(String),
-    /// The endpoint is no host.
+    /// The endpoint is no `host:port`.
     #[error("server.endpoint_address: must be an address or a host name")]
     Endpoint,
-    /// The list has something else than networks.
+    /// The list of allowed-ips has an entry that is no network.
     #[error("subnet.allowed_ips: must be networks, separated by commas")]
     AllowedIps,
 }
 
 impl Tunnel {
-    /// Of an answer.
+    /// Validates an answer of the registry.
     pub fn new(ClientConfig { server, subnet, .. }: ClientConfig) -> Result<Self, TunnelError> {
         let ServerPart { endpoint_address, endpoint_port, public_key } = server;
         let networks = subnet.allowed_ips.split(',').map(|network| {

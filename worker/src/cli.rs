@@ -1,8 +1,8 @@
-//! The commands of `wgkex-worker` that only look: [`status`] at the running worker, [`dry_run`] at what it would change in
-//! the kernel, [`doctor`] at everything that it needs. They change nothing, and work while the worker runs. And [`drain`],
-//! which writes a file that the running worker reads.
+//! The commands of `wgkex-worker` beside serving: [`status`] shows the running worker, [`dry_run`] what it would change
+//! in the kernel, [`doctor`] checks everything that it needs. These change nothing, and work while the worker runs.
+//! [`drain`] writes a file that the running worker reads.
 //!
-//! No task: each is a command of its own, which ends when it has printed. What they print is decided by [`crate::status`],
+//! No task: each is a command of its own, which ends when it has printed. Their output is computed by [`crate::status`],
 //! [`crate::dry_run`] and [`crate::doctor`].
 
 pub mod doctor;
@@ -13,7 +13,7 @@ pub mod status;
 
 use std::io::{self, Write as _};
 
-/// The exit code where something is wrong.
+/// The exit code of a command that finds a problem.
 const WRONG: u8 = 3;
 
 fn print(text: &str) -> io::Result<()> {
@@ -22,8 +22,8 @@ fn print(text: &str) -> io::Result<()> {
     out.flush()
 }
 
-/// Says why a command cannot be done.
+/// Prints why a command failed.
 fn complain(error: &anyhow::Error) {
-    // There is nobody else to tell.
+    // An error of stderr cannot be reported anywhere.
     let _ = writeln!(io::stderr(), "error: {error:#}");
 }

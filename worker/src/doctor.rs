@@ -1,8 +1,8 @@
-//! `doctor`: what is wrong with a gateway, and what to do about it. No IO: [`crate::cli::doctor`] gathers [`Facts`], and
-//! [`findings`] decides about them.
+//! `doctor`: finds problems of a gateway and suggests remedies. No IO: [`crate::cli::doctor`] gathers [`Facts`], and
+//! [`findings`] evaluates them.
 //!
-//! Each room of checks is a file: [`process`], [`interfaces`], [`machine`], [`bus`]; what the broker's doctor checks, too, is in
-//! [`wgkex_common::doctor`].
+//! Each group of checks is a file: [`process`], [`interfaces`], [`machine`], [`bus`]; the checks that the broker's
+//! doctor makes, too, are in [`wgkex_common::doctor`].
 
 mod bus;
 pub mod facts;
@@ -16,7 +16,7 @@ use wgkex_common::doctor::{Finding, Level, Program, clock, config, files, worst}
 
 use self::facts::Facts;
 
-/// What every check finds, in the order in which one would look.
+/// The findings of every check, in the order in which an operator would check.
 #[must_use]
 pub fn findings(facts: &Facts) -> Vec<Finding> {
     let mut findings = config(&facts.config_warnings);

@@ -1,8 +1,9 @@
-//! Whether this gateway drains: what `wgkex-worker drain` wrote into a file.
+//! The drain of this gateway, which `wgkex-worker drain` writes into a file.
 //!
-//! Two tasks, which `run` of the worker owns: [`DrainWatch::run`], and [`sync_again`] for what a drain removed. The next
-//! stops are the hello of the [`publisher`](crate::bus::publisher), and the [`reconciler`](crate::reconciler), which removes
-//! peers past the deadline. The file is read as it is: only the command writes it.
+//! Two tasks, which `run` of the worker owns: [`DrainWatch::run`], and [`sync_again`] for the keys that a drain
+//! removed. The next stops are the hello of the [`publisher`](crate::bus::publisher), and the
+//! [`reconciler`](crate::reconciler), which removes peers past the deadline. The worker only reads the file; only the
+//! command writes it.
 
 use std::future::pending;
 use std::path::{Path, PathBuf};
@@ -20,15 +21,15 @@ use wgkex_common::sync::{SyncEvent, SyncSender};
 use wgkex_common::time_text::unix;
 use wgkex_common::wire::drain::Drain;
 
-/// The time between two looks.
+/// The time between two reads of the file.
 const INTERVAL: Duration = Duration::from_secs(1);
 
-/// Looks at the file of the drain.
+/// Polls the file of the drain.
 pub struct DrainWatch {
     file: PathBuf,
     current: watch::Sender<Option<Drain>>,
     metric: IntGauge,
-    /// The last look failed, which is logged.
+    /// The last read failed, which is logged.
     is_failing: bool,
 }
 
@@ -46,7 +47,7 @@ impl DrainWatch {
         self.current.subscribe()
     }
 
-    /// Looks again every second, and on SIGHUP.
+    /// Reads the file every second, and on SIGHUP.
     pub async fn run(mut self) {
         let mut hangups = Hangups::listen();
         loop {
@@ -61,7 +62,7 @@ impl DrainWatch {
         }
     }
 
-    /// Takes over what was read. A file that cannot be read changes nothing, except that a drain ends at its time.
+    /// Applies the result of a read. A file that cannot be read changes nothing, except that a drain ends at its time.
     fn apply(&mut self, read: Result<Option<Drain>, StorageError>, now: u64) {
         let read = match read {
             Ok(drain) => {
@@ -94,13 +95,13 @@ impl DrainWatch {
     }
 }
 
-/// Has all live keys requested again whenever peers are removed by a drain no longer: this gateway lacks those keys.
+/// Requests all live keys again whenever a drain no longer removes peers: this gateway lacks their keys.
 pub async fn sync_again(mut drain: watch::Receiver<Option<Drain>>, sync: SyncSender) {
     let mut was_removing = false;
     loop {
         let removes = drain.borrow_and_update().as_ref().is_some_and(|drain| drain.passed_deadline().is_some());
         if std::mem::replace(&mut was_removing, removes) && !removes {
-            // If there is no place for it, the request of the next hour is for all keys, too.
+            // If the queue is full, the hourly request is for all keys, too.
             let _ = sync.try_send(SyncEvent::KeysRemoved);
         }
         if drain.changed().await.is_err() {

@@ -1,5 +1,5 @@
-//! `dry-run`: what a worker would change in the kernel right now, as the commands that would do the same. No IO: the tables
-//! and the state are read by [`crate::cli::dry_run`], what would change is decided by [`preview`].
+//! `dry-run`: the changes that a worker would make in the kernel now, as equivalent commands. No IO: the tables and the
+//! state are read by [`crate::cli::dry_run`], the changes are planned by [`preview`].
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -12,12 +12,12 @@ use wgkex_kernel::{Change, Device, Interface, Peer, PeerConfig};
 use crate::plan::{Planned, Reason};
 pub use crate::reconciler::preview::{PreviewParts, preview};
 
-/// A command that would do what the worker would, and why.
+/// A command that is equivalent to a change of the worker, and its reason.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Command {
-    /// As a shell takes it.
+    /// The command line for a shell.
     pub command: String,
-    /// Why.
+    /// The reason.
     pub reason: &'static str,
 }
 
@@ -31,7 +31,7 @@ pub fn commands(interface: &Interface, device: &Device, planned: &[Planned]) -> 
     commands.collect()
 }
 
-/// Whether the tables have it like that: the worker asks for it all the same, since it can do no harm.
+/// Whether the change is already in the tables: the worker applies it all the same, as it is idempotent.
 fn is_so(device: &Device, change: &Change) -> bool {
     match change {
         Change::SetPeer(PeerConfig { key, allowed_ips, keepalive, preshared }) => {
@@ -53,7 +53,7 @@ fn is_so(device: &Device, change: &Change) -> bool {
     }
 }
 
-/// The commands for people and for shells: each reason is a comment.
+/// The commands as a shell script: each reason is a comment.
 #[must_use]
 pub fn script(domain: &str, commands: &[Command]) -> String {
     if commands.is_empty() {
@@ -83,7 +83,7 @@ fn command(interface: &Interface, device: &Device, change: &Change) -> String {
     }
 }
 
-/// `wg` replaces the allowed-ips of a peer; the worker adds to those that it `keeps`.
+/// `wg` replaces the allowed-ips of a peer; the worker adds to those of the existing peer, which is `keeps`.
 fn set_peer(interface: &str, keeps: Option<&Peer>, peer: &PeerConfig) -> String {
     let has = keeps.map(|actual| actual.allowed_ips.iter()).into_iter().flatten();
     let networks: BTreeSet<_> = has.chain(&peer.allowed_ips).map(IpNet::to_string).collect();
@@ -228,7 +228,7 @@ mod tests {
             [route, flood, peer]
         };
         let stale = device(&[(1, Some(4 * HOUR)), (2, Some(HOUR)), (3, None), (4, None)], now);
-        // The third came a minute ago.
+        // The third key arrived a minute ago.
         let remembered = [(1, 5 * HOUR), (2, 5 * HOUR), (3, HOUR / 60), (4, HOUR)];
         let swept = [removal(1), removal(4)].concat();
         assert_eq!(said(&stale, &remembered, &[], now), because(&swept, Reason::Stale));

@@ -1,6 +1,6 @@
 //! `/metrics`, `/healthz`, `/readyz` and `/status.json`, for monitoring a gateway.
 //!
-//! One task, [`serve`]; each address has a server with one thread of actix's. Owner: `run` of the worker. No key comes
+//! One task, [`serve`]; each address has a server with one thread of actix's. Owner: `run` of the worker. No key passes
 //! here: each room registers its metrics in the [`Registry`] that is read here.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -33,10 +33,10 @@ use crate::leases::ServerStatus;
 use crate::reconciler::{self, DomainState, DomainStates, Waiting};
 use crate::status::{BatchTotals, DomainStatus, KeyTotals, MqttStatus, NAME_IN_USE, PeerTotals, Status};
 
-/// How long to wait for a port that is taken.
+/// How long to wait before a port that is taken is tried again.
 const BIND_RETRY: Duration = Duration::from_secs(10);
 
-/// What is state of this worker.
+/// The state that the handlers report.
 #[derive(Clone)]
 pub struct HttpState {
     /// The metrics of all rooms.
@@ -45,17 +45,17 @@ pub struct HttpState {
     pub links: [watch::Receiver<ConnectionState>; 2],
     /// Whether another program may use the client ids of the sessions.
     pub name_suspects: [watch::Receiver<bool>; 2],
-    /// The metric of that.
+    /// The metric for `name_suspects`.
     pub name_in_use: IntGauge,
     /// Whether routers can use each domain.
     pub domains: watch::Receiver<DomainStates>,
-    /// The servers of the registry that the gateway is.
+    /// The states of the registry's servers on this gateway.
     pub servers: watch::Receiver<BTreeMap<String, ServerStatus>>,
     /// Whether the gateway drains.
     pub drain: watch::Receiver<Option<Drain>>,
-    /// The brokers whose clock is not this gateway's.
+    /// The brokers whose clock differs from this gateway's.
     pub clocks_off: watch::Receiver<ClocksOff>,
-    /// What the worker is called.
+    /// The name of the worker.
     pub name: String,
     /// The domains that it serves.
     pub served: BTreeSet<Domain>,
@@ -155,7 +155,7 @@ impl HttpState {
         })
     }
 
-    /// Whether another program seems to use the name of this worker.
+    /// Whether another program may use the name of this worker.
     fn is_name_in_use(&self) -> bool {
         self.name_suspects.iter().any(|suspect| *suspect.borrow())
     }

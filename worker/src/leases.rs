@@ -1,9 +1,10 @@
-//! Leases: the peers of this gateway's servers, as the registry of a broker has them.
+//! Leases: the peers of this gateway's servers, as in the registry of a broker.
 //!
-//! One task, [`LeaseTask::run`](task::LeaseTask::run), which `run` of the worker owns, has a kernel of its own, since the interfaces
-//! of servers are no others'. [`source`] is where the leases come from: the registry, or, at their hub, the tenants; [`table`] is what is known
-//! of a server's leases, [`plan`] the steps to its peers, [`server`] both together with the times, [`brokers`] whom to ask; they are pure.
-//! [`file`] keeps them, so that a worker without a broker restores its peers; [`preview`] is what one would do that runs.
+//! One task, [`LeaseTask::run`](task::LeaseTask::run), which `run` of the worker owns, has a separate kernel, since the
+//! interfaces of servers are used by nothing else. [`source`] is the origin of the leases: the registry, or the tenants
+//! at their hub; [`table`] holds the leases of a server, [`plan`] computes the steps to its peers, [`server`] combines
+//! both with the times, [`brokers`] selects the broker to ask; they are pure. [`file`] stores the leases, so that a
+//! worker without a broker restores its peers; [`preview`] computes the steps for `dry-run`.
 //!
 //! Previous stop of a lease: [`crate::bus`], which receives it; next stop: the kernel.
 

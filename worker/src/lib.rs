@@ -1,13 +1,14 @@
-//! The gateway's side of wgkex: announced keys in over MQTT, peers, routes and FDB entries out to the kernel.
+//! The gateway's side of wgkex: receives announced keys over MQTT, and sets peers, routes and FDB entries in the
+//! kernel.
 //!
 //! Follow a key: [`bus`] receives it and queues it for the [`reconciler`], whose driver of the domain refuses what a list
 //! denies; [`peers`] decides whether there is room for it, [`profiles`] makes its desired peer, [`plan`] the changes, and
 //! [`wgkex_kernel`] applies them. The outcome goes back by [`bus`].
 //!
 //! Tasks: [`run`] starts all of them and owns them, in a list of [`Services`]: the state file, the access lists, the
-//! reconciler, the drain, the two MQTT sessions, the sync client, the keys after a drain, the tick of reserved keys, the
-//! config, which is read again on SIGHUP, the publisher, the [`leases`] where this gateway is a server or a hub, the HTTP
-//! server (`worker_listen`) and what the service manager is told.
+//! reconciler, the drain, the two MQTT sessions, the sync client, the request of live keys after a drain, the tick of
+//! reserved keys, the reload of the config on SIGHUP, the publisher, the [`leases`] where this gateway is a server or a
+//! hub, the HTTP server (`worker_listen`) and the reports to the service manager.
 
 mod bus;
 pub mod cli;
@@ -65,14 +66,14 @@ use crate::peers::Policy;
 use crate::profiles::mesh::Mesh;
 use crate::reconciler::{Reconciler, ReconcilerHandle, ReconcilerParts, Reports};
 
-/// How long the server may take to acknowledge that this worker goes.
+/// How long the MQTT server may take to acknowledge the status offline.
 const FAREWELL_TIMEOUT: Duration = Duration::from_secs(1);
-/// How often what other gateways publish of themselves is checked for having been stable long enough.
+/// How often to check which published keys and addresses of other gateways have been stable long enough to be reserved.
 const TICK: Duration = Duration::from_secs(10);
 /// How long a session may take to disconnect, and the disk to take the last changes.
 const STOP_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// What a changed config means to a worker that was started with `config`.
+/// The effect of each changed key of the config on a running worker that was started with `config`.
 fn key_use(config: &Config) -> KeyUse {
     let of_brokers = [
         "workers",
@@ -89,7 +90,7 @@ fn key_use(config: &Config) -> KeyUse {
         "storage_password_file",
         "registry",
     ];
-    // Without another server, the worker connects to that of the broker on its machine.
+    // If no server is named, the worker connects to that of the broker on its machine.
     let mqtt_listen = match config.mqtt.server {
         MqttAddress::External { .. } => vec!["mqtt_listen"],
         MqttAddress::Embedded(_) | MqttAddress::Own(_) => {
@@ -108,7 +109,7 @@ fn key_use(config: &Config) -> KeyUse {
     }
 }
 
-/// What several services use.
+/// The state that several services share.
 struct Worker {
     config: Config,
     metrics: Metrics,
@@ -116,13 +117,13 @@ struct Worker {
     reconciler: ReconcilerHandle,
     /// The session that receives keys and publishes the worker's states.
     bus: MqttHandle,
-    /// The session that publishes what became of keys.
+    /// The session that publishes the outcomes of keys.
     confirmations: MqttHandle,
     /// Whether the gateway drains.
     drain: watch::Receiver<Option<Drain>>,
-    /// The brokers whose clock is not this gateway's.
+    /// The brokers whose clock differs from this gateway's.
     clocks_off: watch::Receiver<ClocksOff>,
-    /// How the servers of the registry are that it is.
+    /// The states of the registry's servers on this gateway.
     servers: watch::Receiver<BTreeMap<String, ServerStatus>>,
 }
 
@@ -135,15 +136,16 @@ struct Metrics {
     leases: leases::Metrics,
 }
 
-/// What a worker keeps in `state_dir`.
+/// The files of a worker in `state_dir`.
 const STATE_FILES: [StateFile; 4] =
     [key_store::WORKER_FILE, records_file::WORKER_FILE, wgkex_common::drain::WORKER_FILE, leases::FILE];
 
-/// Serves the configured domains with `kernel`, and servers with what `servers_kernel` opens, until `stop` returns, then publishes
-/// that it goes. The error names a task that ended by itself, or the reason why the worker cannot start.
+/// Serves the configured domains with `kernel`, and servers with the kernel that `servers_kernel` opens, until `stop`
+/// returns, then publishes that the worker is offline. The error names a task that ended by itself, or the reason why
+/// the worker cannot start.
 ///
-/// The services are stopped in the reverse order of their start: the farewell needs the sessions, and what the reconciler
-/// changed last has to reach the disk.
+/// The services are stopped in the reverse order of their start: the publisher's last messages need the sessions, and
+/// the last changes of the reconciler have to be written to disk.
 pub async fn run<K: Kernel>(
     config: Config,
     kernel: K,
@@ -170,8 +172,8 @@ pub async fn run<K: Kernel>(
         drain: watch_drain.receiver(),
         metrics: metrics.reconciler.clone(),
     });
-    // Before anything is installed: a key that is denied is not restored, even if that was published while this worker was
-    // down.
+    // Before any key is installed: a denied key is not restored, even if it was denied while this worker was not
+    // running.
     reconciler.set_admission(lists.admission(), []);
     lists.close_gate();
     let [(bus, session), (confirmations, confirming)] = wgkex_common::mqtt::open_pair(
@@ -201,7 +203,7 @@ pub async fn run<K: Kernel>(
     let mut services = Services::default();
     worker.start_storage(&mut services, store, list_service);
     services.group(STOP_TIMEOUT, None).spawn("the reconciler", |stop| task.run(stop));
-    // Before the publisher, which ends when this does, and has to say that the worker goes.
+    // Before the publisher, which ends when the drain watch ends, and has to publish the status offline.
     services.background().spawn("the drain", |_| watch_drain.run());
     worker.start_bus(&mut services, [session, confirming], reports, reserved, lease_sender, clocks);
     if let Some(task) = lease_task {
@@ -227,7 +229,7 @@ impl Worker {
             .spawn("the access lists", |stop| list_service.run(self.confirmations.clone(), apply_lists, stop));
     }
 
-    /// The two sessions, and what works with what they receive.
+    /// Starts the two sessions, and the services that handle what they receive.
     fn start_bus(
         &self,
         services: &mut Services,
@@ -281,7 +283,7 @@ impl Worker {
         services.group(2 * FAREWELL_TIMEOUT, None).spawn("the publisher", |stop| publish(publisher, stop));
     }
 
-    /// What tells others how this worker is: Prometheus, and the service manager.
+    /// Starts the services that report the worker's state: to Prometheus, and to the service manager.
     fn start_http<const N: usize>(&self, services: &mut Services, watched: [Watched; N]) {
         let state = http::HttpState {
             registry: self.metrics.registry.clone(),
@@ -326,8 +328,7 @@ impl Metrics {
     }
 }
 
-/// Publishes what this worker is and what became of keys until `stop` returns, and then that it goes; or until a session
-/// ends.
+/// Publishes states and outcomes until `stop` returns, and then the status offline; or until a session ends.
 async fn publish(mut publisher: Publisher, stop: impl Future<Output = ()>) {
     tokio::select! {
         biased;
@@ -339,7 +340,8 @@ async fn publish(mut publisher: Publisher, stop: impl Future<Output = ()>) {
     }
 }
 
-/// Lets what other gateways publish of themselves take effect when it has been stable long enough.
+/// Ticks `reserved`, so that published keys and addresses of other gateways are reserved once they have been stable
+/// long enough.
 async fn tick(reserved: watch::Sender<Reserved>) {
     loop {
         sleep(TICK).await;

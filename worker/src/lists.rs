@@ -1,7 +1,7 @@
-//! What changed access lists lead to: the reconciler takes over which keys are admitted, and removes those just denied.
+//! The effect of changed access lists: the reconciler applies the new admission, and removes the keys just denied.
 //!
-//! No task of its own: [`apply`] runs in the task of [`wgkex_common::access_lists::service`], which owns the lists. Next
-//! stop: [`crate::reconciler`].
+//! No task: [`apply`] runs in the task of [`wgkex_common::access_lists::service`], which owns the lists. Next stop:
+//! [`crate::reconciler`].
 
 use prometheus::Error;
 use wgkex_common::access_lists::metrics::ListMetrics;

@@ -102,7 +102,7 @@ fn run(file: Option<&Path>, command: Option<Command>) -> ExitCode {
     }
 }
 
-/// What needs the config and a runtime.
+/// The commands that need the config and a runtime.
 #[derive(Clone, Copy)]
 enum Job {
     Serve,
@@ -122,7 +122,7 @@ fn execute(job: Job, config: Config) -> anyhow::Result<()> {
             Job::RemoveInterfaces => Ok(setup::remove(&config).await?),
         }
     });
-    // A kernel that does not answer must not keep the process from its end.
+    // A hanging call of the kernel must not keep the process from ending.
     runtime.shutdown_background();
     result
 }

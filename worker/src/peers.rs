@@ -1,10 +1,10 @@
-//! What is remembered of an interface's peers from one read of its tables to the next: when their keys came, how long
-//! they have been quiet by the monotonic clock, and which keys are to be in the kernel and are not.
+//! The memory of an interface's peers from one read of its tables to the next: when their keys arrived, how long they
+//! have been silent by the monotonic clock, and which keys are to be in the kernel and are not.
 //!
-//! [`KnownPeers`] is the face. Behind it the observed peers are in [`table`], keys that are not whole in the kernel in
-//! [`pending`], which key has which network in [`owners`], and for how many more there is room in [`capacity`]; each
-//! alone changes what it counts. How keys come is in [`arrivals`], how peers go in [`departures`]. No IO, no clock, no log:
-//! the time is passed in.
+//! [`KnownPeers`] is the public type. The observed peers are in [`table`], keys that are not completely in the kernel
+//! in [`pending`], the owners of networks in [`owners`], and the number of further peers that fit in [`capacity`]; each
+//! of these updates its own counters. [`arrivals`] handles keys that arrive, [`departures`] peers that are removed. No
+//! IO, no clock, no log: the time is passed in.
 //!
 //! No task: [`KnownPeers`] is part of the state of a domain, which the reconciler's task owns. Previous stop of a key:
 //! [`crate::reconciler`]; next stops: [`crate::profiles`], and [`crate::plan`].
@@ -48,9 +48,9 @@ use crate::profiles::{DesiredPeer, Ownership, Profile};
 pub struct KnownPeers {
     profile: Arc<dyn Profile>,
     policy: Policy,
-    /// Which keys are admitted; here it counts which of them operators trust.
+    /// Which keys are admitted; used here for the trusted keys.
     admission: Arc<Admission>,
-    /// Of the last read; `None` while an interface is missing, and before the first read.
+    /// The indexes of the last read; `None` while an interface is missing, and before the first read.
     indexes: Option<Indexes>,
     last_read: Option<Instant>,
     table: PeerTable,
@@ -58,7 +58,7 @@ pub struct KnownPeers {
     owners: AddressOwners,
     /// Since when a destination has a route or a flood entry without a peer.
     orphans: BTreeMap<IpNet, Instant>,
-    /// Keys that are not as they were when this was last asked for.
+    /// Keys whose record has changed since the last [`Self::take_changed`].
     changed: BTreeSet<PublicKey>,
 }
 
@@ -80,27 +80,26 @@ impl KnownPeers {
         }
     }
 
-    /// What each key is to be.
+    /// The profile that makes desired peers of keys.
     #[must_use]
     pub fn profile(&self) -> &dyn Profile {
         &*self.profile
     }
 
-    /// Takes over which keys operators trust: such a key keeps its peer and its address however long it is silent.
+    /// Applies a new admission: a trusted key keeps its peer and its address however long it is silent.
     pub fn apply_admission(&mut self, admission: Arc<Admission>) {
         self.admission = admission;
     }
 
-    /// Remembers, before the first read, a key that the last run of this program had: if the kernel lacks it, it is
-    /// pending.
+    /// Remembers, before the first read, a key of the last run of this program: if the kernel lacks it, it is pending.
     pub fn remember(&mut self, key: PublicKey, record: KeyRecord) {
         self.pending.insert(key, PendingKey::from_elsewhere(record.last.into(), record.established));
     }
 
     /// Takes in a read of the tables. Returns how many peers of ours vanished from an interface that stayed.
     ///
-    /// Whatever made a peer of ours vanish, its key is pending again: only what is [`removed`](Self::removed) is gone.
-    /// What is `reserved` is never ours.
+    /// For whatever reason a peer of ours vanished, its key is pending again: only a [`removed`](Self::removed) key is
+    /// gone. A `reserved` key or address is never ours.
     pub fn observe(&mut self, device: &Device, reserved: &Reserved, now: Clocks) -> usize {
         let stayed = self.indexes == Some(device.indexes);
         let vanished = self.table.take_over(device, &mut self.pending, &mut self.changed, now.monotonic);
@@ -114,7 +113,8 @@ impl KnownPeers {
         if stayed { vanished } else { 0 }
     }
 
-    /// A peer that is whole, or that somebody altered meanwhile, is not what was remembered of its key.
+    /// Forgets the pending state of keys whose peer is complete, or was altered by another program, unless the key was
+    /// announced.
     fn forget_altered(&mut self, device: &Device) {
         let Self { pending, profile, .. } = self;
         pending.retain(|key, pending| {
@@ -124,7 +124,7 @@ impl KnownPeers {
         });
     }
 
-    /// Which peers are ours, and which of them had a handshake; returns which networks they have, or are to have.
+    /// Updates which peers are ours, and their handshakes; returns the networks that they have, or are to have.
     fn observe_peers(&mut self, device: &Device, reserved: &Reserved, now: Clocks) -> Vec<Claimant> {
         let since_last_read = self.last_read.map(|read| now.monotonic.saturating_duration_since(read));
         let Self { profile, table, owners, changed, .. } = self;
@@ -148,7 +148,7 @@ impl KnownPeers {
         claimants
     }
 
-    /// Which key has which network, with all that this read showed.
+    /// Decides which key has which network, by all that this read showed.
     fn settle_owners(&mut self, claimants: &mut Vec<Claimant>, now: Instant) {
         for key in self.pending.keys() {
             let desired = self.profile.desired(key);
@@ -180,13 +180,13 @@ impl KnownPeers {
         }
     }
 
-    /// An interface is missing, so that nothing known of the tables holds.
+    /// An interface is missing, so that nothing known of the tables is valid.
     pub fn lost(&mut self) {
         self.indexes = None;
     }
 
-    /// What is to be set: pending keys, in full, as far as there is room, and what peers of ours lack. Keys that may not
-    /// be set are pending no longer.
+    /// The steps that set pending keys, in full, as far as there is room, and missing objects of peers of ours. Keys
+    /// that may not be set are no longer pending.
     pub fn pending_steps(&mut self, device: &Device, reserved: &Reserved) -> Vec<Step> {
         let mut steps = self.give_slots(device.public_key, reserved);
         let again = self.pending.keys().filter(|key| self.table.contains(key));
@@ -199,8 +199,8 @@ impl KnownPeers {
         steps
     }
 
-    /// Keys that have a network without a route or a flood entry, or a peer that lacks something: few of them all, so
-    /// they are found in one go through the tables, which have the same order.
+    /// Keys that have a network without a route or a flood entry, or a peer with a missing setting: few of all, so they
+    /// are found in one pass through the tables, which have the same order.
     fn damaged(&self, device: &Device) -> BTreeSet<PublicKey> {
         let (mut routes, mut floods) = (SortedCursor::new(&device.routes), SortedCursor::new(&device.fdb));
         let mut lacks_flood = |network| single_address(network).is_some_and(|address| !floods.has(&address));
@@ -211,19 +211,19 @@ impl KnownPeers {
         lack.map(|(_, key)| *key).chain(incomplete.filter(owns).copied()).collect()
     }
 
-    /// Removes what has had no peer for a while.
+    /// Removes routes and flood entries that have had no peer for a while.
     #[must_use]
     pub fn orphaned(&self, device: &Device, now: Instant) -> Vec<Change> {
         let old = self.orphans.iter().filter(|(_, since)| now.saturating_duration_since(**since) >= ORPHANED);
         plan::remove_orphans(device, &old.map(|(network, _)| *network).collect())
     }
 
-    /// All keys, as if each had changed.
+    /// Marks all keys as changed.
     pub fn change_all(&mut self) {
         self.changed.extend(self.table.iter().map(|(key, _)| key).chain(self.pending.keys()));
     }
 
-    /// The keys that are not as they were when this was last called, and what to remember of each; none if it is gone.
+    /// The keys that have changed since the last call, each with its new record; none if it is gone.
     pub fn take_changed(&mut self) -> Vec<(PublicKey, Option<KeyRecord>)> {
         let changed = std::mem::take(&mut self.changed);
         changed.into_iter().map(|key| (key, self.record(&key))).collect()
@@ -238,13 +238,13 @@ impl KnownPeers {
         Some(KeyRecord { last: arrived.into(), established })
     }
 
-    /// The peers of ours that had a handshake and were not reported for [`Policy::report`], or since [`Self::report_all`].
-    /// They count as reported from now on.
+    /// The connected peers of ours that were not reported for [`Policy::report`], or since [`Self::report_all`]. They
+    /// count as reported from now on.
     pub fn unreported(&mut self, now: Instant) -> Vec<PublicKey> {
         self.table.take_unreported(&self.policy, now)
     }
 
-    /// What was reported may not have arrived.
+    /// Earlier reports may be lost: all peers are to be reported again.
     pub fn report_all(&mut self) {
         self.table.report_all();
     }
@@ -255,26 +255,26 @@ impl KnownPeers {
         self.table.counts(&self.policy, now)
     }
 
-    /// Whether `key` is pending, its earlier arrival not being whole in the kernel.
+    /// Whether `key` is pending.
     #[must_use]
     pub fn is_pending(&self, key: &PublicKey) -> bool {
         self.pending.contains(key)
     }
 
-    /// Whether somebody may wait for an answer about `key`, which came and is not whole in the kernel.
+    /// Whether `key` arrived over MQTT and is not completely in the kernel, so that a broker may wait for its outcome.
     #[must_use]
     pub fn is_announced(&self, key: &PublicKey) -> bool {
         self.pending.get(key).is_some_and(|pending| pending.announced)
     }
 
-    /// How many keys came that are not whole in the kernel, and when the oldest of them did.
+    /// The number of keys that arrived and are not completely in the kernel, and the arrival of the oldest.
     #[must_use]
     pub fn waiting(&self) -> (usize, Option<Instant>) {
         let (number, oldest) = self.pending.announced();
         (number, oldest.map(Instant::from))
     }
 
-    /// Whether the peer of `key` vanished, which did not come since.
+    /// Whether the peer of `key` vanished, and the key has not arrived since.
     #[must_use]
     pub fn has_vanished(&self, key: &PublicKey) -> bool {
         self.table.vanished(key).is_some() && !self.is_announced(key)
@@ -287,12 +287,12 @@ impl KnownPeers {
     }
 }
 
-/// Whether `network` is one address that is reserved.
+/// Whether `network` is a single reserved address.
 fn has_address(reserved: &Reserved, network: &IpNet) -> bool {
     single_address(network).is_some_and(|address| reserved.has_address(&address))
 }
 
-/// The address of a network that has only one, of IPv6.
+/// The address of an IPv6 network with a single address.
 fn single_address(network: &IpNet) -> Option<Ipv6Addr> {
     match network {
         IpNet::V6(network) => (network.prefix_len() == 128).then_some(network.addr()),

@@ -1,8 +1,8 @@
-//! The changes of an interface's tables, from what they are and what is desired: no IO, no clock, no log.
+//! The changes that lead from an interface's tables to the desired ones: no IO, no clock, no log.
 //!
-//! A [`Step`] is what to do about one key, and [`changes`] are its parts in the order in which the kernel makes them.
-//! Which steps there are is found in [`repair`], for peers that are not whole, and in [`removal`]; [`Planned`] has the changes of
-//! a step with their reason.
+//! A [`Step`] sets or removes the objects of one key, and [`changes`] are its parts in the order in which the kernel
+//! makes them. The steps are computed in [`repair`], for peers that are not complete, and in [`removal`]; [`Planned`]
+//! has the changes of a step with their reason.
 //!
 //! No task, no state. Previous stop of a key: [`crate::peers`], which admits it; next stop: [`wgkex_kernel`], which makes
 //! the changes.
@@ -23,29 +23,29 @@ pub use self::repair::repair;
 pub use self::sorted_cursor::SortedCursor;
 use crate::profiles::DesiredPeer;
 
-/// What to do about one key.
+/// A step for one key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Step {
-    /// What the key is to be, or was.
+    /// The desired peer of the key, or its former one.
     pub peer: DesiredPeer,
-    /// Which of its objects are set, or removed.
+    /// The objects that are set or removed.
     pub action: Action,
 }
 
 /// Setting or removing some of a key's objects.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
-    /// They are to be there.
+    /// They are set.
     Set(Objects),
-    /// They are to be gone.
+    /// They are removed.
     Remove(Objects),
-    /// The peer is to have its allowed-ips and no others.
+    /// The peer is set with its allowed-ips and no others.
     Replace,
-    /// The peer is to be as one that has just come: without endpoint, handshake and counters.
+    /// The peer is created again: without endpoint, handshake and counters.
     Renew,
 }
 
-/// Some of the things that a key is in the kernel.
+/// Some of the kernel's objects for a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Objects {
     /// The peer with its allowed-ips.
@@ -66,8 +66,8 @@ pub fn changes(steps: &[Step]) -> Vec<Change> {
     changes
 }
 
-/// What became of each key of `steps`, given what became of their [`changes`]: done only if all of it was done, else
-/// the first error.
+/// The outcome of each key of `steps`, given the results of their [`changes`]: success only if all changes succeeded,
+/// else the first error.
 #[must_use]
 pub fn outcomes(steps: &[Step], applied: Outcomes) -> Vec<(PublicKey, Result<(), KernelError>)> {
     let mut applied = applied.into_iter();
@@ -82,25 +82,26 @@ pub fn outcomes(steps: &[Step], applied: Outcomes) -> Vec<(PublicKey, Result<(),
 }
 
 impl Step {
-    /// Installs a peer in full, whatever is there.
+    /// Sets all objects of a peer, whatever exists already.
     #[must_use]
     pub fn install(peer: DesiredPeer) -> Self {
         Self { peer, action: Action::Set(Objects::ALL) }
     }
 
-    /// Makes a peer forget where its router was.
+    /// Creates a peer again, so that its endpoint is forgotten.
     #[must_use]
     pub fn renew(peer: DesiredPeer) -> Self {
         Self { peer, action: Action::Renew }
     }
 
-    /// The key that it is about.
+    /// Its key.
     #[must_use]
     pub fn key(&self) -> PublicKey {
         self.peer.key()
     }
 
-    /// The peer comes first and goes last: what a crash leaves half done still has its peer, by which it is found again.
+    /// The peer is set first and removed last: after a crash an incomplete key still has its peer, by which it is found
+    /// again.
     fn add_changes(&self, changes: &mut Vec<Change>) {
         let (key, networks) = (self.key(), self.peer.networks());
         let networks = |objects: Objects| networks.iter().copied().filter(move |_| self.peer.routes && objects.routes);

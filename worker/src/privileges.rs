@@ -6,11 +6,11 @@ use caps::{CapSet, Capability, CapsHashSet};
 use nix::sys::prctl;
 use nix::unistd::{Gid, Uid, User, getresgid, getresuid, setgid, setgroups, setuid};
 
-/// The one privilege that netlink asks for (capabilities(7)).
+/// The one privilege that changes by netlink need (capabilities(7)).
 const NEEDED: Capability = Capability::CAP_NET_ADMIN;
 
-/// Leaves the process with `CAP_NET_ADMIN` and no other privilege, as `user` if one is named. Before it has any other
-/// thread: privileges are each thread's own.
+/// Drops all privileges but `CAP_NET_ADMIN`, and becomes `user` if one is named. Must be called before there is another
+/// thread: each thread has its own privileges.
 pub fn keep_only_needed(user: Option<&str>) -> anyhow::Result<()> {
     let (uid, gid) = (getresuid().context("user")?, getresgid().context("group")?);
     ensure!(
@@ -29,7 +29,7 @@ pub fn keep_only_needed(user: Option<&str>) -> anyhow::Result<()> {
     prctl::set_no_new_privs().context("no_new_privs")
 }
 
-/// Drops what a program started from here could get back; only a process that may set capabilities can do that.
+/// Drops the capabilities that a child process could gain again; only a process that may set capabilities can do that.
 fn drop_bounding() -> Result<(), caps::errors::CapsError> {
     if caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP)? {
         for capability in caps::read(None, CapSet::Bounding)?.into_iter().filter(|capability| *capability != NEEDED) {
@@ -56,7 +56,7 @@ fn become_user(name: &str) -> anyhow::Result<()> {
 fn drop_others() -> Result<(), caps::errors::CapsError> {
     let needed = CapsHashSet::from([NEEDED]);
     caps::clear(None, CapSet::Ambient)?;
-    // What stays there is of no use: it would only count for a program with privileges of its own.
+    // The remaining ones have no effect: they would only apply to an executed program with file capabilities.
     let _ = caps::clear(None, CapSet::Inheritable);
     for set in [CapSet::Effective, CapSet::Permitted] {
         if caps::read(None, set)? != needed {

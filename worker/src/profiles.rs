@@ -1,4 +1,4 @@
-//! What a key is to be in a kernel, by the kind of device that it belongs to.
+//! The desired peer of a key, by the kind of device that it belongs to.
 //!
 //! A [`Profile`] makes a [`DesiredPeer`] of each key. Nothing below this room knows a kind: [`crate::plan`] compares
 //! desired peers with the tables, [`crate::peers`] remembers which keys have them. [`mesh`] is the profile of routers of
@@ -27,7 +27,7 @@ pub enum Sweep {
     Never,
 }
 
-/// What one key is to be in a kernel.
+/// The desired objects of one key in a kernel.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DesiredPeer {
     /// The peer: its key, allowed-ips, keepalive and preshared key.
@@ -36,32 +36,32 @@ pub struct DesiredPeer {
     pub routes: bool,
     /// Its destination in the flood list, if it has one.
     pub flood: Option<Ipv6Addr>,
-    /// When it goes by itself.
+    /// Whether the sweep removes it.
     pub sweep: Sweep,
 }
 
-/// Whose a peer is, by its allowed-ips alone.
+/// The owner of a peer, by its allowed-ips alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ownership {
     /// It has exactly what its profile gives it: wgkex made it.
     Ours,
-    /// It has less than that, or nothing: one of ours whose address a later key took, or one that somebody is still
-    /// making.
+    /// It lacks some of these, or has none: one of ours whose address a later key took, or one that another program is
+    /// still making.
     Partial,
-    /// It has something else: somebody else made or altered it.
+    /// It has other ones: another program made or altered it.
     Foreign,
 }
 
 /// Makes desired peers of keys.
 pub trait Profile: Debug + Send + Sync + 'static {
-    /// The interface of `domain`, and what it carries.
+    /// The WireGuard interface of `domain`, with the VXLAN interface on top of it.
     fn interface(&self, domain: &Domain) -> Interface;
 
-    /// What `key` is to be; `None` for a key that is to have no peer.
+    /// The desired peer of `key`; `None` for a key without a peer.
     fn desired(&self, key: &PublicKey) -> Option<DesiredPeer>;
 
-    /// Whether a route or a flood entry to `destination` that no peer has was left behind by this profile. What it would
-    /// never make is somebody else's.
+    /// Whether a route or a flood entry to `destination` without a peer was left over by this profile. Destinations
+    /// that it never makes belong to other programs.
     fn is_left_over(&self, destination: &IpNet) -> bool;
 }
 
@@ -72,19 +72,19 @@ impl DesiredPeer {
         self.peer.key
     }
 
-    /// The networks that it claims for itself.
+    /// The networks that it claims.
     #[must_use]
     pub fn networks(&self) -> &[IpNet] {
         &self.peer.allowed_ips
     }
 
-    /// Whose its peer is, as it stands.
+    /// The owner of its actual peer.
     #[must_use]
     pub fn ownership(&self, actual: &Peer) -> Ownership {
         let desired = self.networks();
         match actual.allowed_ips[..] {
             [] => Ownership::Partial,
-            // Nearly every peer has one.
+            // Nearly every peer has a single network.
             [one] if desired == [one] => Ownership::Ours,
             [..] if actual.allowed_ips.iter().any(|network| !desired.contains(network)) => Ownership::Foreign,
             [..] if desired.iter().all(|network| actual.allowed_ips.contains(network)) => Ownership::Ours,
@@ -92,7 +92,7 @@ impl DesiredPeer {
         }
     }
 
-    /// Whether its peer, as it stands, lacks its keepalive or its preshared key.
+    /// Whether its actual peer lacks its keepalive or its preshared key.
     #[must_use]
     pub fn lacks_settings(&self, actual: &Peer) -> bool {
         let PeerConfig { keepalive, preshared, .. } = &self.peer;
@@ -100,7 +100,7 @@ impl DesiredPeer {
             || (preshared.is_some() && *preshared != actual.preshared)
     }
 
-    /// Each destination that it has in the kernel, those of routes and that of the flood entry.
+    /// All its destinations in the kernel, those of routes and that of the flood entry.
     pub fn destinations(&self) -> impl Iterator<Item = IpNet> + '_ {
         self.networks().iter().copied().chain(self.flood.map(host))
     }

@@ -1,12 +1,12 @@
-//! Keeps the kernel's tables as they should be: installs keys that arrive, restores what is lost, sweeps what is stale.
+//! Reconciles the kernel's tables: installs keys that arrive, restores lost objects, sweeps stale peers.
 //!
-//! One task, in [`task`], owns the kernel and the state of every domain; `run` of the worker owns the task. Others reach it
-//! by a [`ReconcilerHandle`]; nothing that it publishes can block it: states go into a `watch`, reports into bounded queues
-//! ([`reports`]). What is to be done at a domain is decided by its state, in [`domain`], which is pure; [`driver`] carries
-//! that out. [`schedule`] has the times.
+//! One task, in [`task`], owns the kernel and the state of every domain; `run` of the worker owns the task. Other tasks
+//! reach it by a [`ReconcilerHandle`]; publishing cannot block it: states go into a `watch`, reports into bounded
+//! queues ([`reports`]). The state of a domain, in [`domain`], decides what is done there, and is pure; [`driver`]
+//! executes that. [`schedule`] has the times.
 //!
 //! Previous stop of a key: [`crate::bus`]; next stops: [`crate::peers`] and [`crate::plan`], then the kernel; its
-//! result goes back by [`reports`] to [`crate::bus`].
+//! outcome goes back by [`reports`] to [`crate::bus`].
 
 mod domain;
 mod driver;
@@ -35,7 +35,7 @@ use crate::peers::Clocks;
 /// Live keys with their ages.
 type Snapshot = BTreeMap<PublicKey, Age>;
 
-/// The monotonic clock, which tests can hold.
+/// The monotonic clock, which tests can pause.
 fn clock() -> Instant {
     tokio::time::Instant::now().into_std()
 }

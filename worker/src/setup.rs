@@ -1,9 +1,9 @@
 //! `wgkex-worker setup`: makes a domain's `wg-REST` and `vx-REST`, and deletes them.
 //!
-//! No task: a command of its own, which ends when all is done. It reads the interfaces, [`differences`] finds the steps to
-//! what the config says, and each is applied by [`wgkex_kernel::links`] or [`wgkex_kernel::wireguard`]; those of servers and of the hub
-//! are made in [`interface`]. The worker later
-//! serves these interfaces; no key comes here but the gateway's own, in its key file.
+//! No task: a command, which ends when all is done. It reads the interfaces, [`differences`] computes the steps to the
+//! state in the config, and each is applied by [`wgkex_kernel::links`] or [`wgkex_kernel::wireguard`]; the interfaces
+//! of servers and of the hub are made in [`interface`]. The worker later serves these interfaces; no router's key
+//! passes here, only the gateway's own, in its key file.
 
 mod differences;
 mod interface;
@@ -27,7 +27,7 @@ use wgkex_kernel::{Backend, Key, forwarding, wireguard};
 use self::differences::{Actual, Desired, SetupStep, Shape, VXLAN_ADDRESS, Vxlan, Wireguard, differences};
 use self::link::WireguardLink;
 
-/// What stood in the way. Each is one line that names the interface or the file.
+/// Why the setup failed. Each error is one line that names the interface or the file.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// This process may not change interfaces.
@@ -36,14 +36,14 @@ pub enum Error {
     /// IPv6 is off, so there is no link-local address.
     #[error("{0}: IPv6 is off for this interface: it needs net.ipv6.conf.{0}.disable_ipv6 = 0")]
     Ipv6(String),
-    /// Somebody else's interface has the name.
+    /// An interface of another kind has the name.
     #[error("{interface} is {kind} and not {wanted}: left as it is")]
     OtherKind {
         /// Its name.
         interface: String,
-        /// What it is.
+        /// Its kind.
         kind: String,
-        /// What was looked for.
+        /// The expected kind.
         wanted: &'static str,
     },
     /// A VXLAN interface that would have to be created again.
@@ -54,13 +54,13 @@ pub enum Error {
         /// The attribute that differs from the config.
         incompatible: String,
     },
-    /// Neither the kernel nor a program gives WireGuard.
+    /// Neither the kernel has WireGuard, nor is wireguard-go installed.
     #[error("{0}: the kernel has no WireGuard and there is no wireguard-go: apt-get install wireguard-go")]
     NoWireguard(String),
     /// The control socket belongs to an interface of another network namespace.
     #[error("{0}: a userspace WireGuard of this name runs in another network namespace (it listens at {1})")]
     Elsewhere(String, PathBuf),
-    /// Members could not be told from what is there.
+    /// This machine has a route into the pool: its addresses could not be told apart from those of members.
     #[error(
         "tenants.pool: this machine has a route to {0}, and what it sends there would go to the hub: choose another pool, at the \
          brokers too"
@@ -69,24 +69,25 @@ pub enum Error {
     /// The key file could not be used.
     #[error("{0}: {1}")]
     KeyFile(String, KeyFileError),
-    /// The key in the file belongs to no usable public key.
+    /// The key in the file has no usable public key.
     #[error("{0}: {1}")]
     Key(String, KeyError),
-    /// The kernel, or the userspace WireGuard, answered with an error.
+    /// The kernel, or the userspace WireGuard, returned an error.
     #[error("{interface}: {action}: {source}")]
     Refused {
         /// Its name.
         interface: String,
-        /// What was asked.
+        /// The failed action.
         action: String,
-        /// The answer.
+        /// The error.
         source: io::Error,
     },
 }
 
-/// Makes the interfaces of each domain and server, and that of the hub, or completes them. What is there already stays, its peers included; only
-/// what differs is set. A new WireGuard interface is the kernel's, or wireguard-go's where the kernel has no WireGuard
-/// or `backend` is [`Backend::Userspace`]. Nothing is changed as long as one of the domains cannot be set up as the config says.
+/// Makes the interfaces of each domain and server, and that of the hub, or completes them. Existing ones stay, their
+/// peers included; only differing attributes are set. A new WireGuard interface is the kernel's, or wireguard-go's
+/// where the kernel has no WireGuard or `backend` is [`Backend::Userspace`]. Nothing is changed as long as one of the
+/// domains cannot be set up as in the config.
 pub async fn setup(config: &Config, backend: Backend) -> Result<(), Error> {
     let links = open(&config.setup)?;
     let mut plans = Vec::new();
@@ -106,7 +107,7 @@ pub async fn setup(config: &Config, backend: Backend) -> Result<(), Error> {
     for server in config.servers.values() {
         interface::set_up_server(link(&server.interface), server).await?;
     }
-    // There may have been another hub.
+    // The config may have had another hub before.
     for interface in forwarding::interfaces(&links).await.map_err(|error| refused("ip rule", "read them", error))? {
         if config.hub.as_ref().is_none_or(|hub| hub.interface != interface) {
             delete(&links, &interface).await?;
@@ -120,8 +121,8 @@ pub async fn setup(config: &Config, backend: Backend) -> Result<(), Error> {
     Ok(())
 }
 
-/// Deletes the interfaces of each domain and server, and that of the hub. What is gone already is no error; the key files stay. Nothing is
-/// deleted as long as one of the names belongs to an interface of another kind.
+/// Deletes the interfaces of each domain and server, and that of the hub. A missing one is no error; the key files
+/// stay. Nothing is deleted as long as one of the names belongs to an interface of another kind.
 pub async fn remove(config: &Config) -> Result<(), Error> {
     let links = open(&config.setup)?;
     let mut doomed = Vec::new();
@@ -159,14 +160,15 @@ async fn delete_link(links: &Links, interface: &str, backend: Option<Backend>) -
     Ok(())
 }
 
-/// Its interface is gone: packets of members would go anywhere without its rules.
+/// Deletes the rules of a hub whose interface is deleted: without its rules, members' packets could leave by any
+/// interface, so the interface goes first.
 async fn disable_hub(links: &Links, interface: Option<&str>) -> Result<(), Error> {
     forwarding::disable(links, interface).await.map_err(|error| refused("ip rule", "delete those of a hub", error))
 }
 
 fn open(domains: &BTreeMap<Domain, Setup>) -> Result<Links, Error> {
     let first = domains.keys().next().map(Domain::wireguard).unwrap_or_default();
-    // An unreadable set of capabilities does not count: the kernel has the last word.
+    // If the capabilities cannot be read, the kernel decides.
     if !caps::has_cap(None, CapSet::Effective, Capability::CAP_NET_ADMIN).unwrap_or(true) {
         return Err(Error::Capability(first));
     }
@@ -199,7 +201,7 @@ impl Site<'_> {
         Ok((key, steps))
     }
 
-    /// What stands, and the private key of `wg-REST` if it has one.
+    /// The existing interfaces, and the private key of `wg-REST` if it has one.
     async fn find(&self) -> Result<(Actual, Option<Key>), Error> {
         let mut actual = Actual::default();
         let mut current = None;
@@ -287,7 +289,7 @@ fn other_kind(interface: String, link: &Link, wanted: &'static str) -> Error {
 }
 
 fn refused_step(interface: &str, step: SetupStep, error: io::Error) -> Error {
-    // The kernel's answers where IPv6 is off for the interface, and where it is off altogether.
+    // The kernel's errors where IPv6 is off for the interface, and where it is off altogether.
     let ipv6_is_off = matches!(error.kind(), ErrorKind::PermissionDenied | ErrorKind::Unsupported)
         && matches!(step, SetupStep::NoAutoAddress | SetupStep::AddAddress(_) | SetupStep::AddVxlanAddress)
         && error.raw_os_error() != Some(Errno::EPERM as i32);

@@ -1,6 +1,6 @@
-//! What a worker says of itself on one screen, and as `/status.json`: no keys, no addresses. No IO.
+//! The state that a worker reports on one screen, and as `/status.json`: no keys, no addresses. No IO.
 //!
-//! [`crate::http`] makes a [`Status`] of what the rooms publish; [`crate::cli`] shows it.
+//! [`crate::http`] makes a [`Status`] from the state of the rooms; [`crate::cli`] shows it.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -13,7 +13,7 @@ use wgkex_common::wire::drain::Drain;
 
 use crate::leases::ServerStatus;
 
-/// What is wrong where another program seems to use the worker's name.
+/// The problem that is reported if another program may use the worker's name.
 pub const NAME_IN_USE: &str = "MQTT: another program may use this worker's name, or mqtt.username is that of another worker: the server ends \
      its connections again and again; each worker needs a host name of its own, and a user of that name";
 
@@ -24,9 +24,9 @@ pub struct Status {
     pub version: String,
     /// The worker's name on the bus.
     pub worker: String,
-    /// Its process, as it numbers itself.
+    /// Its process id, in its own namespace.
     pub pid: u32,
-    /// How long it runs.
+    /// Its uptime in seconds.
     pub uptime_seconds: u64,
     /// Its connection with the MQTT server.
     pub mqtt: MqttStatus,
@@ -41,18 +41,18 @@ pub struct Status {
     /// Each server of the registry that it is.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub servers: BTreeMap<String, ServerStatus>,
-    /// The brokers whose clock is not this gateway's, by name, and how far it is away.
+    /// The brokers whose clock differs from this gateway's, by name, with the difference.
     #[serde(default)]
     pub clocks_off: BTreeMap<String, Difference>,
-    /// What became of keys since it started.
+    /// The outcomes of keys since it started.
     pub keys: KeyTotals,
-    /// What it asked the kernel for since it started.
+    /// The batches applied to the kernel since it started.
     pub batches: BatchTotals,
     /// Keys that wait to be taken into a batch.
     pub queue: u64,
-    /// Keys that came and are not in the kernel, those of the queue apart.
+    /// Keys that arrived and are not in the kernel, without those in the queue.
     pub pending: u64,
-    /// How long the oldest of these waits.
+    /// How long the oldest of these has been waiting, in seconds.
     pub oldest_pending_seconds: Option<f64>,
     /// Whether the keys are kept on disk.
     pub state_kept: bool,
@@ -60,7 +60,7 @@ pub struct Status {
     pub lists_kept: bool,
     /// Lists that cannot be read, by their keys in the config.
     pub lists_damaged: Vec<String>,
-    /// What is wrong now, each in one line; none if all is well.
+    /// The problems, each in one line; none if all is well.
     pub problems: Vec<String>,
 }
 
@@ -71,7 +71,7 @@ pub struct MqttStatus {
     pub connected: bool,
     /// Why not.
     pub cause: Option<String>,
-    /// Whether another program seems to use the worker's name: the server ends its connections again and again.
+    /// Whether another program may use the worker's name: the server ends its connections again and again.
     #[serde(default)]
     pub name_in_use: bool,
 }
@@ -102,28 +102,28 @@ pub struct PeerTotals {
     pub idle: u64,
     /// With none yet.
     pub never_connected: u64,
-    /// Silent for so long that the next sweep takes them, if they are wgkex's.
+    /// Silent for so long that the next sweep removes them, if wgkex made them.
     pub stale: u64,
 }
 
-/// What became of keys.
+/// The outcomes of keys.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeyTotals {
-    /// They came over MQTT.
+    /// They arrived over MQTT.
     pub received: u64,
     /// They are newly in the kernel.
     pub installed: u64,
-    /// They came again.
+    /// They arrived again.
     pub refreshed: u64,
-    /// Something of them was lost and is restored.
+    /// A lost object of theirs was restored.
     pub restored: u64,
     /// They are not in the kernel.
     pub failed: u64,
-    /// There was no place for them.
+    /// They were dropped because a queue was full.
     pub dropped: u64,
 }
 
-/// What the kernel was asked for.
+/// The batches applied to the kernel.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct BatchTotals {
     /// How many batches.
@@ -134,17 +134,17 @@ pub struct BatchTotals {
     pub seconds: f64,
 }
 
-/// What changed from one [`Status`] to a later one, per second.
+/// The changes from one [`Status`] to a later one, per second.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Rates {
-    /// Keys that came.
+    /// Keys that arrived.
     pub keys: f64,
     /// Batches.
     pub batches: f64,
 }
 
 impl Status {
-    /// What is wrong, from everything else in it.
+    /// Derives the problems from the other fields.
     #[must_use]
     pub fn find_problems(&self) -> Vec<String> {
         let mqtt =
@@ -171,7 +171,7 @@ impl Status {
         of_bus.chain(domains).chain(servers).chain(lists).chain(state).chain(entries).collect()
     }
 
-    /// What changed since `before`, `elapsed` ago; none if another process said that.
+    /// The rates since `before`, `elapsed` ago; none if that was reported by another process.
     #[must_use]
     pub fn rates(&self, before: &Self, elapsed: Duration) -> Option<Rates> {
         let seconds = elapsed.as_secs_f64();
@@ -183,7 +183,7 @@ impl Status {
         })
     }
 
-    /// One screen.
+    /// The status as one screen of text.
     #[must_use]
     pub fn screen(&self, rates: Option<Rates>, style: Style) -> String {
         let mut screen = String::new();

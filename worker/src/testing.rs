@@ -1,4 +1,4 @@
-//! What the tests of several modules share.
+//! Helpers that the tests of several modules share.
 
 use std::collections::BTreeMap;
 use std::num::NonZeroU16;
@@ -38,7 +38,7 @@ pub fn install(keys: impl IntoIterator<Item = PublicKey>) -> Vec<Step> {
     install_as(&Mesh, keys)
 }
 
-/// Installs those of `keys` that are to have a peer.
+/// Installs those of `keys` that have a desired peer.
 pub fn install_as(profile: &dyn Profile, keys: impl IntoIterator<Item = PublicKey>) -> Vec<Step> {
     dedup_keep_last(keys).iter().filter_map(|key| profile.desired(key)).map(Step::install).collect()
 }
@@ -85,7 +85,7 @@ pub fn assert_has(registry: &Registry, lines: &[&str]) {
     }
 }
 
-/// What a future gives that has nothing to wait for.
+/// The result of a future that is ready at once.
 pub fn now<T>(future: impl Future<Output = T>) -> T {
     match pin!(future).poll(&mut Context::from_waker(Waker::noop())) {
         Poll::Ready(value) => value,

@@ -104,7 +104,7 @@ async fn makes_hub(place: &Place) {
         assert_eq!(run("cat /proc/sys/net/ipv4/conf/wg-hub/forwarding"), "1");
         assert_eq!(run("wg show wg-hub listen-port"), "40012");
     }
-    // It is taken down by what takes all down, by a setup without it, and by one with another interface.
+    // It is deleted by removing everything, by a setup without it, and by a setup with another interface.
     let config = |interface: &str| {
         let hub = Hub { interface: interface.into(), ..hub(&["10.64.0.0/16"]) };
         Config { hub: Some(hub), ..place.config.clone() }
@@ -157,7 +157,7 @@ async fn mends(place: &Place) {
         place.setup().await.unwrap();
         assert_eq!(state(), whole, "after {damage}");
     }
-    // These take the addresses, or the interface, with them.
+    // These delete the addresses, or the interface, with them.
     for damage in ["ip link set wg-welt down", "ip link set vx-welt down", "ip link del vx-welt"] {
         run(damage);
         makes(place).await;
@@ -239,7 +239,7 @@ async fn taken_port(place: &Place) {
     let refusal = place.setup().await.unwrap_err().to_string();
     assert!(refusal.starts_with("wg-welt: ") && refusal.contains("Address already in use"), "{refusal}");
     drop(taken);
-    // Another test's child has the socket too until it becomes another program.
+    // Another test's child process has the socket too until it executes another program.
     wait_until("the port stays taken", || UdpSocket::bind("[::]:40011").is_ok());
     makes(place).await;
 }
@@ -324,7 +324,7 @@ fn add_peer() {
     run(&format!("wg set wg-welt {peer} persistent-keepalive 25"));
 }
 
-/// All of both interfaces that a repeat must leave as it is: indexes, addresses, configuration, peers.
+/// The state of both interfaces that a repeated setup must not change: indexes, addresses, configuration, peers.
 fn state() -> String {
     wait_until("an address stays tentative", || run("ip -6 addr show tentative").is_empty());
     let addresses = run("ip -o -6 addr show | sort -k 4");
@@ -383,7 +383,7 @@ impl Place {
     }
 }
 
-/// Runs a test in a thread with namespaces of its own; `/run`, where the control sockets are, is its own too.
+/// Runs a test in a thread with separate namespaces; `/run`, with the control sockets, is separate too.
 fn in_namespaces<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send) {
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
@@ -398,7 +398,7 @@ fn in_namespaces<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send) {
     });
 }
 
-/// Ends every wireguard-go of a test: each ends when its control socket goes.
+/// Ends every wireguard-go of a test: each ends when its control socket is deleted.
 struct EndUserspace;
 
 impl Drop for EndUserspace {

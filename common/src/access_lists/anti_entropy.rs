@@ -1,5 +1,5 @@
-//! Which brokers to request records from, and when: brokers publish a digest of theirs, and a program with another one
-//! requests them. No IO, no clock.
+//! Which brokers to request records from, and when: brokers publish a digest of their records, and a program with
+//! another digest requests them. No IO, no clock.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -9,7 +9,7 @@ use crate::wire::message::{Hello, Requester};
 
 /// Brokers that are remembered at most.
 const MAX_BROKERS: usize = 4096;
-/// How long the first request may stay without effect before it is sent again; doubled each time.
+/// How long to wait for the effect of the first request before it is sent again; doubled each time.
 const REQUEST_RETRY_MIN: Duration = Duration::from_secs(1);
 /// The longest pause between two requests to the same broker.
 const REQUEST_RETRY_MAX: Duration = Duration::from_secs(60);
@@ -20,16 +20,16 @@ const SHARED_PAUSE_MAX: Duration = Duration::from_secs(8);
 /// The most requesters that are remembered, and how long after their last request.
 const MAX_REQUESTERS: usize = 4096;
 const REQUESTER_LIFETIME: Duration = Duration::from_secs(120);
-/// Retained messages come this soon after subscribing, if there are any.
+/// Retained messages are received within this time after subscribing, if there are any.
 const WAIT_FOR_RETAINED: Duration = Duration::from_millis(100);
 /// How long to wait for retained hellos when no broker is known.
 const WAIT_FOR_HELLOS: Duration = Duration::from_millis(500);
-/// No key waits longer for records than this.
+/// The longest time that keys wait for records.
 const GATE_MAX: Duration = Duration::from_secs(3);
-/// The same where attempts to connect fail, so that there is nobody to wait for.
+/// The same if attempts to connect fail, so that no broker can answer.
 const GATE_MAX_OFFLINE: Duration = Duration::from_millis(250);
 
-/// What is known of the brokers' records.
+/// The state of the exchange of records with brokers.
 #[derive(Debug)]
 pub(super) struct AntiEntropy {
     /// This broker's own name; none for a worker.
@@ -38,7 +38,7 @@ pub(super) struct AntiEntropy {
     connection: BusState,
     /// The program's other session is connected: this one will be soon.
     is_server_reachable: bool,
-    /// Those that asked for all records.
+    /// The programs that requested all records.
     requesters: BTreeMap<Requester, Requests>,
     broadcast_at: Option<Instant>,
     /// The digest of the records at the last check whether to broadcast them.
@@ -49,9 +49,9 @@ pub(super) struct AntiEntropy {
 #[derive(Debug)]
 struct Requests {
     last: Instant,
-    /// The records have not been broadcast since.
+    /// The records have not been broadcast since the request.
     is_waiting: bool,
-    /// When they were last broadcast for it, and how often the same ones.
+    /// When the records were last broadcast for it, and how often unchanged.
     answered: Option<Instant>,
     times: u32,
 }
@@ -62,7 +62,7 @@ enum BusState {
     Connecting,
     /// Lost, or the last attempt failed.
     Down,
-    /// What brokers retain is received since then.
+    /// Subscribed since then; retained hellos are being received.
     Up(Instant),
 }
 
@@ -103,7 +103,7 @@ impl AntiEntropy {
         self.brokers.clear();
     }
 
-    /// The hello of a broker; none if it goes.
+    /// Handles the hello of a broker; none if it is cleared.
     pub fn broker(&mut self, name: &BrokerName, hello: Option<&Hello>) {
         let names_records = hello.is_some_and(Hello::names_records);
         let digest = hello.filter(|hello| hello.answers()).and_then(|hello| hello.records.clone());
@@ -120,12 +120,12 @@ impl AntiEntropy {
         }
     }
 
-    /// Whether the broker receives requests for records on topics that belong to the program that asks.
+    /// Whether requests for records to this broker go to a topic that belongs to the requesting program.
     pub fn names_records(&self, broker: &BrokerName) -> bool {
         self.brokers.get(broker).is_some_and(|broker| broker.names_records)
     }
 
-    /// Somebody lacks records, or has others.
+    /// A program requests all records.
     pub fn asked(&mut self, requester: Requester, now: Instant) {
         let is_over = |requests: &Requests| now.saturating_duration_since(requests.last) >= REQUESTER_LIFETIME;
         if self.requesters.len() >= MAX_REQUESTERS && !self.requesters.contains_key(&requester) {
@@ -142,7 +142,7 @@ impl AntiEntropy {
         (requests.last, requests.is_waiting) = (now, true);
     }
 
-    /// The brokers to ask now, given the own digest.
+    /// The brokers to send a request to now, given the own digest.
     pub fn ask(&mut self, digest: &str, now: Instant) -> Vec<BrokerName> {
         let mut names = Vec::new();
         for (name, broker) in &mut self.brokers {
@@ -179,8 +179,8 @@ impl AntiEntropy {
         is_due
     }
 
-    /// Whether a gate that was closed at `closed_at` opens: every broker's records are known, or it takes too long. An error in
-    /// the latter case.
+    /// Whether a gate that was closed at `closed_at` opens: either the records of all brokers are known, or the time
+    /// limit is over, which is an error.
     pub fn gate_state(&self, closed_at: Instant, digest: &str, now: Instant) -> Option<Result<(), TimedOut>> {
         let for_long = |since: Instant, time| now.saturating_duration_since(since) >= time;
         let agree = self.brokers.values().all(|broker| broker.digest == digest);
@@ -207,7 +207,7 @@ impl Requests {
     }
 }
 
-/// The records did not come in time.
+/// The records were not received in time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct TimedOut;
 
@@ -288,7 +288,7 @@ mod tests {
         Requester::Named(Participant::Worker(name.parse().unwrap()))
     }
 
-    /// Fails where every request counts: all records were published once a second, for ever.
+    /// Failed when each request was answered: all records were published once a second, for ever.
     #[test]
     fn the_same_records_are_published_for_the_same_requester_with_growing_pauses() {
         let broadcasts = |requester: &Requester, seconds: &[u32]| {

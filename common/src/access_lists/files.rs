@@ -1,8 +1,8 @@
-//! The lists that stand in files of this machine: read when they change. One that is damaged, half-written or gone keeps
-//! what was last read of it.
+//! The lists in files of this machine: read when they change. If a file is damaged, half-written or missing, its last
+//! valid content stays in effect.
 //!
-//! A changed file is read once two checks find it the same, a second apart: it may still be being written. At the start it
-//! is read at once, but no peer is removed for missing from an allow list before the second check.
+//! A changed file is read once two checks, a second apart, find it unchanged: it may still be being written. At the
+//! start it is read at once, but no peer is removed for missing from an allow list before the second check.
 
 mod source;
 
@@ -10,13 +10,13 @@ use self::source::{FileKind, Source};
 use crate::access_lists::{AllowList, Entry, List};
 use crate::config::KeyLists;
 
-/// The keys of the config that name lists, as metrics and answers name them.
+/// The keys of the config that name lists, as used in metrics and answers.
 pub const SOURCES: [&str; 5] =
     ["blacklist_file", "allowlist.file", "key_lists.deny_dir", "key_lists.allow_dir", "key_lists.trusted_dir"];
-/// The list that stands in the config itself.
+/// The list in the config itself.
 const IN_CONFIG: &str = "key_whitelist";
 
-/// Every file and directory that the config names, and what was read of them.
+/// All files and directories that the config names, and their content as last read.
 #[derive(Debug, Clone)]
 pub struct Files {
     sources: Vec<Source>,
@@ -25,7 +25,7 @@ pub struct Files {
 }
 
 impl Files {
-    /// Those that `config` names; nothing is read yet.
+    /// The sources that `config` names; nothing is read yet.
     #[must_use]
     pub fn new(config: &KeyLists) -> Self {
         let [deny_file, allow_file, deny_dir, allow_dir, trusted_dir] = SOURCES;
@@ -47,8 +47,8 @@ impl Files {
         }
     }
 
-    /// Stamps all of them, and reads what is due: what changed and looks the same as at the last look, or all of that if
-    /// `anew`. True if the lists are other ones now.
+    /// Checks all sources, and reads those that changed and are the same as at the last check; all of these if `anew`.
+    /// True if the lists changed.
     pub fn read(&mut self, anew: bool) -> bool {
         let mut changed = false;
         for source in &mut self.sources {
@@ -57,13 +57,13 @@ impl Files {
         changed
     }
 
-    /// Whether the next look should be soon: something changed, or was only seen once.
+    /// Whether the next check should be soon: a source changed, or was checked only once.
     #[must_use]
     pub fn is_unsettled(&self) -> bool {
         self.sources.iter().any(Source::is_unsettled)
     }
 
-    /// Every entry, with the key of the config that it comes by.
+    /// All entries, each with the key of the config that names its source.
     pub fn entries(&self) -> impl Iterator<Item = (&'static str, &Entry)> {
         let files = self.sources.iter().flat_map(|source| source.entries().iter().map(|entry| (source.name, entry)));
         files.chain(self.in_config.iter().map(|entry| (IN_CONFIG, entry)))
@@ -76,7 +76,7 @@ impl Files {
         self.allow_list() != other.allow_list() || sources.into_iter().any(|(source, other)| source.differs(other))
     }
 
-    /// Whether only listed keys may come.
+    /// Whether only listed keys are admitted.
     #[must_use]
     pub fn allow_list(&self) -> AllowList {
         if !self.only_allowed {
@@ -88,18 +88,18 @@ impl Files {
         }
     }
 
-    /// Those of allowed keys that could not be read since the start, of [`SOURCES`].
+    /// The sources of allowed keys that could not be read since the start, as named in [`SOURCES`].
     #[must_use]
     pub fn unread(&self) -> Vec<&'static str> {
         self.sources.iter().filter(|source| source.was_never_read_to_allow()).map(|source| source.name).collect()
     }
 
-    /// Those that cannot be read now, of [`SOURCES`], with what is wrong with each.
+    /// The sources that cannot be read now, as named in [`SOURCES`], each with the reason.
     pub fn damages(&self) -> impl Iterator<Item = (&'static str, &str)> {
         self.sources.iter().filter_map(|source| Some((source.name, source.damage()?)))
     }
 
-    /// Those that cannot be read now, of [`SOURCES`].
+    /// The sources that cannot be read now, as named in [`SOURCES`].
     #[must_use]
     pub fn damaged(&self) -> Vec<&'static str> {
         self.sources.iter().filter(|source| source.is_damaged()).map(|source| source.name).collect()
@@ -126,7 +126,7 @@ mod tests {
         files.entries().map(|(source, entry)| (source, entry.key.to_string(), entry.name.as_deref())).collect()
     }
 
-    /// A change that is over is read at the second look.
+    /// A completed change is read at the second check.
     fn twice(files: &mut Files) -> bool {
         let first = files.read(false);
         files.read(false) || first
@@ -167,7 +167,7 @@ mod tests {
         assert!(!twice(&mut files) && files.damaged() == ["blacklist_file"]);
     }
 
-    /// Before, a part of a file that was being written counted as the list.
+    /// Failed when a partly written file was taken for the list.
     #[test]
     fn a_file_being_written_is_read_once_its_stamp_is_stable() {
         let dir = dir();
@@ -177,7 +177,7 @@ mod tests {
         let both = Allow { file: Some(allow.clone()), dir: None };
         let config = KeyLists { deny_file: Some(deny.clone()), allow: Some(both), ..KeyLists::default() };
         let mut files = Files::new(&config);
-        // At the start there is no time for a second look, but nobody goes before it.
+        // At the start there is no time for a second check, but no peer is removed before it.
         assert!(files.read(true) && files.is_unsettled());
         assert_eq!((names(&files).len(), files.allow_list()), (3, AllowList::Unread));
         assert!(files.unread().is_empty(), "it was read, if once only");
@@ -190,7 +190,7 @@ mod tests {
             assert!(files.damaged().is_empty() && names(&files).len() == 3, "{part:?}");
         }
         assert!(!files.read(true) && !files.is_unsettled(), "it says the same");
-        // The file that is read at the start may be half of one.
+        // The file that is read at the start may be incomplete.
         fs::write(&deny, format!("- {A}\n")).unwrap();
         let mut files = Files::new(&config);
         files.read(true);
@@ -236,7 +236,7 @@ mod tests {
         fs::write(at("denied/attic"), A).unwrap();
         let mut files = Files::new(&KeyLists { deny_dir: Some(at("denied")), ..KeyLists::default() });
         assert!(files.read(false) && names(&files).len() == 1);
-        // As it is below the mount point of a disk that is not mounted.
+        // Like the empty directory under the mount point of a disk that is not mounted.
         fs::rename(at("denied"), at("disk")).unwrap();
         fs::create_dir(at("denied")).unwrap();
         assert!(!twice(&mut files) && files.damaged() == ["key_lists.deny_dir"]);
@@ -280,7 +280,7 @@ mod tests {
         };
         assert_eq!(allow(None), AllowList::Read);
         assert_eq!((allow(Some("{}")), allow(Some("[]"))), (AllowList::Read, AllowList::Unread));
-        // Cut off behind the name; it was an empty list, which expelled everybody.
+        // Truncated after the name: it was read as an empty list, so all peers were removed.
         assert_eq!((allow(Some("ff_a:\n")), allow(Some("ff_a: []\n"))), (AllowList::Unread, AllowList::Read));
         for says_nothing in ["", "# none\n", "\0"] {
             assert_eq!(allow(Some(says_nothing)), AllowList::Unread);

@@ -1,4 +1,4 @@
-//! The metrics of the lists, which both programs have under names of their own.
+//! The metrics of the lists; each program has its own names for them.
 
 use prometheus::{IntCounterVec, IntGauge, IntGaugeVec};
 
@@ -6,7 +6,7 @@ use crate::access_lists::service::ListUpdate;
 use crate::access_lists::{List, files};
 use crate::runtime::metrics::set;
 
-/// Clones count into the same ones.
+/// Clones share the metrics.
 #[derive(Debug, Clone)]
 pub struct ListMetrics {
     /// Whether a list cannot be read, by list.
@@ -15,7 +15,7 @@ pub struct ListMetrics {
     pub keys: IntGaugeVec,
     /// Whether entries made by admin calls are kept on disk.
     pub kept: IntGauge,
-    /// Entries of other brokers that were refused, by reason.
+    /// Entries of other brokers that were rejected, by reason.
     pub entries_refused: IntCounterVec,
 }
 
@@ -26,7 +26,7 @@ impl ListMetrics {
         files::SOURCES.into_iter().filter(|list| self.damaged.with_label_values(&[list]).get() == 1).collect()
     }
 
-    /// Takes over the state of the lists.
+    /// Sets the metrics from the state of the lists.
     pub fn set(&self, update: &ListUpdate<'_>) {
         for list in files::SOURCES {
             self.damaged.with_label_values(&[list]).set(i64::from(update.damaged.contains(&list)));

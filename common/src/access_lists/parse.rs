@@ -1,5 +1,5 @@
-//! The texts that lists are written in, as entries. A mistake anywhere refuses the whole text, in one line that shows
-//! no more of a key than logs may.
+//! Parses the texts of lists into entries. Any mistake rejects the whole text, with one line that shows no more of a
+//! key than logs may.
 
 use serde_json::{Map, Value};
 use time::{Date, Month, Time, UtcDateTime};
@@ -9,14 +9,14 @@ use crate::access_lists::{Entry, List};
 use crate::config::{self, Tree};
 use crate::time_text;
 
-/// A longer text is no list of keys: this one has 100,000.
+/// The longest text, in bytes: a list of 100,000 keys is shorter.
 const SIZE_MAX: usize = 16 << 20;
-/// What is longer than this, in bytes, may be a key.
+/// A longer text, in bytes, may be a key.
 const NAME_MAX: usize = 30;
-/// The year 2001 in Unix time: fewer seconds were meant as something else, such as a year.
+/// The year 2001 in Unix time: a smaller number is not meant as seconds, but perhaps as a year.
 const UNTIL_MIN: u64 = 1_000_000_000;
 
-/// What a text lists.
+/// The content of a text.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Listed {
     /// The entries, in the order of the text or of the keys.
@@ -25,7 +25,7 @@ pub struct Listed {
     pub duplicates: Vec<usize>,
     /// The text has no list, not even an empty one: comments alone, or YAML's null in any of its forms.
     pub is_blank: bool,
-    /// A domain that has nothing behind it, not even that its list is empty.
+    /// A domain with no value, not even an empty list.
     pub blank_domain: Option<String>,
 }
 
@@ -56,7 +56,7 @@ pub fn keys_by_domain(text: &str) -> Result<Listed, String> {
     Ok(Listed { entries: all, duplicates, is_blank, blank_domain })
 }
 
-/// Whether a text may go on behind its end: its last line has none, and neither a key nor a bracket or quote closes it.
+/// Whether a text may be truncated: its last line has no line end, and does not end with a key, a bracket or a quote.
 #[must_use]
 pub fn may_be_cut_off(text: &str) -> bool {
     !text.ends_with(['\n', '=', ']', '}', '"', '\''])
@@ -246,7 +246,7 @@ mod tests {
         }
     }
 
-    /// Lists that a copy which broke off left: every beginning of these texts is refused, or is whole lines.
+    /// Lists after an interrupted copy: every prefix of these texts is rejected, or consists of whole lines.
     #[test]
     fn truncated_lists_are_refused_where_that_is_detectable() {
         let json = format!("{{\"ff_a\": [\"{A}\", \"{B}\"],\n\"ff_b\": [\"{B}\"]}}\n");
@@ -266,7 +266,7 @@ mod tests {
         }
     }
 
-    /// What is left of a file that breaks off before its first key.
+    /// A file that is truncated before its first key.
     #[test]
     fn a_text_without_a_list_is_blank_and_an_empty_list_is_not() {
         for blank in [

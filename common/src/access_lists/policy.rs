@@ -5,26 +5,26 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::{Entry, List};
 use crate::PublicKey;
 
-/// Whether only listed keys may come.
+/// Whether only listed keys are admitted.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum AllowList {
-    /// Every key may that is not denied.
+    /// Every key that is not denied is admitted.
     #[default]
     Off,
-    /// Only listed ones may, and a file or directory of them could not be read so far.
+    /// Only listed keys are admitted, and a file or directory of them could not be read so far.
     Unread,
-    /// Only listed ones may.
+    /// Only listed keys are admitted.
     Read,
 }
 
-/// Whether the lists admit a key.
+/// The lists' decision about a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
-    /// It may come.
+    /// It is admitted.
     Allowed,
-    /// It may not, as it is not listed where only listed keys may come.
+    /// It is not admitted, since it is not on an allow list.
     NotAllowlisted,
-    /// It may not.
+    /// It is denied.
     Denied,
 }
 
@@ -40,7 +40,7 @@ pub struct Admission {
 }
 
 impl Admission {
-    /// By those of `entries` that are in effect at `now`, in seconds of Unix time.
+    /// The admission by those of `entries` that are in effect at `now`, in seconds of Unix time.
     #[must_use]
     pub fn of<'a>(entries: impl IntoIterator<Item = &'a Entry>, allow_list: AllowList, now: u64) -> Self {
         let mut admission = Self { allow_list, ..Self::default() };
@@ -57,7 +57,8 @@ impl Admission {
         admission
     }
 
-    /// Whether `key` may come in the domain with this name. A denied key may not, whatever other lists it is on.
+    /// The decision about `key` in the domain with this name. A denied key is not admitted, whatever other lists it is
+    /// on.
     #[must_use]
     pub fn verdict(&self, domain: &str, key: &PublicKey) -> Verdict {
         let is_listed =
@@ -71,13 +72,14 @@ impl Admission {
         }
     }
 
-    /// Whether `key` may not come.
+    /// Whether `key` is not admitted.
     #[must_use]
     pub fn denies(&self, domain: &str, key: &PublicKey) -> bool {
         self.verdict(domain, key) != Verdict::Allowed
     }
 
-    /// Whether `key` has to go if it is there. While the allow list could not be read nobody goes for not being on it.
+    /// Whether an existing peer of `key` must be removed. While the allow list could not be read, no peer is removed
+    /// for missing from it.
     #[must_use]
     pub fn must_remove(&self, domain: &str, key: &PublicKey) -> bool {
         match self.verdict(domain, key) {
@@ -87,13 +89,13 @@ impl Admission {
         }
     }
 
-    /// Whether nobody has to go.
+    /// Whether no peer has to be removed.
     #[must_use]
     pub fn removes_none(&self) -> bool {
         self.denied.is_empty() && self.allow_list != AllowList::Read
     }
 
-    /// Whether only keys may come that are on an allow list.
+    /// Whether only keys on an allow list are admitted.
     #[must_use]
     pub fn only_allows(&self) -> bool {
         self.allow_list != AllowList::Off
@@ -115,7 +117,7 @@ impl Admission {
         }
     }
 
-    /// Whether an entry has come to its end by `now`, so that this is outdated.
+    /// Whether an entry has expired by `now`, so that this is outdated.
     #[must_use]
     pub fn is_over(&self, now: u64) -> bool {
         self.ends.is_some_and(|end| end <= now)

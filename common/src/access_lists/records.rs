@@ -1,5 +1,6 @@
-//! The records that operators make by admin calls and that brokers and workers share. Of each key on a list the newest one
-//! counts, so that programs that merged the same records, in any order, have the same map. No IO, no clock.
+//! The records that operators make by admin calls and that brokers and workers share. The newest record of each key on
+//! a list is in effect, so that programs that merged the same records, in any order, have the same map. No IO, no
+//! clock.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,11 +11,11 @@ use crate::access_lists::{Entry, List};
 use crate::time_text::TEXT_MAX;
 use crate::{PublicKey, is_topic_level};
 
-/// An operator allows or trusts no more keys when there are so many.
+/// With so many keys an operator cannot allow or trust another one.
 pub const MAX: usize = 10_000;
-/// There are never more, so that keys can be denied when there are [`MAX`].
+/// The limit of all records, so that keys can be denied when there are [`MAX`].
 const MAX_WITH_DENIED: usize = 2 * MAX;
-/// So far, in seconds, the clock of the maker of a record may be ahead.
+/// How far ahead, in seconds, the clock of a record's maker may be.
 const MAX_AHEAD: u64 = 3_600;
 /// Records that are no longer in effect are remembered this long, in seconds, for programs that were away.
 const REMEMBERED: u64 = 7 * 86_400;
@@ -23,41 +24,41 @@ const AT_MAX: u64 = 253_402_300_800_000;
 /// The longest name of a domain.
 const DOMAIN_MAX: usize = 200;
 
-/// That a key is on a list, or not any more.
+/// An entry that an operator added to a list or removed from it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
-    /// What it is about.
+    /// The entry.
     #[serde(flatten)]
     pub entry: Entry,
-    /// When it was made, in milliseconds of Unix time; of two about the same the later one counts.
+    /// When it was made, in milliseconds of Unix time; of two with the same subject the later one is in effect.
     pub at: u64,
-    /// Whether it puts the key on the list, or takes it off.
+    /// Whether it adds the key to the list, or removes it.
     #[serde(rename = "on")]
     pub present: bool,
 }
 
-/// There are too many records for one more, and all of them count.
+/// The limit of records is reached, and all of them are in effect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("there are {0} entries already, no more are allowed: what is taken off a list makes room")]
 pub struct RecordsFull(usize);
 
-/// What became of records that somebody made.
+/// The result of merging records.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Merged {
-    /// Those that count now instead of what did.
+    /// The records that are in effect instead of older ones.
     pub taken: Vec<Record>,
-    /// How many were not taken in although they are news.
+    /// How many newer records were not accepted.
     pub refused: Refused,
 }
 
-/// How many records were not taken in, by why.
+/// How many records were not accepted, by reason.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Refused {
-    /// No broker makes such.
+    /// Invalid ones, which no broker makes.
     pub unsound: u64,
-    /// By the clock here they were made in the future.
+    /// Their time is in the future by the clock here.
     pub future: u64,
-    /// There are too many; or others had to go for them.
+    /// Those over the limit, or dropped for others.
     pub full: u64,
 }
 
@@ -77,7 +78,7 @@ impl std::ops::AddAssign for Refused {
     }
 }
 
-/// What a record is about: of two about the same one counts.
+/// The subject of a record: of two with the same subject one is in effect.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 struct RecordId {
     list: List,
@@ -98,7 +99,7 @@ pub struct Records {
 }
 
 impl Record {
-    /// Whether it is one that a broker makes.
+    /// Whether it is valid: only such records are made by brokers.
     fn is_valid(&self) -> bool {
         let Entry { list, domain, name, reason, .. } = &self.entry;
         let fits = |text: &Option<String>| {
@@ -116,12 +117,12 @@ impl Record {
         self.present && self.entry.counts(now)
     }
 
-    /// Whether its maker's clock was wrong, or the one here is.
+    /// Whether its time is too far in the future: its maker's clock was wrong, or the one here is.
     fn is_of_the_future(&self, now: u64) -> bool {
         self.at / 1000 > now.saturating_add(MAX_AHEAD)
     }
 
-    /// Whether it may be forgotten.
+    /// Whether it can be forgotten.
     fn is_past(&self, now: u64) -> bool {
         let end = if self.present { self.entry.until } else { Some(self.at / 1000) };
         end.is_some_and(|end| end.saturating_add(REMEMBERED) <= now)
@@ -137,14 +138,15 @@ impl Record {
         (self.counts(now), self.entry.list == List::Deny, self.version())
     }
 
-    /// Of two about the same the one with the greater version counts, in every program that has both.
+    /// Of two records with the same subject the one with the greater version is in effect, in every program that has
+    /// both.
     fn version(&self) -> (u64, bool, &Entry) {
         (self.at, self.present, &self.entry)
     }
 }
 
 impl Records {
-    /// Takes in records that somebody made. `now` is in seconds of Unix time.
+    /// Merges records of other programs. `now` is in seconds of Unix time.
     pub fn merge(&mut self, records: impl IntoIterator<Item = Record>, now: u64) -> Merged {
         let (mut subjects, mut refused) = (BTreeSet::new(), Refused::default());
         for record in records {
@@ -161,7 +163,7 @@ impl Records {
         Merged { taken, refused }
     }
 
-    /// Takes in what was kept on disk. Nothing is refused by the clock: after a start it may be wrong itself.
+    /// The records from the disk. None is rejected by its time: after a start the clock may be wrong.
     #[must_use]
     pub fn restored(records: impl IntoIterator<Item = Record>, now: u64) -> Self {
         let mut restored = Self::default();
@@ -172,8 +174,8 @@ impl Records {
         restored
     }
 
-    /// Takes in a record if it is newer than what is known of its subject, or that is of the future, which nobody else
-    /// takes in.
+    /// Takes in a record if it is newer than the known one of its subject, or if the known one is of the future: other
+    /// programs reject that.
     fn take(&mut self, record: Record, now: u64) -> bool {
         let subject = record.id();
         let is_newer = |known: &Record| known.is_of_the_future(now) || known.version() < record.version();
@@ -184,7 +186,7 @@ impl Records {
         takes
     }
 
-    /// Drops what is too much; returns how many of those were in effect.
+    /// Drops the records over the limit; returns how many of those were in effect.
     fn trim(&mut self, now: u64) -> u64 {
         let surplus = self.newest.len().saturating_sub(MAX_WITH_DENIED);
         if surplus == 0 {
@@ -199,8 +201,8 @@ impl Records {
         gone.iter().map(|(_, counted)| u64::from(*counted)).sum()
     }
 
-    /// Makes a record of `entry` that counts instead of every one known, whatever the clocks of their makers said. What
-    /// counts no longer makes room for it.
+    /// Makes a record of `entry` that takes effect over every known one, whatever their times. Records that are no
+    /// longer in effect are dropped for it.
     pub fn change(&mut self, entry: Entry, present: bool, now_ms: u64) -> Result<Record, RecordsFull> {
         let now = now_ms / 1000;
         let mut record = Record { entry, at: now_ms, present };
@@ -213,7 +215,8 @@ impl Records {
         Ok(record)
     }
 
-    /// Lets go of the oldest that count no longer, though others may remember them, until one more is no more than `limit`.
+    /// Drops the oldest records that are no longer in effect, though other programs may keep them, until one more fits
+    /// `limit`.
     fn make_room(&mut self, limit: usize, now: u64) -> Result<(), RecordsFull> {
         let surplus = (self.newest.len() + 1).saturating_sub(limit);
         if surplus == 0 {
@@ -237,7 +240,7 @@ impl Records {
         self.newest.get(&RecordId::of(entry)).is_some_and(|record| record.counts(now))
     }
 
-    /// Forgets what need not be remembered any more; true if there was something.
+    /// Drops expired records; true if there were any.
     pub fn forget(&mut self, now: u64) -> bool {
         let before = self.newest.len();
         self.newest.retain(|_, record| !record.is_past(now));
@@ -249,12 +252,12 @@ impl Records {
         self.newest.values()
     }
 
-    /// Those that others take in, too.
+    /// The records that other programs accept, too.
     pub fn shared(&self, now: u64) -> impl Iterator<Item = &Record> {
         self.newest.values().filter(move |record| !record.is_of_the_future(now))
     }
 
-    /// The same for all programs with the same records in effect at `now`.
+    /// The digest: equal in all programs with the same records in effect at `now`.
     #[must_use]
     pub fn digest(&self, now: u64) -> String {
         let mut hash = Sha256::new();
@@ -319,13 +322,14 @@ mod tests {
         assert_eq!(other, ahead);
     }
 
-    /// Records from the year 2096 were taken in before, and nobody whose clock was right could lift them.
+    /// Failed when records from the year 2096 were accepted: they could not be overridden by a program with the right
+    /// clock.
     #[test]
     fn records_of_the_future_are_refused_and_replaced() {
         let future = record(1, (MAX_AHEAD + 1) * 1000, true);
         let merged = Records::default().merge([future.clone()], NOW);
         assert_eq!((merged.taken.len(), merged.refused), (0, Refused { future: 1, ..Refused::default() }));
-        // It was made here, while the clock was wrong.
+        // The record was made here, while the clock was wrong.
         let of_the_future = || Records::restored([future.clone()], NOW);
         assert!(of_the_future().has(&deny(1), NOW), "it counts here");
         assert_eq!(of_the_future().digest(NOW), Records::default().digest(NOW), "and keeps nobody waiting");
@@ -339,7 +343,7 @@ mod tests {
         range.map(move |n| record(n, at, true))
     }
 
-    /// With 10,000 entries nothing could be denied before.
+    /// Failed when with 10,000 entries no further key could be denied.
     #[test]
     fn a_full_list_lets_an_operator_deny() {
         let max = u32::try_from(MAX).unwrap();
@@ -350,7 +354,7 @@ mod tests {
         assert!(full.change(deny(7), false, NOW * 1000).is_ok());
         full.merge(many(max..2 * max, 0), NOW);
         assert_eq!(full.newest.len(), MAX_WITH_DENIED);
-        // What was lifted goes first, and only that.
+        // Removed entries are dropped first, and only those.
         assert!(full.change(deny(1_000_000), true, NOW * 1000).is_ok());
         assert!(!full.newest.contains_key(&record(7, 0, false).id()) && full.newest.len() == MAX_WITH_DENIED);
         assert_eq!(full.change(deny(1_000_001), true, NOW * 1000), Err(RecordsFull(MAX_WITH_DENIED)));
@@ -360,7 +364,8 @@ mod tests {
         assert!(full.change(trust, true, NOW * 1000).is_ok());
     }
 
-    /// Before, what came after the 20,000th was dropped without a word, and who had heard another order had others for ever.
+    /// Failed when records after the 20,000th were dropped silently, and programs that received another order never
+    /// agreed.
     #[test]
     fn of_too_many_everybody_keeps_the_same() {
         let most = u32::try_from(MAX_WITH_DENIED).unwrap();
@@ -457,7 +462,7 @@ mod tests {
             prop_assert_eq!(&records(shuffled), &together);
             prop_assert_eq!(&records(both.iter().chain(&both).cloned()), &together);
 
-            // Each merged by itself first, and then one into the other.
+            // Each is merged separately first, and then one into the other.
             let mut one_by_one = records(ours);
             for record in records(theirs).iter() {
                 one_by_one.merge([record.clone()], NOW);

@@ -1,5 +1,5 @@
-//! The records on disk, in a file of their own, written as soon as they change: the admin call that makes a record waits
-//! for it.
+//! The records on disk, in a separate file, written as soon as they change: the admin call that makes a record waits
+//! for that.
 
 use std::future::pending;
 use std::io;
@@ -16,9 +16,9 @@ use crate::access_lists::records::{Record, Records};
 use crate::storage::versions::StateFile;
 use crate::storage::{Health, Noun, StorageError, json_file};
 
-/// How long to wait before what failed is tried again.
+/// The pause before a failed write or read is tried again.
 const WRITE_RETRY: Duration = Duration::from_secs(5);
-/// The version of the file.
+/// The version of the file format.
 const LAYOUT: u32 = 1;
 
 /// A broker's file in `state_dir`.
@@ -27,8 +27,8 @@ pub const BROKER_FILE: StateFile = StateFile::json("broker.lists.json", LAYOUT);
 pub const WORKER_FILE: StateFile = StateFile::json("worker.lists.json", LAYOUT);
 const NOUN: Noun = Noun { name: "list entries", pronoun: "them" };
 
-/// How far the records are on their way to the disk, with one write under way at most. Each change has a number. Nothing is
-/// written over a file that could not be read.
+/// The progress of writing the records to disk, with one write at a time. Changes are numbered. A file that could not
+/// be read is not overwritten.
 #[derive(Debug)]
 pub(super) struct RecordsWriter {
     file: PathBuf,
@@ -41,14 +41,14 @@ pub(super) struct RecordsWriter {
     waiting: Vec<(u64, oneshot::Sender<()>)>,
 }
 
-/// Of a write, or of a reading and then with the records.
+/// The result of a write, or that of a read, with the records.
 type WriteOutcome = Result<Option<Vec<Record>>, StorageError>;
-/// A write or reading that has ended: the last change in it, and what became of it.
+/// A finished write or read: the number of the last change in it, and its result.
 pub(super) type Written = (u64, WriteOutcome);
 
 impl RecordsWriter {
-    /// The records of `file`, and where they are kept from now on. A corrupt file is set aside; one that cannot be read is
-    /// tried again later. The only error is that a later version made it.
+    /// Reads the records of `file`, where they are written from now on. A corrupt file is renamed; one that cannot be
+    /// read is tried again later. The only error is a file of a later version.
     pub fn open(file: PathBuf) -> Result<(Self, Vec<Record>), StorageError> {
         let found = load(&file);
         let (is_unread, failed) = (found.is_err(), found.is_err().then(Instant::now));
@@ -70,24 +70,24 @@ impl RecordsWriter {
         self.changed += 1;
     }
 
-    /// Tells when the last change is on the disk; an error if it cannot be written now.
+    /// Resolves when the last change is on the disk; the sender is dropped if it cannot be written now.
     pub fn persisted(&mut self) -> oneshot::Receiver<()> {
         let (sender, kept) = oneshot::channel();
         self.waiting.push((self.changed, sender));
         kept
     }
 
-    /// Whether the last try failed.
+    /// Whether the last attempt failed.
     pub fn is_failing(&self) -> bool {
         self.failed.is_some()
     }
 
-    /// Whether there is something to write, and the disk takes it.
+    /// Whether there are changes to write, and the last attempt did not fail.
     pub fn is_behind(&self) -> bool {
         self.written < self.changed && !self.is_failing()
     }
 
-    /// Begins to write what changed, unless that is under way, or failed a moment ago.
+    /// Starts to write the changes, unless a write is running or has just failed.
     pub fn begin(&mut self, records: &Records, now: Instant) {
         if self.failed.is_some_and(|failed| now.saturating_duration_since(failed) < WRITE_RETRY) {
             self.waiting.clear();
@@ -100,7 +100,7 @@ impl RecordsWriter {
         }
     }
 
-    /// The end of what is under way; for ever, if nothing is.
+    /// Returns when the running write or read has finished; never if none is running.
     pub async fn done(&mut self) -> Written {
         let Some((number, task)) = &mut self.working else { return pending().await };
         let (number, result) = (*number, task.await);
@@ -108,7 +108,7 @@ impl RecordsWriter {
         (number, result.unwrap_or_else(|error| Err(io::Error::other(error).into())))
     }
 
-    /// Takes in what became of a write or a reading, and gives what was read.
+    /// Handles the result of a write or a read, and returns the records that were read.
     pub fn written(&mut self, (number, result): Written) -> Option<Vec<Record>> {
         match result {
             Ok(found) => {
@@ -119,7 +119,7 @@ impl RecordsWriter {
                 let (kept, waiting): (Vec<_>, Vec<_>) = waiting.partition(|(change, _)| *change <= number);
                 self.waiting = waiting;
                 for (_, sender) in kept {
-                    // Who asked may be gone.
+                    // The caller may have stopped waiting.
                     let _ = sender.send(());
                 }
                 self.health.succeeded();
@@ -140,13 +140,13 @@ struct StoredRecords {
     records: Vec<Record>,
 }
 
-/// Reads the records of a file; none if there is no file, or a corrupt one, which is set aside.
+/// Reads the records of a file; empty if there is no file, or a corrupt one, which is renamed.
 fn load(file: &Path) -> Result<Vec<Record>, StorageError> {
     let content = json_file::load::<StoredRecords>(file, LAYOUT)?;
     Ok(content.map(|content| content.records).unwrap_or_default())
 }
 
-/// The records of a file that another process has, which stays as it is.
+/// Reads the records of a file of another process without changing it.
 pub(super) fn peek(file: &Path) -> Result<Vec<Record>, StorageError> {
     let content = json_file::read::<StoredRecords>(file, LAYOUT)?;
     Ok(content.map(|content| content.records).unwrap_or_default())
@@ -187,7 +187,7 @@ mod tests {
         assert!(!file.exists() && dir.path().join("state/broker.lists.json.damaged").exists());
     }
 
-    /// Both were taken for damage: the file got another name, and what was revoked counted no more.
+    /// Failed when both were taken for corruption: the file was renamed, and the denied keys were no longer denied.
     #[tokio::test]
     async fn a_file_that_cannot_be_read_is_read_later_and_one_of_a_later_version_stays() {
         let dir = tempfile::tempdir().unwrap();
@@ -229,7 +229,7 @@ mod tests {
         let first = disk.persisted();
         disk.begin(&records, begun);
         let early = records.clone();
-        // One that comes while that is written is in the next write.
+        // A change during that write is in the next one.
         records.change(entry(4), true, 6).unwrap();
         disk.changed();
         let mut second = disk.persisted();

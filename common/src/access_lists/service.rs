@@ -1,5 +1,5 @@
-//! The task that owns the lists of a program: it reads their files, merges and writes the records that brokers share, and
-//! notifies the program of each change. Everything else has a [`Handle`].
+//! The task that owns the lists of a program: it reads their files, merges and writes the records that brokers share,
+//! and notifies the program of each change. Other tasks have a [`Handle`].
 
 mod handle;
 
@@ -32,15 +32,15 @@ use crate::{Config, Topic};
 
 /// Records in one message at most: some 100 kB of JSON, and never more than 500.
 pub const PER_MESSAGE: usize = 500;
-/// How often it checks whether something is due: an entry that ends, a request that is to be sent again.
+/// How often it checks whether something is due: an entry that expires, a request that has to be sent again.
 const DUE_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// The same while the gate is closed.
 const DUE_CHECK_INTERVAL_CLOSED: Duration = Duration::from_millis(20);
-/// The files are looked at no more often than this.
+/// The shortest pause between two checks of the files.
 const REFRESH_MIN: Duration = Duration::from_millis(100);
-/// What changed is looked at again after this time, or after that between two looks if it is shorter.
+/// A changed file is checked again after this time, or after the regular pause if that is shorter.
 const SECOND_LOOK_DELAY: Duration = Duration::from_secs(1);
-/// How often it is logged at most that records are refused.
+/// The shortest pause between two log lines about rejected records.
 const LOG_REFUSED: Duration = Duration::from_secs(60);
 
 /// Owns the lists of a program.
@@ -54,18 +54,18 @@ pub struct ListService {
     snapshot: watch::Sender<ListSnapshot>,
     /// Since when the gate is closed; none if it is open.
     gate: Arc<watch::Sender<Option<Instant>>>,
-    /// Records that the rest of the program was not notified of.
+    /// Records about which the rest of the program is not notified yet.
     new_records: Vec<Record>,
-    /// Something is not as the snapshot has it.
+    /// The snapshot is outdated.
     is_stale: bool,
     writer: RecordsWriter,
     refused: Refused,
-    /// What was last logged of that, and when.
+    /// The counts that were last logged, and when.
     logged_refused: (Refused, Option<Instant>),
 }
 
 impl ListService {
-    /// Reads the lists that `config` names, and the records that the last run of the program, `own`, kept.
+    /// Reads the lists that `config` names, and the records that the last run of the program, `own`, stored.
     pub fn open(config: &Config, own: Participant) -> Result<(Self, Handle), StorageError> {
         let is_broker = matches!(own, Participant::Broker(_));
         let file = if is_broker { records_file::BROKER_FILE } else { records_file::WORKER_FILE };
@@ -143,12 +143,12 @@ impl ListService {
         self.write_last().await;
     }
 
-    /// How long until the files are looked at again.
+    /// The pause until the next check of the files.
     fn pause(&self) -> Duration {
         if self.files.is_unsettled() { SECOND_LOOK_DELAY.min(self.refresh) } else { self.refresh }
     }
 
-    /// Reads the files, on a thread that may wait for them.
+    /// Reads the files, on a blocking thread.
     fn read_files(&self, anew: bool) -> JoinHandle<Files> {
         if anew {
             service_manager::reloading();
@@ -161,7 +161,7 @@ impl ListService {
         })
     }
 
-    /// Without any, the runtime ends.
+    /// None means that the runtime is shutting down.
     fn take_files(&mut self, files: Option<Files>) {
         if let Some(files) = files {
             self.is_stale |= files.differ(&self.files);
@@ -169,7 +169,7 @@ impl ListService {
         }
     }
 
-    /// Applies the commands that have come so far, so that many of them make one notification.
+    /// Applies all queued commands, so that many of them cause one notification.
     fn apply_all(&mut self, first: ListCommand) {
         self.apply(first);
         for _ in 0..COMMANDS {
@@ -180,7 +180,7 @@ impl ListService {
 
     fn apply(&mut self, command: ListCommand) {
         match command {
-            // Who asked and is gone needs no answer.
+            // The caller may have stopped waiting.
             ListCommand::Change { entry, present, answer } => drop(answer.send(self.change(entry, present))),
             ListCommand::List(answer) => drop(answer.send(self.list())),
             ListCommand::Event(ListEvent::Up) => self.anti_entropy.up(Instant::now()),
@@ -254,7 +254,7 @@ impl ListService {
         records.chain(listed).collect()
     }
 
-    /// Does everything that is due, and notifies of what changed.
+    /// Does everything that is due, and sends the notification of changes.
     fn settle(&mut self, bus: &MqttHandle, notify: &mut impl FnMut(ListUpdate<'_>)) {
         let (now, wall) = (Instant::now(), unix(SystemTime::now()));
         if self.records.forget(wall) {
@@ -290,7 +290,7 @@ impl ListService {
             let topic =
                 if is_named { self.own.requests(&broker) } else { Topic::BrokerRequests { broker: broker.clone() } };
             let request = RecordsRequest { from: self.own.clone(), to: is_named.then_some(broker), revocations: true };
-            // One that is lost is sent again.
+            // A lost request is sent again.
             let payload = serde_json::to_vec(&request).unwrap_or_default();
             let _ = bus.try_publish(Message::transient(topic, payload));
         }
@@ -319,8 +319,8 @@ impl ListService {
     }
 }
 
-/// What the lists of a worker on this machine come to, by the files that `config` names and the records that it has kept.
-/// Nothing is written.
+/// The admission of a worker on this machine, by the files that `config` names and its stored records. Nothing is
+/// written.
 pub fn admission_on_disk(config: &Config) -> Result<Admission, StorageError> {
     let mut files = Files::new(&config.key_lists);
     files.read(true);
@@ -329,7 +329,7 @@ pub fn admission_on_disk(config: &Config) -> Result<Admission, StorageError> {
     Ok(Arc::unwrap_or_clone(take_snapshot(&files, &records, true, now).admission))
 }
 
-/// What `files` and `records` come to.
+/// The snapshot of `files` and `records`.
 fn take_snapshot(files: &Files, records: &Records, is_kept: bool, now: u64) -> ListSnapshot {
     let made = records.iter().filter(|record| record.present).map(|record| &record.entry);
     let entries = files.entries().map(|(_, entry)| entry).chain(made);

@@ -1,13 +1,13 @@
-//! Which key has an address that several keys derive: only 40 bits of a hash are in it (contract section 3), and a key for
-//! a known address is found in a minute. No IO, no clock.
+//! Which of several keys that derive the same address has it: an address contains only 40 bits of a hash (contract
+//! section 3), so a key for a given address is found by search in a minute. No IO, no clock.
 
 use std::cmp::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::PublicKey;
 
-/// Two brokers that admit a key each at the same time must come to the same end at every gateway, in whatever order
-/// these receive them. Keys that first came within this time of one another came at once.
+/// Two brokers that each admit a key at the same time must lead to the same result at every gateway, in whatever order
+/// the gateways receive the keys. Keys that first arrived within this time of one another count as simultaneous.
 const TIE_WINDOW: Duration = Duration::from_secs(5);
 
 /// How often a gateway reports the handshakes of a peer, so that a router that is connected all the time stays among the
@@ -17,16 +17,16 @@ pub fn handshake_report_interval(ttl: Duration, stale: Duration) -> Duration {
     (ttl / 4).min(stale)
 }
 
-/// The claim of a key to its address; the greater has it.
+/// The strength of a key's claim to its address; the greater one wins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum ClaimState {
-    /// It never had a handshake and had its grace, or it had a handshake too long ago.
+    /// It never had a handshake and its grace is over, or its last handshake is too long ago.
     Expired,
-    /// It never had a handshake, and first came less than its grace ago.
+    /// It never had a handshake, and first arrived less than its grace ago.
     New,
-    /// It had a handshake, longer ago than that, and has come back less than its grace ago. Only brokers know.
+    /// Its last handshake is too long ago, and it arrived again less than its grace ago. Used by brokers only.
     Returned,
-    /// It had a handshake, not longer ago than a peer may be silent.
+    /// Its last handshake is no longer ago than a peer may be silent.
     Established,
 }
 
@@ -35,15 +35,15 @@ pub enum ClaimState {
 pub struct Claim {
     /// The key.
     pub key: PublicKey,
-    /// How well founded the claim is.
+    /// The strength of the claim.
     pub state: ClaimState,
-    /// When the key first came. A repeat does not make it younger: an address cannot be kept by asking for it.
+    /// When the key first arrived. Repeated requests do not change it.
     pub first: Instant,
 }
 
 impl Claim {
-    /// Whether the address goes from `owner` to this key: to the better founded claim; of two that are alike to the
-    /// older; of two that came at once to the smaller key.
+    /// Whether this key takes the address from `owner`: the stronger claim wins; of equal ones the older; of
+    /// simultaneous ones the smaller key.
     #[must_use]
     pub fn precedes(&self, owner: &Self) -> bool {
         let apart =

@@ -1,17 +1,17 @@
 //! Keys and addresses that no router may have: those of the gateways themselves, which are peers of one another.
 //!
-//! What a worker publishes reserves one key for each domain that is served here, and nothing else: a stolen password must
-//! not lock routers out. A value that changes all the time reserves nothing.
+//! A worker's data reserves one key for each domain that is served here, and nothing else: a stolen password must not
+//! lock routers out. A value that changes all the time reserves nothing.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv6Addr;
 
 use crate::{Domain, PublicKey, WorkerName, is_derived};
 
-/// Gateways at most, a domain of each counting by itself; more are no real fleet.
+/// Gateways at most, counted per domain; a real fleet has fewer.
 const GATEWAYS_MAX: usize = 16_384;
-/// A value that changed sooner than so many [ticks](Reserved::tick) after the change before counts when it has been stable
-/// for as long.
+/// A value that changes sooner than so many [ticks](Reserved::tick) after the last change is reserved once it has been
+/// stable for as long.
 const STABLE_TICKS: u64 = 6;
 
 /// Reserved keys and addresses: those that the operator lists, and those that gateways publish.
@@ -19,46 +19,46 @@ const STABLE_TICKS: u64 = 6;
 pub struct Reserved {
     listed: BTreeSet<PublicKey>,
     listed_addresses: BTreeSet<Ipv6Addr>,
-    /// Those whose gateways count.
+    /// The domains whose gateways reserve keys.
     domains: BTreeSet<Domain>,
     gateways: BTreeMap<GatewayDomain, Published>,
-    /// Those with a value that does not count yet.
+    /// Gateways with a value that is not reserved yet.
     unstable: BTreeSet<GatewayDomain>,
-    /// How many gateways reserve each.
+    /// How many gateways reserve each key and address.
     keys: BTreeMap<PublicKey, usize>,
     addresses: BTreeMap<Ipv6Addr, usize>,
     ticks: u64,
 }
 
-/// What a gateway publishes of its interface in a domain.
+/// The published key and address of a gateway's interface in a domain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct GatewayPeer {
     /// Its key.
     pub key: PublicKey,
-    /// Its link address; none if that is no address.
+    /// Its link address; none if the published text is no address.
     pub address: Option<Ipv6Addr>,
 }
 
-/// A worker in a domain, as they stand in the topic.
+/// A worker and a domain, as in the topic.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 struct GatewayDomain {
     worker: WorkerName,
     domain: String,
 }
 
-/// What a gateway publishes of itself.
+/// The values that a gateway published.
 #[derive(Debug, Clone, Copy, Default)]
 struct Published {
     key: Observed<PublicKey>,
     address: Observed<Ipv6Addr>,
 }
 
-/// The last value that was published, and whether it counts.
+/// The last published value, and whether it is reserved.
 #[derive(Debug, Clone, Copy)]
 struct Observed<T> {
     last: Option<T>,
     counts: bool,
-    /// In which tick it was another one; none if it never was.
+    /// The tick of the last change; none if the value never changed.
     changed: Option<u64>,
 }
 
@@ -105,14 +105,15 @@ impl Published {
 }
 
 impl Reserved {
-    /// The keys that the operator lists; no gateway of `domains` is known yet, and those of others do not count.
+    /// Reserves the keys that the operator lists. No gateway is known yet; those of other domains than `domains` are
+    /// ignored.
     #[must_use]
     pub fn new(listed: BTreeSet<PublicKey>, domains: BTreeSet<Domain>) -> Self {
         let listed_addresses = listed.iter().map(PublicKey::link_local).collect();
         Self { listed, listed_addresses, domains, ..Self::default() }
     }
 
-    /// What a worker publishes for a domain; none if it cleared that.
+    /// Handles the data that a worker published for a domain; none if it was cleared.
     pub fn update(&mut self, worker: &WorkerName, domain: &str, peer: Option<GatewayPeer>) {
         let gateway = GatewayDomain { worker: worker.clone(), domain: domain.to_owned() };
         let is_known = self.gateways.contains_key(&gateway);
@@ -126,7 +127,7 @@ impl Reserved {
         }
     }
 
-    /// Lets time pass by one tick of the caller: ten seconds in both programs.
+    /// Advances the time by one tick: ten seconds in both programs.
     pub fn tick(&mut self) {
         self.ticks += 1;
         let tick = self.ticks;
@@ -151,20 +152,20 @@ impl Reserved {
         before.addresses().for_each(|address| release(&mut self.addresses, &address));
     }
 
-    /// Whether no router may have `key`: it is reserved, or derives a reserved address. One that is a router's already
-    /// keeps it, unless the operator [`Self::lists`] it.
+    /// Whether no router may have `key`: it is reserved, or derives a reserved address. A key that a router already has
+    /// stays its own, unless the operator [`Self::lists`] it.
     #[must_use]
     pub fn is_reserved(&self, key: &PublicKey) -> bool {
         self.has_key(key) || self.has_address(&key.link_local())
     }
 
-    /// Whether the operator lists `key`, or one that derives the same address: then it is never a router's.
+    /// Whether the operator lists `key`, or one that derives the same address: then no router may have it.
     #[must_use]
     pub fn lists(&self, key: &PublicKey) -> bool {
         self.listed.contains(key) || self.listed_addresses.contains(&key.link_local())
     }
 
-    /// Whether what `worker` publishes reserves `key`, or its address.
+    /// Whether the data of `worker` reserve `key`, or its address.
     #[must_use]
     pub fn is_reserved_by(&self, worker: &WorkerName, key: &PublicKey) -> bool {
         let domains = self.domains.iter().map(|domain| domain.name().to_owned());
@@ -197,8 +198,8 @@ fn release<T: Ord>(counted: &mut BTreeMap<T, usize>, one: &T) {
     }
 }
 
-/// The link address that a gateway publishes, unless a key derives it: its own does for itself, and no gateway takes a
-/// router's.
+/// The published link address, unless it is one that a key can derive: the gateway's own is reserved by its key, and no
+/// gateway may reserve a router's.
 fn own_address(peer: GatewayPeer) -> Option<Ipv6Addr> {
     peer.address.filter(|address| !is_derived(*address))
 }
@@ -238,7 +239,7 @@ mod tests {
         reserved.update(&worker("gw"), "ff_a", Some(peer(key(1), &routers.to_string())));
         assert!(reserved.has_key(&key(1)) && reserved.has_address(&key(1).link_local()) && !reserved.lists(&key(1)));
         assert!(!reserved.is_reserved(&key(3)), "no gateway takes a router's address");
-        // An interface that is made has its key first, and then its address.
+        // When an interface is made, its key is published first, and then its address.
         reserved.update(&worker("gw"), "ff_a", Some(peer(key(1), "fe80::1")));
         assert!(reserved.has_address(&"fe80::1".parse().unwrap()));
         pass(&mut reserved, STABLE_TICKS);
@@ -261,7 +262,7 @@ mod tests {
         assert!(!reserved.is_reserved_by(&worker("gw"), &key(1)));
     }
 
-    /// Fails where a word counts in whatever domain.
+    /// Failed when data for any domain were reserved.
     #[test]
     fn gateways_of_domains_that_are_not_served_reserve_nothing() {
         let mut reserved = reserved(&[]);
@@ -272,7 +273,7 @@ mod tests {
         assert!(reserved.gateways.is_empty() && !reserved.has_address(&"fe80::1".parse().unwrap()));
     }
 
-    /// Fails where each word counts at once: the last key was reserved however often that changed.
+    /// Failed when each value was reserved at once: the last key was reserved however often it changed.
     #[test]
     fn changing_worker_data_reserves_nothing_until_it_is_stable() {
         let mut reserved = reserved(&[]);

@@ -1,5 +1,5 @@
-//! Finds what is wrong or odd with a config, for the operator. Every problem passes here, so that none shows a secret and
-//! each stays one line.
+//! Collects the errors and warnings about a config, for the operator. All of them are made here, so that none shows a
+//! secret and each is one line.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{self, Write as _};
@@ -9,18 +9,18 @@ use serde_path_to_error::Segment;
 
 use super::problem::Problem;
 
-/// Keys whose values are nobody's business.
+/// Keys with secret values.
 const SECRET_KEYS: [&str; 5] = ["password", "password_hash", "api_key", "broker_signing_key", "admin_token_hash"];
 
-/// Longer values are not shown: they help nobody.
+/// Longer values are not shown.
 const SHOWN_MAX: usize = 80;
 
-/// The way to a value: keys, and `[n]` in a list.
+/// The path of a value: keys, and `[n]` in a list.
 #[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Path(pub(super) Vec<String>);
 
 impl Path {
-    /// The way to a key of ours, such as `mqtt.broker_port`.
+    /// The path of a key of ours, such as `mqtt.broker_port`.
     pub fn of(dotted: &str) -> Self {
         Self(dotted.split('.').map(str::to_owned).collect())
     }
@@ -35,12 +35,12 @@ impl Path {
         self.then(format!("[{index}]"))
     }
 
-    /// It, and the ways to what it is in.
+    /// The path itself, and those of the values around it.
     fn upwards(&self) -> impl Iterator<Item = Self> + '_ {
         (1..=self.0.len()).rev().map(|steps| Self(self.0[..steps].to_vec()))
     }
 
-    /// The value that it leads to.
+    /// The value at this path.
     pub fn find<'a>(&self, tree: &'a mut Value) -> Option<&'a mut Value> {
         self.0.iter().try_fold(tree, |value, step| match value {
             Value::Object(keys) => keys.get_mut(step),
@@ -76,21 +76,21 @@ impl fmt::Display for Path {
     }
 }
 
-/// The problems so far.
+/// The problems found so far.
 pub(super) struct Diagnostics {
     file: Option<String>,
     /// The lines of the file's keys.
     lines: BTreeMap<Path, usize>,
     /// Names that stand for a path in the lines; empty for a file.
     aliases: &'static [(&'static str, &'static str)],
-    /// The names of keys, which are no secret even if somebody's password is the same.
+    /// The names of known keys, which are not secret even if a password is the same.
     known: BTreeSet<String>,
     secrets: Vec<String>,
     errors: Vec<Problem>,
     warnings: Vec<Problem>,
 }
 
-/// Where some keys are.
+/// The locations of some keys.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Places {
     /// The file; none if they are variables.
@@ -99,7 +99,7 @@ pub(super) struct Places {
     pub lines: BTreeMap<&'static str, usize>,
 }
 
-/// What a config is read with: its mistakes, and what is odd and does no harm.
+/// The problems of a config: its errors and warnings.
 #[derive(Debug, Default)]
 pub(super) struct Problems {
     pub errors: Vec<Problem>,
@@ -129,7 +129,7 @@ impl Diagnostics {
         }
     }
 
-    /// Keeps what stands at secret keys of `tree` out of all later lines.
+    /// Hides the values of secret keys in `tree` from all later lines.
     pub fn keep_secret(&mut self, tree: &Value) {
         let Some(keys) = tree.as_object() else { return };
         for (key, value) in keys {
@@ -141,7 +141,7 @@ impl Diagnostics {
         self.secrets.retain(|secret| !secret.is_empty());
     }
 
-    /// A mistake: `value` at `path` is not what it has to be, by `requirement`, as "must be true or false".
+    /// An error: `value` at `path` does not meet `requirement`, such as "must be true or false".
     pub fn invalid(&mut self, path: &Path, value: &Value, requirement: &str) {
         match self.show(path, value) {
             Some(shown) => self.error(path, &format!("{requirement}, not {shown}")),
@@ -149,32 +149,32 @@ impl Diagnostics {
         }
     }
 
-    /// A mistake reported without the value.
+    /// An error that does not show the value.
     pub fn error(&mut self, path: &Path, complaint: &str) {
         let problem = self.problem(path, complaint);
-        // A value that is invalid was left out: that it is missing is no other mistake.
+        // An invalid value was dropped: the error that it is missing would be a second one about the same key.
         if self.errors.iter().all(|error| error.key != problem.key) {
             self.errors.push(problem);
         }
     }
 
-    /// A mistake of the source as a whole, or in a line of it.
+    /// An error of the source as a whole, or in a line of it.
     pub fn error_of_source(&mut self, line: Option<usize>, complaint: &str) {
         self.errors.push(Problem { file: self.file.clone(), line, key: None, problem: complaint.to_owned() });
     }
 
-    /// The lines of the keys, from which each problem has its own.
+    /// Sets the lines of the keys, which are shown with their problems.
     pub fn set_lines(&mut self, lines: BTreeMap<Path, usize>) {
         self.lines = lines;
     }
 
-    /// Where these keys are.
+    /// The locations of these keys.
     pub fn places(&self, keys: &[&'static str]) -> Places {
         let line = |key: &&'static str| Some((*key, *self.lines.get(&Path::of(key))?));
         Places { file: self.file.clone(), lines: keys.iter().filter_map(line).collect() }
     }
 
-    /// Something odd that does no harm.
+    /// A warning.
     pub fn warn(&mut self, path: &Path, note: &str) {
         let problem = self.problem(path, note);
         self.warnings.push(problem);
@@ -190,14 +190,14 @@ impl Diagnostics {
         self.secrets.iter().any(|secret| text.contains(secret.as_str()))
     }
 
-    /// All of them.
+    /// All problems.
     pub fn into_problems(self) -> Problems {
         Problems { errors: self.errors, warnings: self.warnings }
     }
 
-    /// A value for people; none if it may be a secret, or is long.
+    /// A value as text for the operator; none if it may be secret, or is long.
     fn show(&self, path: &Path, value: &Value) -> Option<String> {
-        // A user of the MQTT server is a mapping with a hash; what stands there instead may be the password.
+        // A user of the MQTT server is a mapping with a hash; another value there may be the password.
         let is_user = matches!(&path.0[..], [section, users] | [section, users, _] if section == "mqtt_listen" && users == "users");
         if is_user || path.0.iter().any(|step| SECRET_KEYS.contains(&step.as_str())) {
             return None;
@@ -208,13 +208,13 @@ impl Diagnostics {
             Value::Object(_) => Some("a mapping".into()),
             Value::Bool(flag) => Some(flag.to_string()),
             Value::Number(number) => Some(number.to_string()).filter(|number| !self.contains_secret(number)),
-            // An address with a user in it would show that user's password.
+            // A URL with user information would show the password.
             Value::String(text) if text.len() > SHOWN_MAX || text.contains('@') || self.contains_secret(text) => None,
             Value::String(text) => Some(format!("{text:?}")),
         }
     }
 
-    /// The path as the operator knows it; without a step that holds a secret.
+    /// The path as the operator wrote it; without a step that contains a secret.
     fn name(&self, path: &Path) -> String {
         let unfit = |step: &str| !self.known.contains(step) && (step.len() > SHOWN_MAX || self.contains_secret(step));
         let step = |step: &String| if unfit(step) { "?".to_owned() } else { step.clone() };
@@ -234,7 +234,7 @@ fn collect_scalars(value: &Value, found: &mut Vec<String>) {
     }
 }
 
-/// What stands behind the secret `key` in a line, however broken the text around it is: all of it, and its first word.
+/// The value of the secret `key` in a line, however broken the text around it is: all of it, and its first word.
 fn after_key(line: &str, key: &str, known: &BTreeSet<String>) -> Vec<String> {
     let Some((before, rest)) = line.split_once(key) else { return Vec::new() };
     let is_around = |c: char| c.is_whitespace() || "\"',{}[]".contains(c);

@@ -8,7 +8,7 @@ use super::diagnostics::{Diagnostics, Path};
 use super::value::{Id, Label, Share, Text};
 use crate::{Domain, DomainError, WorkerName};
 
-/// What is left of a quote too many, or of one that YAML or a shell did not take off.
+/// The rest of an unbalanced quote, or of one that YAML or a shell did not remove.
 const QUOTED: &str = "must be a name without quotes";
 
 /// A gateway's place in the balance (contract section 6).
@@ -27,7 +27,7 @@ pub(super) struct RawWorker {
     pub location: Option<Label>,
 }
 
-/// Complains of lists that are not there or empty.
+/// Reports lists that are missing or empty.
 pub(super) fn check_present(domains: &[Option<Text>], prefixes: &[Option<Text>], diagnostics: &mut Diagnostics) {
     for (key, is_missing) in [("domains", domains.is_empty()), ("domain_prefixes", prefixes.is_empty())] {
         if is_missing {
@@ -86,7 +86,8 @@ fn bad_domain(path: &Path, name: &str, error: &DomainError, diagnostics: &mut Di
     }
 }
 
-/// Each is called by its host name, which is a level of topics: what is more would give its user others' rights.
+/// Workers are named by host name, which is a level of topics: a name with more would give its user the rights of
+/// others.
 pub(super) fn workers(
     raw: &BTreeMap<String, RawWorker>,
     diagnostics: &mut Diagnostics,

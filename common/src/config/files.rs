@@ -1,5 +1,5 @@
-//! The files that a config names, as far as it can be seen before a program starts whether they can be read. The password's
-//! file is not among them: it is read with the config.
+//! The files that a config names, and whether they can be read, as far as that can be checked before the program
+//! starts. The password's file is not among them: it is read with the config.
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read as _};
@@ -27,21 +27,21 @@ pub(super) const KEYS: [&str; 15] = [
     "storage_password_file",
     "tenants.tokens_file",
 ];
-/// What the config's own file is called among the files to read.
+/// The name of the config file itself in the list of files to read.
 pub const CONFIG_FILE: &str = "config";
 /// The key that names the file of the password of the MQTT server.
 pub const PASSWORD_FILE: &str = "mqtt.password_file";
-/// Where a unit has its credentials, only while it runs.
+/// The directory of a unit's credentials, which exists only while it runs.
 const CREDENTIALS: &str = "/run/credentials/";
 
-/// Which program does not start without a file.
+/// The program that does not start without a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NeededBy {
     /// The broker.
     Broker,
     /// The broker and the worker.
     Both,
-    /// None: it is read again until it is there.
+    /// None: reading is repeated until the file exists.
     None,
 }
 
@@ -50,7 +50,7 @@ pub enum NeededBy {
 pub struct FileToRead {
     /// The key of the config that names it, or [`CONFIG_FILE`].
     pub key: &'static str,
-    /// Which program does not start without it.
+    /// The program that does not start without it.
     pub needed_by: NeededBy,
     /// Where it is.
     pub path: PathBuf,
@@ -59,9 +59,9 @@ pub struct FileToRead {
 /// A file or directory that the config names and that cannot be read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UnreadableFile {
-    /// Which program does not start without it.
+    /// The program that does not start without it.
     pub needed_by: NeededBy,
-    /// What is wrong with it, at its key.
+    /// The problem, at its key.
     pub problem: Problem,
 }
 
@@ -85,7 +85,7 @@ impl Config {
         self.named_files().into_iter().filter_map(unreadable).collect()
     }
 
-    /// The config itself if it is that which a unit has, the password's file, and all that the config names.
+    /// The config file itself, unless the command line named it, the password's file, and all files that the config names.
     #[must_use]
     pub fn files_to_read(&self) -> Vec<FileToRead> {
         let own = self.source.chosen_file();
@@ -98,7 +98,7 @@ impl Config {
         named.filter_map(file).collect()
     }
 
-    /// What is wrong with such a file.
+    /// The problem of such a file.
     #[must_use]
     pub fn problem_of(&self, FileToRead { key, needed_by, path }: &FileToRead, problem: &str) -> UnreadableFile {
         let problem = self.source.problem(key, format!("{}: {problem}", path.display()));
@@ -138,7 +138,7 @@ impl Config {
     }
 }
 
-/// What is expected at a path.
+/// The expected kind of file at a path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Content {
     Certificates,
@@ -159,7 +159,7 @@ impl Content {
     }
 }
 
-/// Why it cannot be used; none if it can, or if that shows only while a unit runs.
+/// Why it cannot be used; none if it can, or if that cannot be checked while its unit is not running.
 fn trouble(path: &Path, content: Content) -> Option<String> {
     match read(path, content) {
         Ok(()) => match content {
@@ -182,7 +182,7 @@ fn trouble(path: &Path, content: Content) -> Option<String> {
     }
 }
 
-/// Others than files and directories, such as a pipe, could keep the program waiting.
+/// Reading others than files and directories, such as a pipe, could block the program.
 fn read(path: &Path, content: Content) -> io::Result<()> {
     let metadata = fs::metadata(path)?;
     match content {

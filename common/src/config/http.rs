@@ -33,14 +33,14 @@ impl Listen {
         Self { host: address.ip().to_string(), port: address.port() }
     }
 
-    /// Whether only one of both can listen.
+    /// Whether both cannot be used at once.
     fn collides(&self, other: &Self) -> bool {
         let everywhere = |listen: &Self| listen.host.parse().is_ok_and(|address: IpAddr| address.is_unspecified());
         self.port == other.port && (self.host == other.host || everywhere(self) || everywhere(other))
     }
 
-    /// Host and port by which a program on this machine reaches it: where it listens on all addresses, the loopback one of
-    /// IPv4. That is there also where `::` is given and the machine has no IPv6.
+    /// Host and port by which a program on this machine reaches it: if it listens on all addresses, the loopback
+    /// address of IPv4, which also works where `::` is configured and the machine has no IPv6.
     #[must_use]
     pub fn reachable(&self) -> String {
         let is_everywhere = self.host.parse().is_ok_and(|address: IpAddr| address.is_unspecified());
@@ -54,7 +54,7 @@ impl Listen {
 pub struct Https {
     /// Where it listens.
     pub listen: Listen,
-    /// Its certificate, and those between it and the root, as PEM.
+    /// Its certificate, and intermediate ones, as PEM.
     pub cert_file: PathBuf,
     /// The private key of the certificate, as PEM.
     pub key_file: PathBuf,
@@ -83,7 +83,7 @@ pub(super) struct RawListenTls {
     pub key_file: Option<File>,
 }
 
-/// Each server needs a place of its own. The port of HTTPS is compared with that of HTTP where it is read.
+/// No two servers may have the same address and port. The port of HTTPS is compared with that of HTTP where it is read.
 pub(super) fn check_places<const N: usize>(places: [(&str, Option<&Listen>); N], diagnostics: &mut Diagnostics) {
     let places: Vec<_> = places.into_iter().filter_map(|(key, listen)| Some((key, listen?))).collect();
     for (at, (key, listen)) in places.iter().enumerate() {

@@ -9,7 +9,7 @@ use super::servers::{INTERFACE_COMPLAINT, is_interface};
 use super::value::{Flag, Host, Port, Text, port};
 use crate::address::tenants::TenantNetworks;
 
-/// A WireGuard interface by which the members of a tenant reach each other.
+/// A WireGuard interface that forwards between the members of a tenant.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Hub {
     /// The WireGuard interface.
@@ -18,9 +18,9 @@ pub struct Hub {
     pub key_file: PathBuf,
     /// Its UDP port.
     pub listen_port: u16,
-    /// Where members reach it; none for `externalName`.
+    /// The endpoint for members; none for `externalName`.
     pub endpoint: Option<String>,
-    /// What it forwards within.
+    /// The networks within which it forwards.
     pub networks: TenantNetworks,
 }
 
@@ -34,7 +34,7 @@ pub(super) struct RawHub {
 }
 
 impl RawHub {
-    /// None unless it is enabled. Its key is in `key_dir`.
+    /// None unless it is enabled. Its key file is in `key_dir`.
     pub fn check(self, networks: &TenantNetworks, key_dir: &FilePath, diagnostics: &mut Diagnostics) -> Option<Hub> {
         let path = Path::of("hub.interface");
         let interface = self.interface.map_or_else(|| "wg-hub".to_owned(), |interface| interface.0);

@@ -7,7 +7,7 @@ use super::diagnostics::{Diagnostics, Path};
 use super::{Hub, Server, Setup};
 use crate::Domain;
 
-/// What has interfaces.
+/// An owner of interfaces.
 #[derive(Clone, Copy)]
 pub(super) struct Interfaces<'a> {
     pub domains: &'a BTreeMap<Domain, Setup>,
@@ -16,7 +16,7 @@ pub(super) struct Interfaces<'a> {
 }
 
 impl Interfaces<'_> {
-    /// Each server, and the hub, is compared with those before it; domains have been with each other.
+    /// Compares each server, and the hub, with those before it; the domains have been compared with each other.
     pub fn check(self, diagnostics: &mut Diagnostics) {
         let Self { domains, servers, hub } = self;
         let (mut names, mut ports) = (BTreeMap::new(), BTreeMap::new());

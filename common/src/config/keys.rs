@@ -1,4 +1,4 @@
-//! Which keys there are: the tree of a file is brought into the shape of [`Raw::every_key`], and what does not fit is
+//! The known keys: the tree of a file is normalized to the shape of [`Raw::every_key`], and keys that do not fit are
 //! reported.
 
 use std::collections::BTreeSet;
@@ -8,9 +8,9 @@ use serde_json::{Map, Value};
 use super::diagnostics::{Diagnostics, Path};
 use super::raw::{ANY, Raw};
 
-/// With more wrong letters than this, or more than a third, a guess would only confuse.
+/// The most wrong letters for which a similar key is suggested; at most a third of the key.
 const TYPO_MAX: usize = 3;
-/// What takes the place of a name that the operator chooses.
+/// Shown in place of a name that the operator chooses.
 const NAME: &str = "NAME";
 
 /// The paths of all keys; [`ANY`] stands for a name that the operator chooses.
@@ -32,7 +32,7 @@ pub(super) fn names() -> BTreeSet<String> {
     paths().into_iter().flat_map(|path| path.0).collect()
 }
 
-/// Makes `tree` a tree in which mappings stand where mappings have to and lists where lists; unknown keys go, with a
+/// Normalizes `tree`: mappings and lists are where the config has mappings and lists; unknown keys are removed, with a
 /// warning.
 pub(super) fn normalize(tree: &mut Value, diagnostics: &mut Diagnostics) {
     normalize_at(&Path::default(), &Path::default(), &Raw::every_key(), tree, diagnostics);
@@ -107,7 +107,7 @@ fn split_host_and_port(value: &mut Value) {
     *value = Value::Object(Map::from_iter([("host".into(), host.into()), ("port".into(), port)]));
 }
 
-/// YAML 1.1's `<<`: keys of other mappings where there are none of the own.
+/// YAML 1.1's `<<`: adds the keys of other mappings that the mapping itself does not have.
 fn merge(keys: &mut Map<String, Value>) {
     let sources = match keys.remove("<<") {
         Some(Value::Array(items)) => items,
@@ -122,7 +122,7 @@ fn merge(keys: &mut Map<String, Value>) {
     }
 }
 
-/// `empty` are the blocks beside the key that have nothing in them.
+/// `empty` are the empty blocks beside the key.
 fn warn_unknown(path: &Path, place: &Path, key: &str, empty: &[String], diagnostics: &mut Diagnostics) {
     let guess = match nearest(path, place, key, empty) {
         None => String::new(),
@@ -137,25 +137,25 @@ fn warn_unknown(path: &Path, place: &Path, key: &str, empty: &[String], diagnost
     diagnostics.warn(&path.then(key), &format!("is not a known key and is ignored{guess}"));
 }
 
-/// A known key that is like an unknown one.
+/// A known key that is similar to an unknown one.
 struct Near {
     path: Path,
     /// How many letters differ; a part that is left out counts as one.
     typos: usize,
     is_elsewhere: bool,
-    /// Whether it stands in a block that is there and has nothing in it.
+    /// Whether it belongs to a block that is present and empty.
     is_in_empty: bool,
-    /// What it stands in, if it has the same name and only that is missing around the unknown key.
+    /// The block that it belongs to, if the names are equal and only that block is missing around the unknown key.
     parent: Option<Path>,
 }
 
-/// The known key that is most like `key`: one of the same mapping, else of the whole file. Where several blocks have such a key,
-/// the one that is empty.
+/// The known key that is most similar to `key`: one of the same mapping, else of the whole file. If several blocks have
+/// such a key, that of the empty block.
 fn nearest(path: &Path, place: &Path, key: &str, empty: &[String]) -> Option<Near> {
     let candidates = paths().into_iter().filter_map(|known| {
         let (name, parent) = known.0.split_last()?;
         let is_elsewhere = parent != place.0;
-        // Elsewhere, and at the top, a single word is part of too many keys.
+        // In other blocks, and at the top, a single word is part of too many keys.
         let may_lack_words = key.contains('_') || !(is_elsewhere || parent.is_empty());
         let typos = typos(&name.to_ascii_lowercase(), &key.to_ascii_lowercase(), may_lack_words)?;
         let named =
@@ -173,8 +173,8 @@ fn nearest(path: &Path, place: &Path, key: &str, empty: &[String]) -> Option<Nea
     candidates.into_iter().next().filter(|_| !is_ambiguous)
 }
 
-/// How many letters make `key` the `known` one; none if too many do. A first or last word that is left out, if that
-/// `may_lack_words`, counts as one.
+/// How many letters differ between `key` and the `known` one; none if too many. A first or last word that is left out,
+/// if that `may_lack_words`, counts as one.
 fn typos(known: &str, key: &str, may_lack_words: bool) -> Option<usize> {
     let typos = strsim::damerau_levenshtein(known, key);
     let lacks_a_word = may_lack_words && (known.ends_with(&format!("_{key}")) || known.starts_with(&format!("{key}_")));

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::value::{Burst, Rate};
 
-/// How often a key may come to be taken in; where none is set, there is no limit.
+/// The rate limits for accepting keys; none means no limit.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Limits {
     /// The same key.
@@ -19,12 +19,12 @@ pub struct Limits {
     pub global: Option<Quota>,
 }
 
-/// So many at once, and so many a second from then on.
+/// A token bucket: a burst, and a rate per second.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Quota {
-    /// What may come at once; at most 1000000.
+    /// The size of the burst; at most 1000000.
     pub burst: NonZeroU32,
-    /// By how many a second that fills again; 0.001 to 1000000.
+    /// The rate at which it refills, per second; 0.001 to 1000000.
     pub per_second: f64,
 }
 
@@ -45,8 +45,8 @@ pub(super) struct RawLimit {
 }
 
 impl RawLimits {
-    /// Loose for a client, behind which thousands of routers may be, since a router that is refused costs a household a
-    /// minute; what bounds a flood is the rate of all together.
+    /// Generous for a single client, which may be a proxy of thousands of routers, since a refused router retries only
+    /// after a minute; a flood is bounded by the overall limit.
     pub fn check(&self) -> Limits {
         Limits {
             per_key: self.per_key.check(10, 1.0),

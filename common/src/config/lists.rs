@@ -17,17 +17,17 @@ pub struct KeyLists {
     pub deny_file: Option<PathBuf>,
     /// The directory of denied keys.
     pub deny_dir: Option<PathBuf>,
-    /// Where allowed keys stand; none if every key may come that is not denied.
+    /// The sources of allowed keys; none if every key is admitted that is not denied.
     pub allow: Option<Allow>,
     /// Keys whose peers are never swept.
     pub trusted: BTreeSet<PublicKey>,
     /// The directory of such keys.
     pub trusted_dir: Option<PathBuf>,
-    /// How often to look whether files changed.
+    /// How often to check whether files changed.
     pub refresh: Duration,
 }
 
-/// Where allowed keys stand.
+/// The sources of allowed keys.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Allow {
     /// The file.

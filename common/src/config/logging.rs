@@ -1,4 +1,4 @@
-//! What is logged, and in which form: `log_level`, else the level of the original's `logging_config`; `log_format`.
+//! The level and the format of the log: `log_level`, else the level of the original's `logging_config`; `log_format`.
 
 use serde_json::Value;
 use tracing::Level;
@@ -6,7 +6,7 @@ use tracing::Level;
 use super::diagnostics::{Diagnostics, Path};
 use super::value::{LogLevel, text, value_type};
 
-/// The form of a line of the log.
+/// The format of a line of the log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum LogFormat {
     /// Text for people, with fields as `name=value`.
@@ -26,7 +26,7 @@ value_type!(
     "must be text or json"
 );
 
-/// `log_level`, else what the original's logging had.
+/// `log_level`, else the level in the original's `logging_config`.
 pub(super) fn log_level(own: Option<LogLevel>, logging_config: Option<&Value>, diagnostics: &mut Diagnostics) -> Level {
     let foreign = logging_config.and_then(|config| config.pointer("/root/level")).filter(|level| !level.is_null());
     match (own, foreign) {

@@ -13,28 +13,28 @@ use super::mqtt_listen::{self, MqttListen};
 use super::problem::{NO_PASSWORD, UNREAD};
 use super::value::{File, Flag, Host, Keepalive, Port, Secret, Text, is_placeholder, port};
 
-/// Longer ones are no passwords.
+/// The longest password.
 const PASSWORD_FILE_MAX: u64 = 4096;
 
 /// The session with the MQTT server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mqtt {
-    /// Which server.
+    /// The server.
     pub server: MqttAddress,
-    /// Who we are to it; none for one that asks nobody.
+    /// The user; none for a server that requires no login.
     pub credentials: Option<Credentials>,
-    /// How long the line may be silent; whole seconds, 1 to 65535.
+    /// The keep-alive interval; whole seconds, 1 to 65535.
     pub keepalive: Duration,
-    /// How the connection is encrypted; none if it is not.
+    /// The settings of TLS; none if the connection is not encrypted.
     pub tls: Option<Tls>,
 }
 
-/// What makes an encrypted connection one that both sides trust.
+/// The settings of TLS.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Tls {
-    /// The certificates, as PEM, by one of which the server's must be signed; none for the system's.
+    /// The CA certificates, as PEM, by which the server's must be signed; none for the system's.
     pub ca_file: Option<PathBuf>,
-    /// The own certificate and its private key, as PEM, for a server that asks for them.
+    /// The client certificate and its private key, as PEM, for a server that requires one.
     pub own: Option<(PathBuf, PathBuf)>,
 }
 
@@ -43,9 +43,9 @@ pub struct Tls {
 pub enum MqttAddress {
     /// The one inside the broker, which a program on the same machine reaches at this address.
     Embedded(SocketAddr),
-    /// The same for the broker itself: at a port of its own, which is in no log.
+    /// The same for the broker itself: on a separate port, which is not logged.
     Own(SocketAddr),
-    /// Somebody else's.
+    /// Another MQTT server.
     External {
         /// Its name or address, without brackets.
         host: String,
@@ -79,14 +79,15 @@ pub(super) struct RawMqtt {
 }
 
 impl RawMqtt {
-    /// Has the password read from `file`, unless the config has one.
+    /// Reads the password from `file`, unless the config has one.
     pub fn offer_password_file(&mut self, file: Option<&str>) {
         if self.password.is_none() && self.password_file.is_none() {
             self.password_file = file.map(|file| File(file.to_owned()));
         }
     }
 
-    /// `own` is the server inside the broker, if no other is named; `is_listen_set` whether its section is in the file.
+    /// `own` is the server inside the broker, if no other is named; `is_listen_set` is whether the file has its
+    /// section.
     pub fn check(self, own: Option<&MqttListen>, is_listen_set: bool, diagnostics: &mut Diagnostics) -> Mqtt {
         let is_encrypted = self.tls.is_some_and(|tls| tls.0);
         let is_external = own.is_none();
@@ -118,12 +119,12 @@ impl RawMqtt {
     }
 }
 
-/// rumqttc takes no silence for ever; the longest there is comes close.
+/// rumqttc needs a keep-alive interval; the longest one stands for none.
 fn keepalive(seconds: u16) -> u64 {
     if seconds == 0 { u16::MAX.into() } else { seconds.into() }
 }
 
-/// Where a program on the same machine reaches a server that listens on `address`.
+/// The address by which a program on the same machine reaches a server that listens on `address`.
 fn reachable(address: SocketAddr) -> SocketAddr {
     let loopback: IpAddr = if address.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() };
     SocketAddr::new(if address.ip().is_unspecified() { loopback } else { address.ip() }, address.port())
@@ -174,7 +175,7 @@ fn credentials(
 pub fn password_in(file: &FilePath) -> Result<String, String> {
     let unreadable = |error: io::Error| format!("{UNREAD}: {error}");
     let metadata = fs::metadata(file).map_err(unreadable)?;
-    // Others, such as a pipe, could keep the program waiting.
+    // Reading another kind of file, such as a pipe, could block the program.
     if !metadata.is_file() || metadata.len() > PASSWORD_FILE_MAX {
         return Err(format!("must be a file of at most {PASSWORD_FILE_MAX} bytes"));
     }
@@ -195,7 +196,7 @@ mod tests {
 
     const CONFIG: &str = "domains: [ffmuc_welt]\ndomain_prefixes: [ffmuc_]\n";
 
-    /// The password in a file with this content, or what is wrong with it.
+    /// The password in a file with this content, or the error.
     fn password(content: &[u8]) -> Result<String, String> {
         let dir = TempDir::new().unwrap();
         let file = dir.path().join("secret");

@@ -12,7 +12,7 @@ use super::diagnostics::{Diagnostics, Path};
 use super::value::{Connections, File, Host, PasswordHash, Port, Secret, port, text, value_type};
 use crate::is_topic_level;
 
-/// Where the embedded MQTT server listens unless told otherwise.
+/// The default address of the embedded MQTT server.
 pub(super) const DEFAULT: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 1883);
 
 /// The MQTT server inside the broker.
@@ -20,27 +20,27 @@ pub(super) const DEFAULT: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCA
 pub struct MqttListen {
     /// Where it listens; a loopback address if there are no users.
     pub address: SocketAddr,
-    /// The certificates and the private key that it shows, as PEM; none if connections are not encrypted.
+    /// The certificates and the private key of the server, as PEM; none if connections are not encrypted.
     pub tls: Option<(PathBuf, PathBuf)>,
-    /// Who may connect, by name; if there is nobody, everybody may, and do everything.
+    /// The users, by name; if there are none, every client may connect, and do everything.
     pub users: BTreeMap<String, MqttUser>,
     /// So many connections at most.
     pub max_connections: usize,
 }
 
-/// Who may connect to the MQTT server inside the broker.
+/// A user of the MQTT server inside the broker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MqttUser {
     /// The Argon2id hash of the password, as a PHC string.
     pub password_hash: Secret,
-    /// What the user may do.
+    /// The user's role.
     pub role: Role,
 }
 
-/// What a user of the bus is to it.
+/// The role of a user, which decides its rights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Role {
-    /// The worker of which the user's name is the name.
+    /// The worker with the user's name.
     Worker,
     /// Any broker.
     Broker,
@@ -73,7 +73,7 @@ pub(super) struct RawMqttUser {
 }
 
 impl RawMqttListen {
-    /// Whether any of it stands in the file.
+    /// Whether the file has any of its keys.
     pub fn is_set(&self) -> bool {
         let tls = self.tls.cert_file.is_some() || self.tls.key_file.is_some();
         self.host.is_some() || self.port.is_some() || self.max_connections.is_some() || tls || !self.users.is_empty()
@@ -98,7 +98,8 @@ impl RawMqttListen {
     }
 }
 
-/// Where the embedded server listens: only users make others than this machine's programs strangers.
+/// The address of the embedded server: without users it must be a loopback address, so that only programs on this
+/// machine connect.
 fn ip(host: &str, has_users: bool, diagnostics: &mut Diagnostics) -> IpAddr {
     let address = if host == "localhost" { "127.0.0.1" } else { host }.parse().ok();
     let complaint = match address {

@@ -1,4 +1,4 @@
-//! Sections of the original that mean nothing here: they are read, so that a mistake in them is found.
+//! Sections of the original that have no effect here: they are parsed, so that mistakes in them are reported.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -50,7 +50,7 @@ pub(super) struct Netbox {
 }
 
 impl Parker {
-    /// Refused where the fleet would miss it.
+    /// Rejected if the fleet depends on it.
     pub fn check(&self, diagnostics: &mut Diagnostics) {
         if matches!(self.enabled, Some(Flag(true))) {
             let complaint = "must be false, as this version does not support routed networks";

@@ -1,5 +1,5 @@
-//! How long keys and peers last, and how many there may be: `cleanup`, `live_keys`, `peers`, `forget_idle_after`; and how
-//! long a router waits for a peer: `confirm_timeout`, `confirm_budget`.
+//! How long keys and peers are kept, and how many there may be: `cleanup`, `live_keys`, `peers`, `forget_idle_after`;
+//! and how long a router waits for a peer: `confirm_timeout`, `confirm_budget`.
 
 use std::time::Duration;
 
@@ -9,10 +9,10 @@ use serde_json::Value;
 use super::diagnostics::{Diagnostics, Path};
 use super::value::{Count, Seconds, seconds};
 
-/// When peers that stay silent go (contract section 4).
+/// When silent peers are removed (contract section 4).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Cleanup {
-    /// How often stale peers are looked for.
+    /// The interval of sweeps for stale peers.
     pub interval: Duration,
     /// A peer without a handshake for this long is stale.
     pub stale: Duration,
@@ -25,7 +25,7 @@ pub struct Cleanup {
 pub struct LiveKeyLimits {
     /// So many at most; at least 1.
     pub max: usize,
-    /// A key is forgotten this long after a router last sent it, or a gateway last reported a handshake.
+    /// How long a key is kept after a router last sent it, or a gateway last reported a handshake.
     pub ttl: Duration,
 }
 
@@ -94,7 +94,7 @@ impl RawPeers {
 }
 
 pub(super) fn forget_idle_after(raw: Option<&Seconds>, diagnostics: &mut Diagnostics) -> Option<Duration> {
-    // WireGuard has a handshake again after 120 s at the earliest, and takes nothing after 180 s (REJECT_AFTER_TIME).
+    // WireGuard repeats a handshake after 120 s at the earliest, and rejects packets after 180 s (REJECT_AFTER_TIME).
     if raw.is_some_and(|after| after.0 < Duration::from_secs(180)) {
         diagnostics.warn(&Path::of("forget_idle_after"), "cuts tunnels that are in use, at least 180 is what is idle");
     }

@@ -1,17 +1,17 @@
-//! What is wrong or odd with a config, by file, line and key.
+//! An error or warning about a config, with file, line and key.
 
 use std::{fmt, io};
 
 use serde::Serialize;
 
-/// What the text of a problem has where a file cannot be read; the error follows.
+/// The text of a problem if a file cannot be read; the error follows.
 pub(super) const UNREAD: &str = "cannot be read";
-/// The same where there is no config.
+/// The same if there is no config.
 pub(super) const ABSENT: &str = "does not exist; write it";
-/// The same where the file of a password has none.
+/// The same if the file of a password has no password.
 pub(super) const NO_PASSWORD: &str = "must have one line, the password";
 
-/// One thing that is wrong or odd with a config. It shows no secret, and its text is one line.
+/// An error or warning about a config. It shows no secret, and its text is one line.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Problem {
     /// The file; none if it is not about one.
@@ -20,7 +20,7 @@ pub struct Problem {
     pub line: Option<usize>,
     /// The key, such as `mqtt.broker_port`, or the variable; none for the source as a whole.
     pub key: Option<String>,
-    /// What is wrong, and what is allowed.
+    /// The problem, and the allowed values.
     pub problem: String,
 }
 
@@ -30,13 +30,13 @@ impl Problem {
         Self { file: None, line: None, key: None, problem }
     }
 
-    /// Whether it is only that who reads this may not.
+    /// Whether the only problem is that the caller may not read the file.
     #[must_use]
     pub fn is_denied(&self) -> bool {
         self.problem.contains(&format!("{UNREAD}: {}", io::Error::from(nix::errno::Errno::EACCES)))
     }
 
-    /// Whether it may go without a change of the config: a file that another program mounts, writes or opens later.
+    /// Whether it may be solved without a change of the config: another program may mount, write or open a file later.
     #[must_use]
     pub fn may_pass(&self) -> bool {
         [UNREAD, ABSENT, NO_PASSWORD].iter().any(|text| self.problem.contains(text))

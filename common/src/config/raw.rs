@@ -1,5 +1,5 @@
-//! All keys of the file, each optional and with its type, section by section; and the [`Config`] that they make together.
-//! `keys.rs` knows from here which keys there are.
+//! All keys of the file, each optional and with its type, section by section; and the [`Config`] that they make
+//! together. `keys.rs` derives the known keys from these types.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -31,7 +31,7 @@ use crate::{HostName, PublicKey};
 /// Stands for any name in [`Raw::every_key`].
 pub(super) const ANY: &str = "*";
 
-/// More mistakes than anybody reads at once.
+/// The most errors of types before the check stops.
 const ERRORS_MAX: usize = 50;
 
 #[derive(Default, Deserialize, Serialize)]
@@ -81,8 +81,8 @@ pub(super) struct Raw {
 }
 
 impl Raw {
-    /// Gives the keys of a normalized `tree` their types. A value of another type is reported and left out, so that all such
-    /// mistakes are found at once; none if they are too many to go on.
+    /// Deserializes a normalized `tree`. A value of a wrong type is reported and left out, so that all such errors are
+    /// found at once; none if there are too many.
     pub fn read(tree: &mut Value, diagnostics: &mut Diagnostics) -> Option<Self> {
         for _ in 0..ERRORS_MAX {
             let error = match serde_path_to_error::deserialize::<_, Self>(&*tree) {
@@ -96,7 +96,7 @@ impl Raw {
         None
     }
 
-    /// The config that this means on the machine `host_name`; it only counts if the diagnostics has no mistake.
+    /// The config on the machine `host_name`; it is valid only if the diagnostics has no error.
     pub fn check(self, host_name: &str, diagnostics: &mut Diagnostics) -> Config {
         let name = check_name(host_name, diagnostics);
         domains::check_present(&self.domains, &self.domain_prefixes, diagnostics);
@@ -166,7 +166,7 @@ impl Raw {
         }
     }
 
-    /// Every key there is, as a tree: a mapping where keys stand below, a list where a list stands, null at a value;
+    /// All known keys, as a tree: a mapping where keys stand below, a list where a list stands, null at a value;
     /// [`ANY`] where the operator chooses the names.
     pub fn every_key() -> Value {
         let raw = Self {

@@ -1,4 +1,4 @@
-//! How fast a gateway that came back is filled: `rebalance`.
+//! How fast the share of a returned gateway grows: `rebalance`.
 
 use std::time::Duration;
 
@@ -6,10 +6,10 @@ use serde::{Deserialize, Serialize};
 
 use super::value::FillTime;
 
-/// How a gateway gets its share of the routers again.
+/// How a gateway regains its share of the routers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rebalance {
-    /// In this time it is filled; 0 if it gets all new routers at once.
+    /// The time until it has its full share; 0 if it has that at once.
     pub over: Duration,
 }
 

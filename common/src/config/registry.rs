@@ -1,4 +1,4 @@
-//! The registry of servers and clients: `registry`; and where its tables are: `storage`.
+//! The registry of servers and clients: `registry`; and the database of its tables: `storage`.
 
 use std::path::PathBuf;
 
@@ -10,20 +10,20 @@ use super::value::{DatabaseUrl, File, Flag, Text};
 /// The registry of servers, clients and leases.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Registry {
-    /// The one user who may call.
+    /// The one user who may make calls.
     pub user: String,
     /// The file with that user's password.
     pub password_file: PathBuf,
-    /// Whether `client/config` answers everybody.
+    /// Whether `client/config` needs no login.
     pub open_client_config: bool,
 }
 
-/// Where the tables are that several brokers may share.
+/// The database of the tables that several brokers may share.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Storage {
     /// The URL of a `PostgreSQL` server, without a password; none for SQLite in `state_dir`.
     pub url: Option<String>,
-    /// The file with the password for that.
+    /// The file with its password.
     pub password_file: Option<PathBuf>,
 }
 

@@ -1,4 +1,4 @@
-//! What has changed in a config since it was read.
+//! The changes of a config since it was read.
 
 use std::borrow::Cow;
 use std::collections::BTreeSet;
@@ -10,12 +10,13 @@ use serde_json::{Map, Value};
 use super::diagnostics::Places;
 use super::{Config, ConfigError, Problem};
 
-/// Where a config was read, and the values of all its keys. It is no part of what the config means, so all are equal.
+/// The source of a config, and the values of all its keys. It is not part of the settings, so all sources compare as
+/// equal.
 #[derive(Clone, Default)]
 pub struct Source {
     /// The file, if the caller named one.
     file: Option<PathBuf>,
-    /// Where keys are that may have a problem only later.
+    /// The locations of keys that may get a problem only later.
     places: Places,
     values: Value,
 }
@@ -31,12 +32,12 @@ impl Source {
         Problem { file: file.clone(), line: lines.get(key).copied(), key: Some(key.to_owned()), problem }
     }
 
-    /// The file; none if it was no file, or one that the command line names.
+    /// The file of the config; none if the command line named it, or the config is from variables.
     pub(super) fn chosen_file(&self) -> Option<&Path> {
         self.places.file.as_deref().filter(|_| self.file.is_none()).map(Path::new)
     }
 
-    /// The text at this place (RFC 6901), if there is one.
+    /// The text at this JSON pointer (RFC 6901), if there is one.
     pub(super) fn text(&self, pointer: &str) -> Option<&str> {
         self.values.pointer(pointer)?.as_str()
     }
@@ -55,13 +56,13 @@ impl Source {
 }
 
 impl Config {
-    /// Reads the config again from where it was read.
+    /// Reads the config again from its source.
     pub fn reload(&self) -> Result<Self, ConfigError> {
         Self::load(self.source.file.as_deref())
     }
 }
 
-/// The values are those of passwords, too.
+/// The values are not shown: some are passwords.
 impl fmt::Debug for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Source").field("file", &self.file).finish_non_exhaustive()

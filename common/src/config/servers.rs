@@ -12,7 +12,7 @@ use super::value::{Host, Net, Port, Text, Whole, port};
 
 /// The longest name of an interface (`IFNAMSIZ` of linux/if.h, less the zero at its end).
 const INTERFACE_MAX: usize = 15;
-/// What a name of an interface must be.
+/// The requirement for the name of an interface.
 pub(super) const INTERFACE_COMPLAINT: &str =
     "must be the name of an interface: 1 to 15 characters, without blanks and \"/\"";
 
@@ -27,11 +27,11 @@ pub struct Server {
     pub listen_port: u16,
     /// The network of its addresses; the first one is its own.
     pub network: IpNet,
-    /// Clients get no addresses up to that with this number.
+    /// The first addresses of the network, up to this number, are not leased.
     pub reserved: u64,
-    /// Where clients reach it; none for `externalName`.
+    /// The endpoint for clients; none for `externalName`.
     pub endpoint: Option<String>,
-    /// What clients send to it, separated by commas; none for `network`.
+    /// The allowed-ips of clients for this server, separated by commas; none for `network`.
     pub allowed_ips: Option<String>,
 }
 
@@ -46,7 +46,7 @@ pub(super) struct RawServer {
     pub allowed_ips: Option<Text>,
 }
 
-/// All of them, whose keys are in `key_dir`.
+/// All servers; their key files are in `key_dir`.
 pub(super) fn check(
     servers: BTreeMap<String, RawServer>,
     key_dir: &FilePath,

@@ -12,7 +12,7 @@ use crate::Domain;
 /// The interfaces of a domain, as `wgkex-worker setup` makes them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Setup {
-    /// Where the gateway's private key is kept.
+    /// The file of the gateway's private key.
     pub key_file: PathBuf,
     /// The UDP port of `wg-REST`; no two domains have the same.
     pub listen_port: u16,
@@ -89,7 +89,7 @@ fn counted_port(counted: u32, domain: &Domain, diagnostics: &mut Diagnostics) ->
     })
 }
 
-/// A UDP port serves one WireGuard interface, and none that VXLAN has; VXLANs may share theirs.
+/// A UDP port serves one WireGuard interface, and not VXLAN at the same time; VXLANs may share theirs.
 fn check_udp_ports(domains: &[Domain], interfaces: &BTreeMap<Domain, Setup>, diagnostics: &mut Diagnostics) {
     let vxlan: BTreeSet<u16> = interfaces.values().map(|setup| setup.vxlan_port).collect();
     let mut taken: BTreeMap<u16, &Domain> = BTreeMap::new();

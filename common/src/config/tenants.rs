@@ -15,25 +15,25 @@ use crate::address::tenants::TenantNetworks;
 
 /// The longest prefix of a tenant's network: 14 members by IPv4 or IPv6.
 const LENGTH_MAX: [u8; 2] = [28, 124];
-/// Networks of the pool at most: the program that keeps tenants apart at a hub has room for them.
+/// Networks of the pool at most: the filter program of a hub has room for them.
 const POOL_MAX: usize = 64;
-/// The shortest one.
+/// The shortest prefix of a tenant's network.
 const LENGTH_MIN: u8 = 8;
 
-/// What tenants get.
+/// The settings of tenants.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TenantSettings {
     /// Their networks.
     pub networks: TenantNetworks,
     /// How long an address is held for a member that left.
     pub grace: Duration,
-    /// Where the hashes of tokens stand; without it none are needed.
+    /// The file of the hashes of tokens; none if no tokens are required.
     pub tokens_file: Option<PathBuf>,
     /// The worker that is their hub, if there is one.
     pub hub: Option<WorkerName>,
 }
 
-/// What the config has of tenants.
+/// The checked section `tenants`.
 pub(super) struct CheckedTenants {
     pub settings: TenantSettings,
     is_enabled: bool,
@@ -58,7 +58,7 @@ pub(super) struct RawTenants {
 }
 
 impl RawTenants {
-    /// Their settings, which count for a hub even if this broker serves no tenants.
+    /// The settings, which a hub uses even if this broker serves no tenants.
     pub fn check(self, diagnostics: &mut Diagnostics) -> CheckedTenants {
         let networks = TenantNetworks {
             pool: self.pool.map_or_else(default_pool, |pool| pool.0),
@@ -132,7 +132,7 @@ fn family(network: &IpNet) -> usize {
     usize::from(matches!(network, IpNet::V6(_)))
 }
 
-/// Whether nobody on the internet has its addresses.
+/// Whether the network is in a private range.
 fn is_private(network: &IpNet) -> bool {
     let is_private = |address: IpAddr| match address {
         IpAddr::V4(address) => {

@@ -1,6 +1,6 @@
 //! The config as operators write it, mistakes included.
 
-/// What "wgkex-broker hash-password" prints, as a literal.
+/// The output of "wgkex-broker hash-password", as a literal.
 macro_rules! hash {
     () => {
         "$argon2id$v=19$m=19456,t=2,p=1$c29tZXNhbHQ$9sTbSlTio3Biev89thdrlKKiCaYsjjYVJxGAL3swxpQ"
@@ -19,10 +19,10 @@ use crate::address::first_of;
 
 const EXAMPLE: &str = include_str!("../../../wgkex.yaml.example");
 
-/// The least that is a config.
+/// The smallest valid config.
 const LEAST: &str = "domains: [ffmuc_welt, ffmuc_umland]\ndomain_prefixes: [ffmuc_]\n";
 
-/// Every key that the original knows, in the shapes that its users have.
+/// All keys of the original, in the shapes that its users have.
 const ORIGINAL: &str = r#"
 domains:
   - ffmuc_muc_cty
@@ -456,7 +456,7 @@ fn a_containers_variables_are_a_config() {
     }
 }
 
-/// A file of variables leaves quotes where a shell takes them off.
+/// A file of variables keeps the quotes that a shell would remove.
 #[test]
 fn one_pair_of_quotes_around_a_variable_is_taken_off() {
     for quoted in [
@@ -565,7 +565,7 @@ fn a_credential_of_the_service_manager_is_the_password_unless_the_config_has_one
     assert!(texts(&error.mistakes)[0].starts_with("MQTT_PASSWORD_FILE: /nonexistent: cannot be read: "), "{error}");
 }
 
-/// The example with every commented-out key taken in: "#key" is one, "# text" is prose.
+/// The example with every commented-out key enabled: "#key" is one, "# text" is prose.
 fn everything_of_the_example() -> String {
     let line = |line: &str| match line.split_once('#') {
         Some((indent, key)) if indent.trim().is_empty() && !key.starts_with(' ') => format!("{indent}{key}\n"),
@@ -603,7 +603,7 @@ fn the_example_documents_every_key_with_its_default() {
     }
 }
 
-/// `text` with some of its characters gone, doubled or replaced, as typing does.
+/// `text` with some characters removed, doubled or replaced, as by typing errors.
 fn mistyped(text: &'static str) -> impl Strategy<Value = String> {
     let edit = (any::<prop::sample::Index>(), 0..4usize, "[ \t\n:#'\"{}\\[\\]|>&*!%@,a0-]");
     prop::collection::vec(edit, 1..6).prop_map(|edits| {
@@ -644,7 +644,7 @@ fn a_secret_whose_colon_is_mistyped_is_not_shown() {
         assert!(ORIGINAL.contains(right), "{right}");
         check_lines(parse(&ORIGINAL.replace(right, mistyped))).unwrap();
     }
-    // What is behind the name of a secret in the name of another key, or in prose, is none.
+    // Text after the name of a secret that is part of another key, or in prose, is not secret.
     let others = "registry: {enabled: maybe, password_file: maybe}\n# the password of maybe\n";
     assert!(parse(&format!("{LEAST}{others}")).unwrap_err().to_string().contains("\"maybe\""));
 }

@@ -1,5 +1,5 @@
-//! The kinds of values that keys have, each with the sentence that says what is allowed. Quoted numbers are numbers
-//! and YAML 1.1's truth values are truth values, because the original's parser has it so.
+//! The types of values that keys have, each with the sentence that states the requirement. Quoted numbers are accepted
+//! as numbers and YAML 1.1's truth values as truth values, as by the original's parser.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr};
@@ -11,8 +11,8 @@ use tracing::Level;
 
 use crate::PublicKey;
 
-/// Makes a type that is read from one value, or refuses it with a complaint. It is never written: serialized it is
-/// null, which `keys.rs` reads as "a value stands here". Without `Debug`, as some of the texts are secrets.
+/// Defines a type that is parsed from one value, or rejects it with a complaint. It is never written: serialized it is
+/// null, which `keys.rs` interprets as the place of a value. Without `Debug`, as some of the texts are secrets.
 macro_rules! value_type {
     ($(#[$doc:meta])* $name:ident($inner:ty), $read:expr, $complaint:expr) => {
         $(#[$doc])*
@@ -47,7 +47,7 @@ value_type!(
     "must be a host name or an address (no scheme, no path; a port has its own key)"
 );
 value_type!(
-    /// What routers are told, as it is written; empty for the host name.
+    /// A text sent to routers, as written; empty for the host name.
     PublicHost(String),
     |value: &Value| text(value).filter(|text| text.is_empty() || host(text).is_some()),
     "must be a host name or an address (no scheme, no port, no path, no blanks)"
@@ -116,19 +116,19 @@ value_type!(
 );
 value_type!(TenantLength(u8), |value: &Value| whole(value, 0..=128), "must be a number from 8 to 28 (IPv6: 124)");
 value_type!(
-    /// As many as a process may have files open at the very most.
+    /// The most files that a process can have open.
     Connections(usize),
     |value: &Value| whole::<u32>(value, 10..=1_000_000).and_then(|count| usize::try_from(count).ok()),
     "must be a whole number from 10 to 1000000"
 );
 value_type!(
-    /// Not the beginning of one; the parameters are checked where passwords are verified.
+    /// Not truncated; the parameters are checked where passwords are verified.
     PasswordHash(String),
     |value: &Value| text(value).filter(|text| is_whole_hash(text)),
     "must be what \"wgkex-broker hash-password\" prints, all of it"
 );
 value_type!(
-    /// 0 means that the line may be silent for ever (MQTT 3.1.1 section 3.1.2.10).
+    /// 0 means no keep-alive (MQTT 3.1.1 section 3.1.2.10).
     Keepalive(u16),
     |value: &Value| whole(value, 0..=65535),
     "must be a whole number of seconds from 0 to 65535"
@@ -173,12 +173,12 @@ value_type!(
     "must be a WireGuard public key, 44 characters of base64"
 );
 
-/// A password of our examples, which is there to be replaced.
+/// A password of our examples, which must be replaced.
 pub(super) fn is_placeholder(password: &str) -> bool {
     password.starts_with("PASSWORD OF ") || password.chars().all(|c| c == '.' || c == '…')
 }
 
-/// Whether it has all parts of a PHC string of Argon2id, with 32 bytes of hash: one that was cut off verifies nothing.
+/// Whether it has all parts of a PHC string of Argon2id, with 32 bytes of hash: no password matches a truncated one.
 fn is_whole_hash(text: &str) -> bool {
     let is_base64 =
         |part: &&str, least| part.len() >= least && part.chars().all(|c| c.is_ascii_alphanumeric() || "+/".contains(c));
@@ -187,18 +187,18 @@ fn is_whole_hash(text: &str) -> bool {
     matches!(&parts[..], [parameters, salt, hash] if parameters.starts_with("m=") && is_base64(salt, 11) && is_base64(hash, 43))
 }
 
-/// A text that neither logs nor errors may show.
+/// A text that is shown neither in logs nor in errors.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(String);
 
 impl Secret {
-    /// A secret that was made here and not read.
+    /// A secret that was generated here and not read.
     #[must_use]
     pub fn new(text: String) -> Self {
         Self(text)
     }
 
-    /// The text itself, for the code that must send it.
+    /// The text itself, for the code that sends it.
     #[must_use]
     pub fn expose(&self) -> &str {
         &self.0
@@ -211,12 +211,12 @@ impl fmt::Debug for Secret {
     }
 }
 
-/// A port, or the one that is meant where none is given.
+/// A port, or the default if there is none.
 pub(super) fn port(port: Option<&Port>, default: u16) -> u16 {
     port.map_or(default, |port| port.0)
 }
 
-/// A time, or the seconds that are meant where none is given.
+/// A duration, or the default in seconds if there is none.
 pub(super) fn seconds(seconds: Option<&Seconds>, default: u64) -> Duration {
     seconds.map_or(Duration::from_secs(default), |seconds| seconds.0)
 }
@@ -226,7 +226,7 @@ pub(super) fn text(value: &Value) -> Option<String> {
     value.as_str().map(str::to_owned)
 }
 
-/// The host in `text`, without the brackets that an IPv6 address may wear.
+/// The host in `text`, without the brackets around an IPv6 address.
 fn host(text: &str) -> Option<String> {
     let bare = text.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(text);
     let address = bare.split('%').next().unwrap_or_default();
@@ -248,7 +248,7 @@ fn is_database_url(text: &str) -> bool {
     is_name(user) && is_name(database) && is_port && host(name).is_some()
 }
 
-/// The truth value that a text stands for in YAML 1.1 as Python reads it.
+/// The truth value of a text in YAML 1.1 as Python reads it.
 pub(super) fn truth(text: &str) -> Option<bool> {
     match text.to_ascii_lowercase().as_str() {
         "true" | "yes" | "on" | "1" => Some(true),
@@ -270,7 +270,7 @@ fn whole<T: TryFrom<u64> + PartialOrd>(value: &Value, allowed: std::ops::RangeIn
     T::try_from(number).ok().filter(|number| allowed.contains(number))
 }
 
-/// What was written for a number, with or without quotes, without the underscores that YAML 1.1 allows.
+/// The text of a number, with or without quotes, without the underscores that YAML 1.1 allows.
 fn scalar(value: &Value) -> Option<String> {
     match value {
         Value::Number(number) => Some(number.to_string()),

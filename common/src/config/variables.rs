@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 
 use super::value::truth;
 
-/// Each variable with the key that it stands for.
+/// Each variable with the key that it sets.
 pub(super) const ALIASES: [(&str, &str); 11] = [
     ("WGKEX_DOMAIN_PREFIXES", "domain_prefixes"),
     ("WGKEX_DOMAINS", "domains"),
@@ -15,17 +15,17 @@ pub(super) const ALIASES: [(&str, &str); 11] = [
     ("MQTT_BROKER_URL", "mqtt.broker_url"),
     ("MQTT_BROKER_PORT", "mqtt.broker_port"),
     ("MQTT_USERNAME", "mqtt.username"),
-    // Before the one that its path begins with.
+    // Before the variable whose path is a prefix of this one.
     ("MQTT_PASSWORD_FILE", "mqtt.password_file"),
     ("MQTT_PASSWORD", "mqtt.password"),
     ("MQTT_KEEPALIVE", "mqtt.keepalive"),
     ("MQTT_TLS", "mqtt.tls"),
 ];
 
-/// With more wrong letters than this a guess would only confuse.
+/// The most wrong letters for which a similar variable is suggested.
 const TYPO_MAX: usize = 3;
 
-/// All addresses: nobody reaches what listens on a container's loopback.
+/// All addresses: a server on the loopback address of a container cannot be reached from outside.
 const EVERYWHERE: &str = "::";
 
 /// The tree that a file with the same content would give.
@@ -45,7 +45,7 @@ pub(super) fn tree(variables: &BTreeMap<String, String>) -> Value {
     top.into()
 }
 
-/// Variables that are like known ones and are none, each with the one that may be meant.
+/// Unknown variables that are similar to known ones, each with that one.
 pub(super) fn misspelt(variables: &BTreeMap<String, String>) -> Vec<(&str, &'static str)> {
     let is_known = |name: &str| ALIASES.iter().any(|(known, _)| *known == name);
     let meant = |name: &str| {
@@ -58,12 +58,12 @@ pub(super) fn misspelt(variables: &BTreeMap<String, String>) -> Vec<(&str, &'sta
     unknown.filter_map(|name| Some((name.as_str(), meant(name)?))).collect()
 }
 
-/// Where to listen: a port alone is that of all addresses.
+/// An address to listen on: a port alone means all addresses.
 fn address(text: &str) -> String {
     if text.parse::<u16>().is_ok() { format!("[{EVERYWHERE}]:{text}") } else { text.into() }
 }
 
-/// The value of a variable, without the quotes that a file of variables leaves around it. An empty one is one that is not
+/// The value of a variable, without the quotes that a file of variables leaves around it. An empty one counts as not
 /// set.
 pub(super) fn value<'a>(variables: &'a BTreeMap<String, String>, name: &str) -> Option<&'a str> {
     variables.get(name).map(|text| unquoted(text)).filter(|text| !text.is_empty())
@@ -82,7 +82,7 @@ fn names(quoted: &str) -> Value {
     text.split([',', ' ']).map(unquoted).filter(|name| !name.is_empty()).collect()
 }
 
-/// `WGKEX_DEBUG` is a level, or whether there is to be one.
+/// `WGKEX_DEBUG` is a level, or a truth value.
 fn level(text: &str) -> &str {
     match truth(text) {
         Some(true) => "DEBUG",

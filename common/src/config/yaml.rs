@@ -1,5 +1,5 @@
-//! YAML text to a tree of values, by the `config` crate with a format of our own: the crate's refuses a key that is given
-//! twice, and copies what aliases stand for without bound.
+//! Parses YAML into a tree of values, by the `config` crate with a format of our own: the crate's format rejects
+//! duplicate keys, and expands aliases without bound.
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -15,23 +15,23 @@ use yaml_rust2::yaml::Yaml;
 
 use super::diagnostics::{Diagnostics, Path};
 
-/// No config comes near this, and what does would only cost memory.
+/// The largest text: no config is as large.
 const SIZE_MAX: usize = 1 << 20;
-/// Whoever reads a tree descends once per level, on a stack that ends.
+/// The deepest tree: functions that read it recurse once per level.
 const DEPTH_MAX: usize = 200;
-/// What aliases stand for may be so many times as large as the largest text.
+/// The largest size of expanded aliases, in multiples of the largest text.
 const COPIES: usize = 4;
-/// What a value takes beside its text, roughly.
+/// The approximate size of a value beside its text.
 const VALUE: usize = 100;
-/// More keys that are given twice than anybody reads.
+/// The most duplicate keys that are reported.
 const DUPLICATES_MAX: usize = 50;
 
-/// The keys of a config are no deeper; the lines of others are not remembered.
+/// The deepest keys whose lines are remembered: those of a config are not deeper.
 const LINES_DEPTH_MAX: usize = 8;
 
 /// The content of a text.
 pub(crate) struct Tree {
-    /// What stands at its top.
+    /// The value at its top.
     pub(crate) value: Value,
     /// The lines of keys that are given once more in the same mapping, the first [`DUPLICATES_MAX`] of them.
     pub(crate) duplicates: Vec<usize>,
@@ -60,7 +60,7 @@ pub(super) fn parse(yaml: &str, diagnostics: &mut Diagnostics) -> Option<Value> 
     None
 }
 
-/// Whatever stands at the top of `text`, which is YAML or JSON; else why it is neither, without a word of it.
+/// Parses `text`, YAML or JSON with any value at its top; the error shows nothing of it.
 pub(super) fn any(text: &str, max: usize) -> Result<Tree, String> {
     let text = text.trim_start_matches('\u{feff}');
     match read(text, max, Findings::default()) {
@@ -68,7 +68,7 @@ pub(super) fn any(text: &str, max: usize) -> Result<Tree, String> {
             value: convert(top),
             duplicates: findings.duplicates.into_iter().map(|duplicate| duplicate.line).collect(),
         }),
-        // JSON with tabs is no YAML.
+        // JSON with tabs is not valid YAML.
         Err(mistake @ (Mistake::Yaml { .. } | Mistake::Tab(_))) => match serde_json::from_str(text) {
             Ok(value) => Ok(Tree { value, duplicates: Vec::new() }),
             Err(_) => Err(if let Mistake::Yaml { line, .. } = mistake {
@@ -81,11 +81,11 @@ pub(super) fn any(text: &str, max: usize) -> Result<Tree, String> {
     }
 }
 
-/// YAML for the `config` crate. What is found beside the values comes by a way of its own, as the trait has none for it.
+/// YAML for the `config` crate. Data beside the values are returned by another way, as the trait has none for them.
 #[derive(Debug, Clone, Default)]
 struct BoundedYaml(Arc<Mutex<Findings>>);
 
-/// What a text has beside its values.
+/// Data of a text beside its values.
 #[derive(Debug, Default)]
 struct Findings {
     duplicates: Vec<DuplicateKey>,
@@ -94,7 +94,7 @@ struct Findings {
 }
 
 impl Findings {
-    /// With the lines of keys, which a config's problems have and nothing else needs.
+    /// With the lines of keys, which only the problems of a config need.
     fn with_lines() -> Self {
         Self { lines: Some(BTreeMap::new()), ..Self::default() }
     }
@@ -135,7 +135,7 @@ impl FileStoredFormat for BoundedYaml {
     }
 }
 
-/// Why a text is refused. No line shows a word of it.
+/// Why a text is rejected. No line shows any of its content.
 #[derive(Debug, thiserror::Error)]
 enum Mistake {
     #[error("must have at most {1} bytes, not {0}")]
@@ -164,15 +164,15 @@ enum Mistake {
     Yaml { line: usize, reason: String },
 }
 
-/// What the scanner says where the value of a key stands and it expects none.
+/// The scanner's message for an unexpected value of a key.
 const NO_VALUES: &str = "mapping values are not allowed";
 
-/// What a line begins with.
+/// The indentation of a line.
 fn indent(line: &str) -> &str {
     &line[..line.len() - line.trim_start().len()]
 }
 
-/// Whether it may be a key without a value that says so.
+/// Whether the line may be a key whose colon is missing.
 fn lacks_colon(line: &str) -> bool {
     let text = line.split(" #").next().unwrap_or_default().trim();
     !text.is_empty()
@@ -181,24 +181,24 @@ fn lacks_colon(line: &str) -> bool {
         && !text.contains(": ")
 }
 
-/// Whether a line has a key, and a value without quotes in which a colon stands as behind a key.
+/// Whether a line has a key, and a value without quotes that contains a colon like one after a key.
 fn has_colon_in_value(line: &str) -> bool {
     let Some((_, value)) = line.split(" #").next().and_then(|text| text.split_once(": ")) else { return false };
     let value = value.trim();
     !value.starts_with(['"', '\'', '{', '[']) && (value.contains(": ") || value.ends_with(':'))
 }
 
-/// Whether the scanner stumbles over a line that begins in another column than those around it.
+/// Whether the scanner's error is about a line that begins in another column than those around it.
 fn is_of_indentation(info: &str) -> bool {
     let of_block = info.starts_with("while parsing a block") && info.contains("did not find expected");
     of_block || info.starts_with(NO_VALUES)
 }
 
-/// The line to look at, and what is wrong there, where the scanner stumbles with `info`.
+/// The line with the mistake, and the reason, for the scanner's error `info`.
 fn cause(line: usize, info: &str, text: &str) -> (usize, String) {
     let at = |line: usize| text.lines().nth(line - 1).unwrap_or_default();
     if info.starts_with("simple key") {
-        // The scanner notices a key without its colon only where the next one begins.
+        // The scanner reports a key without its colon only at the next key.
         let lacks_colon = |(_, text): &(usize, &str)| lacks_colon(text);
         let before = text.lines().take(line).enumerate().filter(lacks_colon).last();
         let reason = "a key lacks the colon behind it, or the space behind that".to_owned();
@@ -222,10 +222,10 @@ fn cause(line: usize, info: &str, text: &str) -> (usize, String) {
 
 impl Mistake {
     fn of(error: &ScanError, text: &str) -> Self {
-        // The end of a text is behind its last line.
+        // The end of a text is after its last line.
         let (line, info) = (error.marker().line().clamp(1, text.lines().count().max(1)), error.info());
         let at = |line: usize| text.lines().nth(line - 1).unwrap_or_default();
-        // A text that goes on in the line with the tab is where the scanner stands.
+        // If a text continues in the line with the tab, the scanner reports that line.
         let mut tabs = text.lines().enumerate().skip(line - 1).filter(|(_, text)| indent(text).contains('\t'));
         if indent(at(line)).contains('\t') || info.contains("tab") {
             return Self::Tab(tabs.next().map_or(line, |(at, _)| at + 1));
@@ -234,7 +234,7 @@ impl Mistake {
         Self::Yaml { line, reason }
     }
 
-    /// Where it is; none if that is no single line.
+    /// Its line; none if it is not about a single line.
     fn line(&self) -> Option<usize> {
         match self {
             Self::Nul(line)
@@ -279,20 +279,20 @@ fn read(text: &str, max: usize, findings: Findings) -> Result<Document, Mistake>
     Reader::new(text, COPIES * max, findings).document(text)
 }
 
-/// Makes values of the parser's events.
+/// Builds values from the parser's events.
 struct Reader<'a> {
     parser: Parser<Chars<'a>>,
     top: ValueKind,
-    /// The lists and mappings that the next value stands in, from the top.
+    /// The open lists and mappings around the next value, from the top.
     open: Vec<OpenCollection>,
-    /// What aliases stand for; it has been counted as a copy.
+    /// The values of anchors; each counts as a copy when an alias refers to it.
     anchors: BTreeMap<usize, Finished>,
     copies_max: usize,
     copied: usize,
     findings: Findings,
 }
 
-/// A list or a mapping that is not at its end.
+/// An open list or mapping.
 struct OpenCollection {
     anchor: usize,
     line: usize,
@@ -303,11 +303,11 @@ struct OpenCollection {
 
 enum Items {
     List(Vec<config::Value>),
-    /// The key, and its line, whose value is next.
+    /// The key whose value is next, and its line.
     Mapping(Map<String, config::Value>, Option<(String, usize)>),
 }
 
-/// A whole value, what it takes, and how many levels it has.
+/// A complete value, its size, and its depth.
 #[derive(Clone)]
 struct Finished {
     value: ValueKind,
@@ -388,7 +388,7 @@ impl<'a> Reader<'a> {
         if self.copied > self.copies_max { Err(Mistake::Copies(line, self.copies_max)) } else { Ok(()) }
     }
 
-    /// Puts a whole value where it stands.
+    /// Adds a complete value to the list or mapping around it.
     fn finish(&mut self, finished: Finished, anchor: usize, line: usize) -> Result<(), Mistake> {
         if anchor > 0 {
             self.count_copy(finished.size, line)?;
@@ -435,7 +435,7 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// Where the next value stands.
+/// The position of the next value.
 fn path(open: &[OpenCollection]) -> Path {
     open.iter().fold(Path::default(), |path, open| match &open.content {
         Items::List(items) => path.index(items.len()),
@@ -443,7 +443,7 @@ fn path(open: &[OpenCollection]) -> Path {
     })
 }
 
-/// What a scalar is, as the parser's own loader has it.
+/// The value of a scalar, as by the parser's own loader.
 fn scalar(text: String, style: TScalarStyle, tag: Option<Tag>) -> Yaml {
     match tag {
         _ if style != TScalarStyle::Plain => Yaml::String(text),
@@ -481,7 +481,7 @@ fn convert(kind: ValueKind) -> Value {
         ValueKind::U64(number) => number.into(),
         ValueKind::I128(number) => number.to_string().into(),
         ValueKind::U128(number) => number.to_string().into(),
-        // JSON has no infinity; as a text it is refused where a number is wanted.
+        // JSON has no infinity; as a text it is rejected where a number is required.
         ValueKind::Float(number) => Number::from_f64(number).map_or_else(|| number.to_string().into(), Value::Number),
         ValueKind::String(text) => text.into(),
         ValueKind::Array(items) => items.into_iter().map(|item| convert(item.kind)).collect(),

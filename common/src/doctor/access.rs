@@ -1,5 +1,5 @@
-//! What a program's user may do with files. Only a process that runs is known to have a capability to pass over modes: a user
-//! has none, not even root.
+//! The access of a program's user to files. Only a running process is known to have a capability that bypasses file
+//! modes: a user alone is not, not even root.
 
 use std::ffi::CString;
 use std::fs::{self, Metadata};
@@ -11,40 +11,40 @@ use super::acl::{Acl, Owner};
 use nix::sys::statvfs::{FsFlags, statvfs};
 use nix::unistd::{Gid, Group, Uid, User, getgrouplist, getgroups};
 
-/// Where a unit has its credentials, only while it runs.
+/// The directory of a unit's credentials, which exists only while it runs.
 const CREDENTIALS: &str = "/run/credentials/";
-/// The capability to pass over modes (capabilities(7)), as a bit.
+/// The capability to bypass file modes (capabilities(7)), as a bit.
 const DAC_OVERRIDE: u64 = 1 << 1;
 
-/// What a user may do with a file or directory.
+/// The access of a user to a file or directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Access {
-    /// What is needed.
+    /// The user has the needed access.
     Granted,
-    /// It is not there, and can be made.
+    /// It does not exist, and the user can create it.
     Creatable,
-    /// Not that; only this other user may.
+    /// The user has no access; only this other user has.
     OnlyFor(String),
-    /// Not that, for this reason.
+    /// The user has no access, for this reason.
     Denied(String),
-    /// That shows only while the unit runs: it is a credential.
+    /// It is a credential: the access can only be checked while the unit runs.
     OnlyWhileRunning,
-    /// That is not seen by who runs this, for this reason.
+    /// The caller cannot check the access, for this reason.
     Unseen(String),
 }
 
-/// What is to be done with a file.
+/// The needed access to a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Need {
     /// To read a file.
     Read,
-    /// To read what is in a directory.
+    /// To list a directory.
     List,
-    /// To write, in a directory also to make files.
+    /// To write; in a directory also to create files.
     Write,
 }
 
-/// As whom a program serves.
+/// The user as whom a program serves.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Identity {
     /// Its name.
@@ -53,11 +53,11 @@ pub struct Identity {
     groups: Vec<u32>,
     /// The config or the command line names it.
     is_named: bool,
-    /// It has the capability to pass over modes.
+    /// It has the capability to bypass file modes.
     passes_modes: bool,
 }
 
-/// A user is named whom this system does not know.
+/// The named user does not exist on this system.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unknown {
     /// The name.
@@ -65,7 +65,7 @@ pub struct Unknown {
 }
 
 impl Identity {
-    /// The user of this name, or who runs this.
+    /// The user of this name; without a name the caller.
     pub fn named(user: Option<&str>) -> Result<Self, Unknown> {
         let Some(name) = user else { return Ok(Self::own()) };
         let found = User::from_name(name).ok().flatten().ok_or_else(|| Unknown { name: name.to_owned() })?;
@@ -97,13 +97,13 @@ impl Identity {
         Ok(Self { groups, ..identity })
     }
 
-    /// That of a process: its user, its group and those beside it, as the kernel has them.
+    /// The identity of a process: its user, its group and supplementary groups, as the kernel reports them.
     #[must_use]
     pub fn of_process(pid: u32) -> Option<Self> {
         Self::in_status(&fs::read_to_string(format!("/proc/{pid}/status")).ok()?)
     }
 
-    /// That in the text of `/proc/PID/status` (`proc_pid_status(5)`): the last of four numbers is for files.
+    /// The identity in the text of `/proc/PID/status` (`proc_pid_status(5)`): the last of four numbers is for files.
     pub(super) fn in_status(status: &str) -> Option<Self> {
         let numbers = |key: &str| -> Option<Vec<u32>> {
             let line = status.lines().find_map(|line| line.strip_prefix(key))?;
@@ -117,7 +117,7 @@ impl Identity {
         Some(Self { name: user_name(uid), uid, groups, is_named: true, passes_modes })
     }
 
-    /// Whether it is another user than the one who runs this.
+    /// Whether it is another user than the caller.
     #[must_use]
     pub fn is_another(&self) -> bool {
         self.uid != Uid::effective().as_raw()
@@ -130,7 +130,8 @@ impl Identity {
         Self { name: user_name(uid.as_raw()), uid: uid.as_raw(), groups, is_named: false, passes_modes: false }
     }
 
-    /// Whether the file's list, or else its mode, gives it these of the bits 4 (read), 2 (write), 1 (enter).
+    /// Whether the file's access control list, or else its mode, grants these of the bits 4 (read), 2 (write), 1
+    /// (enter).
     fn is_given(&self, path: &Path, metadata: &Metadata, bits: u32) -> bool {
         let owner = Owner { user: metadata.uid(), group: metadata.gid() };
         let is_given = || match Acl::of(path) {
@@ -140,7 +141,7 @@ impl Identity {
         self.passes_modes || is_given()
     }
 
-    /// Whether the mode gives it these of the bits 4 (read), 2 (write), 1 (enter).
+    /// Whether the mode grants these of the bits 4 (read), 2 (write), 1 (enter).
     fn may(&self, (owner, group, mode): (u32, u32, u32), bits: u32) -> bool {
         let shift = if owner == self.uid {
             6
@@ -164,7 +165,7 @@ fn group_id(group: &str) -> Option<u32> {
     named.or_else(|| group.parse().ok())
 }
 
-/// Whether `user` may do that with `path`.
+/// The access of `user` to `path`.
 #[must_use]
 pub fn find(path: &Path, user: Result<&Identity, &Unknown>, need: Need) -> Access {
     let user = match user {
@@ -209,7 +210,7 @@ pub fn find(path: &Path, user: Result<&Identity, &Unknown>, need: Need) -> Acces
     Access::Denied(format!("{} belongs to {} and has the mode {:o}", path.display(), user_name(owner), mode & 0o7777))
 }
 
-/// A directory that is missing is made, if that may be.
+/// A missing directory is created by the program, if its user may do that.
 fn missing(path: &Path, user: &Identity, need: Need) -> Access {
     let above = path.ancestors().skip(1).find_map(|dir| Some((dir, fs::metadata(dir).ok()?)));
     match above {

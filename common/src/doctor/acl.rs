@@ -1,4 +1,4 @@
-//! POSIX access control lists, as the kernel keeps them with a file (acl(5), `linux/posix_acl_xattr.h`).
+//! POSIX access control lists, in the kernel's format of an extended attribute (acl(5), `linux/posix_acl_xattr.h`).
 
 use std::path::Path;
 
@@ -27,7 +27,7 @@ struct Entry {
     id: u32,
 }
 
-/// To whom a file belongs.
+/// The owner and the group of a file.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Owner {
     pub(super) user: u32,
@@ -35,7 +35,7 @@ pub(super) struct Owner {
 }
 
 impl Acl {
-    /// That of a file; none if its mode says everything.
+    /// The list of a file; none if its mode is all that applies.
     pub(super) fn of(path: &Path) -> Option<Self> {
         let mut bytes = vec![0; SIZE_MAX];
         let size = getxattr(path, ATTRIBUTE, &mut bytes[..]).ok()?;
@@ -56,7 +56,8 @@ impl Acl {
         (u32::from_le_bytes(*version) == VERSION).then_some(Self(entries))
     }
 
-    /// Whether it gives a user with these groups these of the bits 4 (read), 2 (write), 1 (enter), as the kernel decides that.
+    /// Whether the list grants a user with these groups these of the bits 4 (read), 2 (write), 1 (enter), by the
+    /// kernel's rules.
     pub(super) fn gives(&self, uid: u32, groups: &[u32], owner: Owner, bits: u32) -> bool {
         let has = |given: u32| given & bits == bits;
         let first = |tag| self.0.iter().find(|entry| entry.tag == tag).map(|entry| entry.bits);
@@ -96,7 +97,7 @@ pub(super) mod tests {
         [VERSION.to_le_bytes().to_vec(), entries.iter().flat_map(entry).collect()].concat()
     }
 
-    /// Gives a file of mode 600 a list that lets one more user read it.
+    /// Sets the list of a file of mode 600 so that one more user may read it.
     pub fn let_read(path: &Path, uid: u32) {
         let entries =
             [(OWNER, 6, NOBODY), (USER, 4, uid), (OWNING_GROUP, 0, NOBODY), (MASK, 4, NOBODY), (OTHER, 0, NOBODY)];

@@ -1,23 +1,23 @@
-//! Checks of a connection to the MQTT server: whether there is one, and what it allows.
+//! Checks of the connection to the MQTT server: whether it works, and the rights that it has.
 
 use super::{Finding, Program};
 use crate::mqtt::trial::{Allowed, Echo, Failure, Trial};
 use crate::mqtt::{Fault, TlsError};
 
-/// What these findings are about.
+/// The subject of these findings.
 pub const SUBJECT: &str = "MQTT";
 
-/// The MQTT server, and what a program knows of it.
+/// The MQTT server, and the facts about it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MqttFacts<B> {
     /// The server, for people.
     pub server: String,
-    /// What it allows, and what is retained there; or why there is no connection.
+    /// The facts about the connection; or why it failed.
     pub outcome: Result<B, Failure>,
 }
 
 impl<B> MqttFacts<B> {
-    /// Those of a `trial`: `known` makes what the program knows of what the server allows.
+    /// The facts of a `trial`: `known` derives those of the program from an accepted connection.
     pub fn of(trial: Result<Trial, TlsError>, known: impl FnOnce(&Allowed) -> B) -> Self {
         match trial {
             Err(error) => {
@@ -29,14 +29,14 @@ impl<B> MqttFacts<B> {
     }
 }
 
-/// What the MQTT server does not allow.
+/// The rights that the MQTT server does not grant.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Rights {
-    /// Subscriptions that it refuses, without which the program cannot work.
+    /// Refused subscriptions that the program needs.
     pub refused: Vec<String>,
-    /// Others that it refuses.
+    /// Other refused subscriptions.
     pub refused_optional: Vec<String>,
-    /// What became of a message below `wgkex/`.
+    /// The result of a message below `wgkex/`.
     pub echo: Echo,
 }
 
@@ -46,7 +46,7 @@ impl From<&Allowed> for Rights {
     }
 }
 
-/// Why there is no connection.
+/// The finding for a failed connection.
 #[must_use]
 pub fn no_connection(program: Program, server: &str, Failure { fault, cause }: &Failure) -> Finding {
     Finding::fail(SUBJECT, format!("{server}: {cause}"), advice(program, *fault))
@@ -71,7 +71,7 @@ fn advice(program: Program, fault: Fault) -> &'static str {
     }
 }
 
-/// What a server that lets the program in allows.
+/// The findings about the rights at a server that accepted the connection.
 #[must_use]
 pub fn rights(program: Program, server: &str, rights: &Rights) -> Vec<Finding> {
     let connected = Finding::ok(SUBJECT, format!("{server} lets the {} in", program.word()));

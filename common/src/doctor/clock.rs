@@ -1,4 +1,4 @@
-//! Whether the clock is right: by it list entries and certificates are judged.
+//! Whether the clock is right: the expiry of list entries and certificates depends on it.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -8,9 +8,9 @@ use std::time::Duration;
 use super::{Finding, Level, Program};
 use crate::peer_clock::Difference;
 
-/// A clock that is off by more than this needs a look.
+/// The difference in seconds above which there is a warning.
 const ODD: Duration = Duration::from_secs(5);
-/// By so much, list entries and certificates are judged wrongly.
+/// The difference in seconds above which the expiry of list entries and certificates is wrong.
 const WRONG: Duration = Duration::from_secs(3600);
 
 const SUBJECT: &str = "clock";
@@ -19,15 +19,15 @@ const SYNCHRONISE: &str = "synchronise it: `timedatectl set-ntp true`, or chrony
 /// The clock.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ClockFacts {
-    /// The brokers whose clock is another, as the running worker hears them, by name.
+    /// The brokers whose clock differs, as the running worker measured it by their hellos, by name.
     pub brokers: BTreeMap<String, Difference>,
-    /// How far it is from that of the HTTP server that was named; or why that is not known.
+    /// The difference from the clock of the named HTTP server; or why that is not known.
     pub server: Option<Result<Duration, String>>,
-    /// Whether it is synchronised, by the system's own report; none without one.
+    /// Whether it is synchronised, as reported by the system; none without a report.
     pub is_synchronised: Option<bool>,
 }
 
-/// Whether the clock is synchronised, by the system's own report.
+/// Whether the clock is synchronised, as reported by the system.
 #[must_use]
 pub fn is_synchronised() -> Option<bool> {
     if Path::new("/run/systemd/timesync/synchronized").exists() {

@@ -1,4 +1,4 @@
-//! Configs in the format of systemd's, in directories of which one replaces or adds to another (systemd.syntax(7)).
+//! Configs in the format of systemd, in directories whose files override or extend one another (systemd.syntax(7)).
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -15,8 +15,8 @@ pub struct Assignment<'a> {
     pub value: &'a str,
 }
 
-/// The files with this extension in `dirs`, of which the most important one is last, by name; of several with one name that in
-/// the most important directory.
+/// The files with this extension in `dirs`, of which the most important one is last, by name; of several with one name
+/// that in the most important directory.
 #[must_use]
 pub fn files(dirs: impl IntoIterator<Item = PathBuf>, extension: &str) -> Vec<PathBuf> {
     let mut files = BTreeMap::new();

@@ -9,10 +9,10 @@ use crate::access_lists::files::Files;
 use crate::config::{CONFIG_FILE, FileToRead, KeyLists, PASSWORD_FILE, UnreadableFile};
 use crate::storage::process_lock::Holder;
 
-/// The program that answers on this machine.
+/// The running program that answers on this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Running {
-    /// Its process, as it numbers itself.
+    /// Its process id, in its own namespace.
     pub pid: u32,
     /// Whether it can write its state.
     pub keeps_state: bool,
@@ -20,16 +20,16 @@ pub struct Running {
     pub lists_damaged: Vec<String>,
 }
 
-/// Where the state is kept.
+/// The facts about the state directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StateFacts {
     /// `state_dir`.
     pub dir: PathBuf,
     /// The user as whom the program serves.
     pub user: String,
-    /// Whether this user may write there.
+    /// The user's access to it.
     pub access: Access,
-    /// Who has the program's state file; or why that is not known.
+    /// The process that has the program's state file; or why that is not known.
     pub holder: Result<Option<Holder>, String>,
 }
 
@@ -40,9 +40,9 @@ pub struct ListFacts {
     pub key: &'static str,
     /// Where it is.
     pub path: PathBuf,
-    /// Whether the program may read it.
+    /// The program's access to it.
     pub access: Access,
-    /// What is wrong with its content, with the line; none if nothing is, or if it was not read.
+    /// The mistake in its content, with the line; none if it is valid, or was not read.
     pub damage: Option<String>,
 }
 
@@ -53,12 +53,12 @@ pub struct FileFacts {
     pub key: &'static str,
     /// Where it is.
     pub path: PathBuf,
-    /// Whether the program may read it.
+    /// The program's access to it.
     pub access: Access,
 }
 
 impl FileFacts {
-    /// Those of all files without which `program` does not start, for a user who is known.
+    /// The facts about all files without which `program` does not start; empty for an unknown user.
     #[must_use]
     pub fn of(config: &Config, program: Program, user: Result<&Identity, &Unknown>) -> Vec<Self> {
         let Ok(user) = user else { return Vec::new() };
@@ -69,7 +69,8 @@ impl FileFacts {
     }
 }
 
-/// The files that the program reads as its user. A worker with `worker_user` reads the first ones before it becomes that.
+/// The files that the program reads as its user. A worker with `worker_user` reads the config and the password's file
+/// before it becomes that user.
 fn read_as_user(config: &Config, program: Program) -> Vec<FileToRead> {
     let becomes_another = program == Program::Worker && config.worker_user.is_some();
     let mut files = config.files_to_read();
@@ -77,7 +78,7 @@ fn read_as_user(config: &Config, program: Program) -> Vec<FileToRead> {
     files
 }
 
-/// The files and directories that the program's user, who is another one than the caller, may not read.
+/// The files and directories that the program's user, other than the caller, may not read.
 #[must_use]
 pub fn denied(config: &Config, program: Program, user: &Identity) -> Vec<UnreadableFile> {
     let denied = |file: FileToRead| {
@@ -93,7 +94,7 @@ pub fn denied(config: &Config, program: Program, user: &Identity) -> Vec<Unreada
 }
 
 impl StateFacts {
-    /// Those of the state file `name` in `dir`.
+    /// The facts about the state file `name` in `dir`.
     #[must_use]
     pub fn of(dir: &Path, name: &str, user: Result<&Identity, &Unknown>) -> Self {
         let file = dir.join(name);
@@ -108,7 +109,7 @@ impl StateFacts {
 }
 
 impl ListFacts {
-    /// Those of all lists that the config names.
+    /// The facts about all lists that the config names.
     #[must_use]
     pub fn of(lists: &KeyLists, user: Result<&Identity, &Unknown>) -> Vec<Self> {
         let KeyLists { deny_file, deny_dir, allow, trusted_dir, .. } = lists;
@@ -132,7 +133,7 @@ impl ListFacts {
     }
 }
 
-/// Whether the state can be written, and who has it.
+/// Whether the state can be written, and which process has it.
 #[must_use]
 pub fn state(program: Program, facts: &StateFacts, running: Option<&Running>) -> Vec<Finding> {
     let StateFacts { dir, user, access, .. } = facts;
@@ -155,7 +156,7 @@ pub fn state(program: Program, facts: &StateFacts, running: Option<&Running>) ->
     [kept].into_iter().chain(holder(program, facts, running)).collect()
 }
 
-/// Whether it is the program that answers here which has the state file.
+/// Whether the running program is the one that has the state file.
 fn holder(program: Program, facts: &StateFacts, running: Option<&Running>) -> Option<Finding> {
     let (word, listen) = (program.word(), program.listen());
     let holder = match &facts.holder {
@@ -193,7 +194,7 @@ pub fn lists(program: Program, user: &str, lists: &[ListFacts], running: Option<
     lists.iter().map(check).collect()
 }
 
-/// The state of a list in the running program, whichever program that is.
+/// The state of a list in the running program.
 fn read_list(program: Program, list: &ListFacts, is_damaged: bool) -> Finding {
     let ListFacts { key, path, damage, .. } = list;
     let (path, word) = (path.display(), program.word());
@@ -211,7 +212,7 @@ fn read_list(program: Program, list: &ListFacts, is_damaged: bool) -> Finding {
     Finding::judge(key, Level::Fail, format!("the running {word} has read {path}"), damaged)
 }
 
-/// Whether the files can be read without which the program does not start.
+/// Whether the files can be read that the program needs to start.
 #[must_use]
 pub fn needed(program: Program, user: &str, files: &[FileFacts]) -> Vec<Finding> {
     files.iter().map(|FileFacts { key, path, access }| readable(program, key, path, access, user)).collect()
@@ -224,7 +225,7 @@ fn unread_list(program: Program, ListFacts { key, path, access, damage }: &ListF
     }
 }
 
-/// Whether the program's user may read what the config names by `key`.
+/// Whether the program's user may read the file of this `key` of the config.
 fn readable(program: Program, key: &str, file: &Path, access: &Access, user: &str) -> Finding {
     let (path, advice) = (file.display(), format!("let {user} read it (chmod, chown)"));
     match access {
@@ -258,7 +259,7 @@ mod tests {
     use super::*;
     use crate::config::NeededBy;
 
-    /// A config that names a file of its own user alone, and a list.
+    /// A config that names a file that only its owner may read, and a list.
     fn config(dir: &Path, more: &str) -> Config {
         fs::set_permissions(dir, fs::Permissions::from_mode(0o755)).unwrap();
         for name in ["ca.pem", "secret", "list"] {

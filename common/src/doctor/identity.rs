@@ -1,4 +1,4 @@
-//! As whom a program serves: by its process, by the config, or by its unit.
+//! The user as whom a program serves: by its process, by the config, or by its unit.
 
 use std::fs;
 use std::path::Path;
@@ -8,22 +8,22 @@ use super::access::{Identity, Unknown};
 use super::config_files::{assignments, files};
 use nix::unistd::Uid;
 
-/// Where units are, the first counts.
+/// The directories of units, the most important first.
 const UNITS: [&str; 4] = ["etc/systemd/system", "run/systemd/system", "usr/lib/systemd/system", "lib/systemd/system"];
 
-/// What names the user of a program.
+/// The sources of a program's user.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Sources<'a> {
-    /// The command line.
+    /// The user on the command line.
     pub named: Option<&'a str>,
-    /// The process that answers.
+    /// The running process.
     pub pid: Option<u32>,
-    /// The config: the program becomes this user, without further groups.
+    /// The user in the config: the program becomes this user, without further groups.
     pub config: Option<&'a str>,
 }
 
-/// The user who is named; else that of the process; else the config's; else, for root, who would not start it as itself, that
-/// of its unit; else who runs this.
+/// The user on the command line; else that of the process; else that in the config; else, if the caller is root, that
+/// of the unit; else the caller.
 pub fn find(program: Program, sources: Sources<'_>) -> Result<Identity, Unknown> {
     find_in(Path::new("/"), program, sources)
 }
@@ -50,7 +50,7 @@ struct UnitUser {
 }
 
 impl UnitUser {
-    /// Those of a unit that names a user, with what is added to it.
+    /// The user and groups of a unit that names a user, with its drop-ins.
     fn of(root: &Path, name: &str) -> Option<Self> {
         let texts = unit_texts(root, name)?;
         Some(Self { name: last(&texts, "User")?, group: last(&texts, "Group"), supplementary: groups(&texts) })
@@ -61,7 +61,7 @@ impl UnitUser {
     }
 }
 
-/// The text of a unit, and those that are added to it.
+/// The texts of a unit and its drop-ins.
 fn unit_texts(root: &Path, name: &str) -> Option<Vec<String>> {
     let dirs = UNITS.map(|dir| root.join(dir));
     let unit = dirs.iter().find_map(|dir| fs::read_to_string(dir.join(name)).ok())?;
@@ -75,12 +75,12 @@ fn values<'a>(texts: &'a [String], key: &'a str) -> impl Iterator<Item = &'a str
     texts.iter().flat_map(|text| assignments(text)).filter(move |one| one.key == key).map(|one| one.value)
 }
 
-/// The last value of a key; an empty one takes back those before.
+/// The last value of a key; an empty value resets it.
 fn last(texts: &[String], key: &str) -> Option<String> {
     values(texts, key).last().filter(|value| !value.is_empty()).map(str::to_owned)
 }
 
-/// All `SupplementaryGroups=`; an empty one takes back those before.
+/// All `SupplementaryGroups=`; an empty value resets them.
 fn groups(texts: &[String]) -> Vec<String> {
     let mut groups = Vec::new();
     for value in values(texts, "SupplementaryGroups") {

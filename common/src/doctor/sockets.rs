@@ -1,16 +1,16 @@
-//! Who has a port, by /proc.
+//! The processes that listen on ports, by /proc.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 use std::{fs, io};
 
-/// Who has a port.
+/// The owner of a port.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PortOwner {
-    /// Nobody.
+    /// The port is free.
     Nobody,
-    /// No process that this one sees: the kernel, or somebody else's process.
+    /// No process that is visible here: the kernel, or a process of another user.
     Kernel,
     /// A process.
     Process {
@@ -42,7 +42,7 @@ pub fn of_listener(address: IpAddr, port: u16) -> PortOwner {
     owner(&["tcp", "tcp6"], |socket| socket.is_listening && socket.port == port && overlap(socket.address, address))
 }
 
-/// Who keeps a server from listening there, if `error` says that somebody does.
+/// The process that prevents a server from listening there, if `error` is about an address in use.
 #[must_use]
 pub fn taken_by(host: &str, port: u16, error: &io::Error) -> Option<String> {
     if error.kind() != io::ErrorKind::AddrInUse {
@@ -54,7 +54,7 @@ pub fn taken_by(host: &str, port: u16, error: &io::Error) -> Option<String> {
     }
 }
 
-/// Whether both cannot be listened on with one port. `::` counts for IPv4, too.
+/// Whether two sockets conflict on one port. `::` covers IPv4, too.
 fn overlap(one: IpAddr, other: IpAddr) -> bool {
     let (one, other) = (one.to_canonical(), other.to_canonical());
     let covers = |wide: IpAddr, address: IpAddr| match wide {
@@ -80,7 +80,7 @@ fn owner(tables: &[&str], is_it: impl Fn(&Socket) -> bool) -> PortOwner {
     }
 }
 
-/// The sockets of tables as those in /proc/net; lines that are none, as the heads, are passed over.
+/// The sockets in tables like those in /proc/net; other lines, such as the heads, are skipped.
 fn sockets(tables: &str) -> impl Iterator<Item = Socket> {
     tables.lines().filter_map(|line| {
         let mut fields = line.split_whitespace();
@@ -91,7 +91,7 @@ fn sockets(tables: &str) -> impl Iterator<Item = Socket> {
     })
 }
 
-/// An address as the kernel prints it: words of 32 bits, each as a number of this machine.
+/// An address as the kernel prints it: words of 32 bits, each in the byte order of this machine.
 fn address(text: &str) -> Option<IpAddr> {
     let word = |at: usize| u32::from_str_radix(text.get(at..at + 8)?, 16).ok().map(u32::to_ne_bytes);
     match text.len() {
@@ -104,14 +104,14 @@ fn address(text: &str) -> Option<IpAddr> {
     }
 }
 
-/// The processes that this one sees.
+/// The processes that are visible here.
 #[must_use]
 pub fn processes() -> Vec<u32> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
 }
 
-/// What a process is called.
+/// The name of a process.
 #[must_use]
 pub fn name(pid: u32) -> String {
     fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim_end().to_owned()

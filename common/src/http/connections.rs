@@ -1,5 +1,5 @@
-//! The connections that are open, so that their number, their time and their memory are bounded. What decides is
-//! [`ConnectionTable`], which knows neither sockets nor a clock; [`Flow`] is what an entry there, the stream and the request of a
+//! The open connections, whose number, time and memory are bounded. [`ConnectionTable`] decides which are closed; it
+//! has neither sockets nor a clock. [`Flow`] is the state that an entry of the table, the stream and the request of a
 //! connection share.
 
 mod capacity;
@@ -28,16 +28,17 @@ use self::table::{AdmittedConnection, ConnectionTable};
 /// How long a connection may be open between two requests.
 pub const IDLE: Duration = Duration::from_secs(75);
 
-/// Why a connection is closed before its time.
+/// Why a connection is closed by the server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Closed {
-    /// Its client has too many.
+    /// Its client has too many connections.
     Client,
-    /// There are too many in all.
+    /// There are too many connections.
     Full,
-    /// No whole request came on it for too long.
+    /// The client did not send a whole request for too long.
     Idle,
-    /// All of them hold too much, and its client did not read, or did not end a head, for the longest time.
+    /// All connections hold too much memory, and this one's client has not read, or not ended a head, for the longest
+    /// time.
     Unread,
 }
 
@@ -60,12 +61,12 @@ impl Closed {
 /// The kind of peer that a connection has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PeerKind {
-    /// A client's, by what counts as its address; it has only so many.
+    /// A client, by the address under which its connections are counted and limited.
     Client(IpAddr),
-    /// This machine's.
+    /// This machine.
     Local,
-    /// A proxy's, which brings many clients, and would send the next request on a connection that it believes to be
-    /// there.
+    /// A proxy, which has connections for many clients, and would send the next request on a connection that it
+    /// believes to be open.
     Proxy,
 }
 
@@ -76,18 +77,18 @@ pub struct Connections(Arc<ConnectionsState>);
 struct ConnectionsState {
     table: Mutex<ConnectionTable<Socket>>,
     capacity: Capacity,
-    /// What all hold, those included that are about to end.
+    /// The memory held by all, including those that are about to end.
     held: AtomicUsize,
     began: Instant,
     peer_kind: Box<dyn Fn(IpAddr) -> PeerKind + Send + Sync>,
     closed: Box<dyn Fn(Closed) + Send + Sync>,
 }
 
-/// A connection's socket once more, to end it from elsewhere.
+/// A duplicate of a connection's socket, to close it from elsewhere.
 struct Socket(std::net::TcpStream);
 
-/// A connection that is no longer HTTP's, as who has it now sees it. When this is dropped, all is said on it: it ends when its
-/// client has said the same, or a few seconds later.
+/// An upgraded connection, as its session sees it. Dropping it means that the session has sent everything: the
+/// connection ends when the client closes its side, or a few seconds later.
 pub struct UpgradedConnection {
     connections: Connections,
     flow: Arc<Flow>,
@@ -98,12 +99,13 @@ pub struct UpgradedConnection {
 pub(super) struct ConnectionGuard {
     connections: Connections,
     flow: Arc<Flow>,
-    /// None if it is not in the table, and about to end.
+    /// None if it has no entry in the table, and is about to end.
     id: Option<u64>,
 }
 
 impl Connections {
-    /// None is open yet. `peer_kind` is asked for each address; `closed` is called with the reason why one is closed.
+    /// An empty table. `peer_kind` classifies each address; `closed` is called with the reason when a connection is
+    /// closed.
     #[must_use]
     pub fn new(
         capacity: Capacity,
@@ -115,26 +117,26 @@ impl Connections {
         Self(Arc::new(ConnectionsState { table, capacity, held, began: Instant::now(), peer_kind, closed }))
     }
 
-    /// Those of a listener for a few clients: they need not be tidied, since each makes room for others.
+    /// The connections of a listener for a few clients: they need no [`Self::tidy`], since each new one evicts others.
     #[must_use]
     pub fn few() -> Self {
         Self::new(Capacity::FEW, peer_kind, |_| {})
     }
 
-    /// How many there are.
+    /// How many are open and not upgraded.
     #[must_use]
     pub fn open(&self) -> usize {
         self.table().len()
     }
 
-    /// How many others are upgraded.
+    /// How many are upgraded.
     #[must_use]
     pub fn upgraded(&self) -> usize {
         self.table().upgraded()
     }
 
-    /// The connection of a request is to be a WebSocket from its answer on; none if there are too many. It is kept until
-    /// others need its place, unless it is settled.
+    /// Marks the connection of a request as upgraded to a WebSocket; none if there are too many. It may be evicted for
+    /// others until it is settled.
     #[must_use]
     pub fn upgrade(&self, request: &HttpRequest) -> Option<UpgradedConnection> {
         let flow = request.conn_data::<Arc<Flow>>()?.clone();
@@ -144,19 +146,19 @@ impl Connections {
         Some(UpgradedConnection { connections: self.clone(), flow, id })
     }
 
-    /// How many there is room for.
+    /// The limits of the table.
     #[must_use]
     pub fn capacity(&self) -> Capacity {
         self.0.capacity
     }
 
-    /// Ends the connections on which nothing happens.
+    /// Closes idle connections.
     pub fn tidy(&self) {
         let idle = self.table().expire(since(self.0.began));
         self.evict(idle, Closed::Idle);
     }
 
-    /// A connection has come, or its TLS handshake is over.
+    /// Registers a connection after it was accepted, or after its TLS handshake.
     pub(super) fn opened(&self, stream: &TcpStream) -> ConnectionGuard {
         let flow = Flow::new(self.0.began);
         let address = stream.peer_addr().map(|address| address.ip());
@@ -164,7 +166,7 @@ impl Connections {
         let id = match (address, socket) {
             (Ok(address), Ok(socket)) => self.admit((self.0.peer_kind)(address), socket, flow.clone()),
             (Err(_), _) | (_, Err(_)) => {
-                // It is over already, or there is no file left for it.
+                // It has ended already, or there is no free file descriptor.
                 let _ = shutdown(stream.as_raw_fd(), socket::Shutdown::Both);
                 None
             }
@@ -186,7 +188,7 @@ impl Connections {
         }
     }
 
-    /// Closes connections, and drops what the kernel has for their clients.
+    /// Resets connections, and drops the unsent data in the kernel.
     fn evict(&self, sockets: impl IntoIterator<Item = Socket>, closed: Closed) {
         for socket in sockets {
             socket.reset();
@@ -195,41 +197,41 @@ impl Connections {
     }
 
     fn close(&self, socket: &Socket, closed: Closed) {
-        // It may have ended by itself.
+        // It may have ended already.
         let _ = socket.0.shutdown(Shutdown::Both);
         (self.0.closed)(closed);
     }
 
-    /// Nothing that panics holds the lock, and panics end the process.
+    /// The lock needs no poison: a panic ends the process.
     fn table(&self) -> MutexGuard<'_, ConnectionTable<Socket>> {
         self.0.table.lock()
     }
 }
 
 impl UpgradedConnection {
-    /// It stays, whoever needs a place.
+    /// The session is accepted: the connection is no longer evicted for others.
     pub fn settle(&self) {
         self.flow.settle();
     }
 
-    /// Returns when the client has begun a message that is larger than [`super::MESSAGE_MAX`]. Nothing that it sends arrives
-    /// from then on.
+    /// Returns when the client has begun a message that is larger than [`super::MESSAGE_MAX`]. Nothing is received from
+    /// it any more.
     pub async fn too_large(&self) {
         poll_fn(|cx| self.flow.poll_too_large(cx)).await;
     }
 
-    /// How many bytes were sent since the upgrade: handed to the kernel, or to TLS.
+    /// Bytes sent since the upgrade: passed to the kernel, or to TLS.
     #[must_use]
     pub fn sent(&self) -> u64 {
         self.flow.sent()
     }
 
-    /// Returns when so many were.
+    /// Returns when so many bytes were sent.
     pub async fn has_sent(&self, bytes: u64) {
         poll_fn(|cx| self.flow.poll_sent(bytes, cx)).await;
     }
 
-    /// Ends it at once, without what the client has not received.
+    /// Closes it at once and drops the unsent data.
     pub fn abort(&self) {
         if let Some(socket) = self.connections.table().remove(self.id) {
             socket.reset();
@@ -244,9 +246,9 @@ impl Drop for UpgradedConnection {
 }
 
 impl Socket {
-    /// Closes it, and drops what the kernel has for its client.
+    /// Closes it, and drops the unsent data in the kernel.
     fn reset(&self) {
-        // It may have ended by itself.
+        // It may have ended already.
         let _ = setsockopt(&self.0, Linger, &linger { l_onoff: 1, l_linger: 0 });
         let _ = self.0.shutdown(Shutdown::Both);
     }
@@ -257,7 +259,7 @@ impl ConnectionGuard {
         &self.flow
     }
 
-    /// The connection holds so many bytes from now on.
+    /// Updates the memory that the connection holds.
     pub(super) fn hold(&self, bytes: usize) {
         let before = self.flow.hold(bytes);
         let all = &self.connections.0.held;
@@ -283,13 +285,13 @@ impl Drop for ConnectionGuard {
 
 #[cfg(test)]
 impl Connections {
-    /// The place of a connection that is not in the table.
+    /// The guard of a connection without an entry in the table.
     pub(super) fn guard(&self) -> ConnectionGuard {
         ConnectionGuard { connections: self.clone(), flow: Flow::new(self.0.began), id: None }
     }
 }
 
-/// The kind of peer at an address that is no proxy's.
+/// The kind of peer at an address that is not a proxy's.
 #[must_use]
 pub fn peer_kind(address: IpAddr) -> PeerKind {
     let address = address.to_canonical();

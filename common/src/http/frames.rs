@@ -1,5 +1,5 @@
-//! The frames that a WebSocket's client sends (RFC 6455 section 5.2), as far as their bounds matter: where a message is too
-//! large, which the decoder notices only when all of it has come; and where the client has closed.
+//! The frames of a WebSocket's client (RFC 6455 section 5.2), parsed for two events: a message is too large, which the
+//! decoder only notices once it has received all of it; and the client has closed.
 
 /// The largest message of a client, in all its fragments, in bytes.
 pub const MESSAGE_MAX: u64 = 64 << 10;
@@ -7,14 +7,14 @@ pub const MESSAGE_MAX: u64 = 64 << 10;
 /// The opcode of a close frame. Those of all control frames have this bit.
 const CLOSE: u8 = 8;
 
-/// Follows a client's frames from the first one on.
+/// Parses a client's frames, beginning with the first one.
 #[derive(Debug, Default)]
 pub struct Frames {
-    /// The head of a frame, as far as it has come.
+    /// The received part of a frame's head.
     head: Vec<u8>,
-    /// How many bytes of a frame's payload are to come.
+    /// The missing bytes of a frame's payload.
     payload: u64,
-    /// How large the message is so far.
+    /// The size of the message so far.
     message: u64,
     is_too_large: bool,
     /// The payload is that of a close frame.
@@ -28,7 +28,7 @@ struct Head {
 }
 
 impl Frames {
-    /// Adds to `out` what is to be handed on of `input`: nothing of a message that is too large, nor after it.
+    /// Copies `input` to `out`, except for a message that is too large, and everything after it.
     pub fn filter(&mut self, mut input: &[u8], out: &mut Vec<u8>) {
         while !input.is_empty() && !self.is_closed {
             let length = match self.payload {
@@ -50,12 +50,12 @@ impl Frames {
         }
     }
 
-    /// Whether a message is too large, or was.
+    /// Whether there was a message that is too large.
     pub fn is_too_large(&self) -> bool {
         self.is_too_large
     }
 
-    /// Whether the client has closed. It sends nothing more.
+    /// Whether the client has sent a close frame. It sends nothing more.
     pub fn is_closed(&self) -> bool {
         self.is_closed
     }
@@ -81,7 +81,7 @@ impl Frames {
 }
 
 impl Head {
-    /// None if there is more to come.
+    /// None if the head is incomplete.
     fn parse(head: &[u8]) -> Option<Self> {
         let [first, second] = *head.first_chunk()?;
         let mask = if second & 0x80 == 0 { 0 } else { 4 };
@@ -112,7 +112,7 @@ mod tests {
         frame
     }
 
-    /// What is handed on of frames that come in pieces of this size, and how it is then.
+    /// The output for frames that are received in pieces of this size, and the final state.
     fn filtered(input: &[u8], piece: usize) -> (Vec<u8>, Frames) {
         let (mut frames, mut out) = (Frames::default(), Vec::new());
         for piece in input.chunks(piece) {

@@ -1,5 +1,5 @@
-//! A listener for many clients, and whether it still listens. The kernel closes one that somebody destroys from outside
-//! (`ss -K`); accept then fails for ever, and actix tries it again for ever.
+//! A listener for many clients, and a check that it still listens. The kernel closes a listener that an administrator
+//! destroys (`ss -K`); accept then fails for ever, and actix repeats it for ever.
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddrV6, TcpListener};
@@ -13,16 +13,16 @@ use nix::sys::socket::{
 };
 use tokio::time::sleep;
 
-/// How often a listener is looked at.
+/// The interval of checks of a listener.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Connections that the kernel keeps until they are accepted; a fleet comes at once.
+/// The backlog of connections that are not accepted yet: a whole fleet may connect at once.
 const BACKLOG: i32 = 4_096;
-/// What the kernel keeps of an answer that is not read, in bytes; it counts its own costs in.
+/// The kernel's send buffer for a connection, in bytes, including its overhead.
 const KERNEL_BUFFER: usize = 128 << 10;
 
-/// A listener on all addresses, those of IPv4 too, also where the system separates the two by default (`bindv6only`), or has
-/// no IPv6.
+/// A listener on all addresses of IPv6 and IPv4, also where the system separates the two by default (`bindv6only`), or
+/// has no IPv6.
 pub fn everywhere(port: u16) -> io::Result<TcpListener> {
     match on_both(port) {
         Err(Errno::EAFNOSUPPORT) => TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)),
@@ -33,27 +33,27 @@ pub fn everywhere(port: u16) -> io::Result<TcpListener> {
 fn on_both(port: u16) -> nix::Result<TcpListener> {
     let socket = socket(AddressFamily::Inet6, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     setsockopt(&socket, Ipv6V6Only, &false)?;
-    // As the standard library has it: a restart does not wait for old connections.
+    // As in the standard library: a restart does not wait for old connections.
     setsockopt(&socket, ReuseAddr, &true)?;
     bind(socket.as_raw_fd(), &SockaddrIn6::from(SocketAddrV6::new(Ipv6Addr::UNSPECIFIED, port, 0, 0)))?;
     listen(&socket, Backlog::MAXCONN)?;
     Ok(TcpListener::from(socket))
 }
 
-/// The listener, with a queue that is as long as a fleet needs, and connections for which the kernel keeps little.
+/// Sets the listener's backlog to that of a fleet, and a small send buffer for its connections.
 pub fn prepare(listener: TcpListener) -> io::Result<TcpListener> {
     setsockopt(&listener, SndBuf, &(KERNEL_BUFFER / 2))?;
     listen(&listener, Backlog::new(BACKLOG)?)?;
     Ok(listener)
 }
 
-/// Whether the kernel takes connections for `listener` (`SO_ACCEPTCONN`, socket(7)).
+/// Whether the kernel still listens on `listener` (`SO_ACCEPTCONN`, socket(7)).
 #[must_use]
 pub fn is_listening(listener: &impl AsFd) -> bool {
     getsockopt(listener, AcceptConn).unwrap_or(false)
 }
 
-/// Returns when the kernel takes no connections for `listener` any more, at most a second later.
+/// Returns when the kernel no longer listens on `listener`, at most a second later.
 pub async fn closed(listener: TcpListener) {
     while is_listening(&listener) {
         sleep(CHECK_INTERVAL).await;

@@ -1,6 +1,6 @@
-//! A connection's stream as the HTTP server sees it: the requests of a client that sends many without waiting come one
-//! after the other, and none before the answer to the one before is out. What is held for the client is counted. After an
-//! upgrade the frames of the client come as they are sent, and the stream ends when both sides have closed.
+//! A connection's stream as the HTTP server reads it: pipelined requests are passed on one after the other, and none
+//! before the response to the previous one is sent. The memory held for the client is counted. After an upgrade the
+//! client's frames are passed on as they are received, and the stream ends when both sides have closed.
 
 use std::io;
 use std::pin::Pin;
@@ -12,34 +12,35 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use super::connections::{ConnectionGuard, Flow};
 use super::frames::Frames;
 
-/// What is read at once, and so the most that waits here.
+/// The size of a read, and so the most bytes that wait here.
 const PIECE: usize = 4096;
-/// Heads that are handed on before the server has decoded them. Two, so that a request and its body come at once.
+/// The most heads that are passed on before the server decodes them. Two, so that a request and its body are passed on
+/// at once.
 const HEADS: usize = 2;
-/// What a connection may hold without being counted: what it takes when nothing happens.
+/// Memory that a connection may hold without being counted: the usual amount.
 const FREE: usize = 8 << 10;
-/// The largest head that the server takes; more than that it keeps of no client.
+/// The largest head that the server accepts; it keeps no more than that for a client.
 const HEAD_MAX: usize = 128 << 10;
 
 /// The stream of a connection that has a place in the table.
 pub struct Paced<S> {
     stream: S,
     place: ConnectionGuard,
-    /// Read, and not handed on.
+    /// Bytes that were read and not passed on.
     ahead: Vec<u8>,
     ends: Ends,
-    /// Heads that were handed on since the server last had to wait, which is when it decodes them.
+    /// Heads that were passed on since the server last had to wait, which is when it decodes them.
     handed: usize,
-    /// What was handed on since the last head ended; it may be the beginning of a head, which the server keeps.
+    /// Bytes passed on since the last head ended; they may be the beginning of a head, which the server keeps.
     input: usize,
-    /// The most of it so far, since the server keeps the room for it.
+    /// The maximum of `input` so far, since the server does not shrink its buffer.
     most_input: usize,
-    /// What of the answer the client has not taken.
+    /// Bytes of the response that the client has not read.
     unread: usize,
-    /// The most of it so far: the server keeps the room for an answer until all of it is out.
+    /// The maximum of `unread` so far: the server does not shrink its buffer until the whole response is sent.
     most_unread: usize,
     is_flushing: bool,
-    /// After an upgrade.
+    /// The parser of frames, after an upgrade.
     frames: Option<Box<Frames>>,
     upgrade: UpgradeHeader,
 }
@@ -66,12 +67,12 @@ impl<S> Paced<S> {
         self.place.flow().clone()
     }
 
-    /// Whether the next request has to wait: one is under way, or its answer is not out.
+    /// Whether the next request has to wait: one is being served, or its response is not sent.
     fn must_wait(&self) -> bool {
         self.unread > 0 || self.is_flushing || self.place.flow().is_busy()
     }
 
-    /// Hands on what may be decoded now. What follows a head with an upgrade waits: it may be frames.
+    /// Passes on bytes that may be decoded now. Bytes after a head with an upgrade wait: they may be frames.
     fn hand_on(&mut self, buf: &mut ReadBuf<'_>) {
         let most = self.ahead.len().min(buf.remaining());
         let mut length = 0;
@@ -91,7 +92,7 @@ impl<S> Paced<S> {
         self.count();
     }
 
-    /// Hands on so much of what waits.
+    /// Passes on so many of the waiting bytes.
     fn put(&mut self, length: usize, buf: &mut ReadBuf<'_>) {
         buf.put_slice(&self.ahead[..length]);
         if length == self.ahead.len() {
@@ -105,8 +106,8 @@ impl<S> Paced<S> {
         self.place.hold(self.most_input.saturating_sub(FREE) + self.most_unread.saturating_sub(FREE));
     }
 
-    /// The next request comes, if it had to wait for this only. Frames do not wait for what is written: to wake their reader would
-    /// have the connection wake itself for ever.
+    /// Wakes the reader of the next request if nothing else delays that. Not for frames, which do not wait for writes:
+    /// waking their reader would make the connection wake itself for ever.
     fn wake(&self) {
         if !self.must_wait() && self.frames.is_none() {
             self.place.flow().wake();
@@ -115,7 +116,7 @@ impl<S> Paced<S> {
 }
 
 impl<S: AsyncRead + Unpin> Paced<S> {
-    /// The frames of a client after an upgrade. The stream ends when both have closed.
+    /// Reads the client's frames after an upgrade. The stream ends when both sides have closed.
     fn read_frames(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         if self.frames.is_none() {
             let early = std::mem::take(&mut self.ahead);
@@ -145,7 +146,7 @@ impl<S: AsyncRead + Unpin> Paced<S> {
 
     fn read(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         if self.handed >= HEADS {
-            // They are decoded first.
+            // The server has to decode them first.
             cx.waker().wake_by_ref();
             return Poll::Pending;
         }
@@ -214,14 +215,14 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Paced<S> {
     }
 }
 
-/// Finds the ends of heads: a line end and an empty line. In bodies there may be what looks like one.
+/// Finds the ends of heads: a line end and an empty line. A body may contain the same bytes.
 #[derive(Default)]
 enum Ends {
     #[default]
     Within,
-    /// Behind the end of a line.
+    /// After the end of a line.
     Line,
-    /// Behind that and a carriage return.
+    /// After that and a carriage return.
     Return,
 }
 
@@ -238,17 +239,17 @@ impl Ends {
     }
 }
 
-/// Finds the word "upgrade" in a head. Elsewhere it means as little as a head's end in a body.
+/// Finds the word "upgrade" in a head. A body may contain it without a meaning.
 #[derive(Default)]
 struct UpgradeHeader {
-    /// How many letters of it have come; all, from then on.
+    /// The number of matched letters; remains complete after a match.
     letters: usize,
 }
 
 impl UpgradeHeader {
     const WORD: &[u8] = b"upgrade";
 
-    /// Whether it has come, with this byte.
+    /// Whether the word is found, including this byte.
     fn is_found_with(&mut self, byte: u8) -> bool {
         if let Some(expected) = Self::WORD.get(self.letters) {
             let byte = byte.to_ascii_lowercase();
@@ -276,7 +277,7 @@ mod tests {
         (Paced::new(server, Connections::few().guard()), client)
     }
 
-    /// What comes, nothing at the end; none if there is nothing now.
+    /// The received bytes, empty at the end; none if there is nothing now.
     fn read(stream: &mut (impl AsyncRead + Unpin), room: usize) -> Option<Vec<u8>> {
         let mut bytes = vec![0; room];
         let mut buf = ReadBuf::new(&mut bytes);
@@ -286,7 +287,7 @@ mod tests {
         }
     }
 
-    /// How much was taken; none if nothing is now.
+    /// The number of written bytes; none if nothing can be written now.
     fn write(stream: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -> Option<usize> {
         match Pin::new(stream).poll_write(&mut Context::from_waker(Waker::noop()), bytes) {
             Poll::Ready(written) => written.ok(),
@@ -325,7 +326,7 @@ mod tests {
     #[test]
     fn frames_wait_for_the_upgrade_and_come_until_both_sides_have_closed() {
         const UPGRADE: &[u8] = b"GET / HTTP/1.1\r\nUpGrade: websocket\r\n\r\n";
-        // A frame that looks like the ends of heads, and a close frame.
+        // A frame that contains the bytes of ends of heads, and a close frame.
         const TEXT: &[u8] = b"\x81\x8a\0\0\0\0\r\n\r\n\r\n\r\n\r\n";
         const CLOSE: &[u8] = b"\x88\x80\0\0\0\0";
         let (mut server, mut client) = paced(256);
@@ -385,7 +386,7 @@ mod tests {
         }
     }
 
-    /// Seen to fail with a count of what is not taken yet: 120 clients of a large page held twice what they may.
+    /// Failed when only unread bytes were counted: 120 clients of a large page held twice the limit.
     #[test]
     fn an_answer_is_counted_whole_until_all_of_it_is_sent() {
         let (mut server, mut client) = paced(64 << 10);
@@ -399,7 +400,7 @@ mod tests {
         assert_eq!(flow.held(), 0);
     }
 
-    /// The ends of heads in a text, as the server finds them that decodes it whole.
+    /// The number of heads that the server's decoder finds in a whole text.
     fn heads(text: &[u8]) -> usize {
         let text = String::from_utf8_lossy(text).replace('\r', "");
         text.match_indices("\n\n").count()

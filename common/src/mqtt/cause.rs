@@ -1,4 +1,5 @@
-//! Why there is no connection, in an operator's words: the cause, and the key of the config that may have to change. No IO.
+//! Why there is no connection, in words for the operator: the cause, and the key of the config that may have to be
+//! changed. No IO.
 
 use std::io::{self, ErrorKind};
 
@@ -7,7 +8,7 @@ use tokio_rustls::rustls::{self, AlertDescription, CertificateError};
 
 use crate::config::{Mqtt, MqttAddress};
 
-/// What has to change for there to be a connection.
+/// The setting or the server that has to change before a connection is possible.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
     /// The user name or the password.
@@ -16,24 +17,24 @@ pub enum Fault {
     ClientId,
     /// The certificates, or which of the ports has TLS.
     Tls,
-    /// There is no TLS, and there may have to be.
+    /// TLS is off, and the server may require it.
     NoTls,
-    /// The server is full, or does not look at passwords for now: too many were wrong.
+    /// The server is full, or rejects logins for now after too many wrong passwords.
     Busy,
     /// The server, or its name in the config.
     Server,
 }
 
-/// How a session connects, as far as it may be the cause.
+/// The parameters of a connection that may cause a failure.
 #[derive(Debug, Clone)]
 pub(super) struct Attempt {
     id: String,
     username: Option<String>,
     has_tls: bool,
     has_ca_file: bool,
-    /// The server, if it is not the embedded one, which needs no TLS from this machine.
+    /// The server, unless it is the embedded one, which needs no TLS on this machine.
     server: Option<(String, u16)>,
-    /// Whether the server speaks TLS there, if that was looked for.
+    /// Whether the server uses TLS there, if that was probed.
     server_speaks_tls: Option<bool>,
 }
 
@@ -52,29 +53,29 @@ impl Attempt {
         }
     }
 
-    /// Host and port of a server that ended the connection as one does that wants TLS, unless it was looked for.
+    /// Host and port of the server if it ended the connection like one that requires TLS, and was not probed yet.
     pub(super) fn may_need_tls(&self, error: &ConnectionError, accepted: bool) -> Option<(String, u16)> {
         let may_be = self.server_speaks_tls.is_none() && self.fault(error, accepted) == Fault::NoTls;
         self.server.clone().filter(|_| may_be)
     }
 
-    /// Whether the server speaks TLS.
+    /// Sets whether the server uses TLS.
     pub(super) fn server_speaks_tls(&mut self, does_it: bool) {
         self.server_speaks_tls = Some(does_it);
     }
 
-    /// Whether the connection, which the server had `accepted` or not, ended for want of TLS.
+    /// Whether the connection, which the server had `accepted` or not, ended because it lacks TLS.
     pub(super) fn lacks_tls(&self, accepted: bool) -> bool {
         !accepted && !self.has_tls && self.server_speaks_tls == Some(true)
     }
 
-    /// The server lets this client in: whatever is the cause the next time is another one.
+    /// The server accepted the connection: the next failure has another cause.
     pub(super) fn connected(&mut self) {
         self.server_speaks_tls = None;
     }
 
-    /// One line about a connection that is lost, or was not made if the server had not `accepted` it. It has no number that
-    /// changes from one attempt to the next, so that it can be logged once.
+    /// One line about a connection that was lost, or that the server had not `accepted`. It contains no number that
+    /// changes with each attempt, so that it can be logged once.
     pub(super) fn describe(&self, error: &ConnectionError, accepted: bool) -> String {
         match error {
             ConnectionError::ConnectionRefused(
@@ -102,7 +103,7 @@ impl Attempt {
         }
     }
 
-    /// What may have to change.
+    /// The setting or the server that may have to change.
     pub(super) fn fault(&self, error: &ConnectionError, accepted: bool) -> Fault {
         match error {
             ConnectionError::ConnectionRefused(
@@ -190,7 +191,7 @@ impl Attempt {
         text.map_or_else(|| format!("TLS: {tls}"), |text| format!("TLS: {text}"))
     }
 
-    /// What is wrong with the server's certificate, without the dates and names of an error that has them.
+    /// The error of the server's certificate, without dates and names.
     fn certificate(&self, error: &CertificateError) -> Option<&'static str> {
         let (expired, early) = (
             matches!(error, CertificateError::Expired | CertificateError::ExpiredContext { .. }),
@@ -227,12 +228,12 @@ fn is_end(error: &io::Error) -> bool {
     matches!(error.kind(), UnexpectedEof | ConnectionReset | ConnectionAborted | BrokenPipe)
 }
 
-/// The first level of a topic or filter that has a dot.
+/// The first level of a topic or filter that contains a dot.
 pub(super) fn dotted(topic: &str) -> Option<&str> {
     topic.split('/').find(|level| level.contains('.'))
 }
 
-/// What may be the cause where the server does not take this topic, filter or name; empty if it has no dot.
+/// A possible cause if the server rejects this topic, filter or name; empty if it has no dot.
 pub(super) fn dot_hint(topic: &str) -> String {
     let hint = |name| format!("; it may be one that takes no name with a dot, as NATS before 2.10, and {name} has one");
     dotted(topic).map(hint).unwrap_or_default()

@@ -1,9 +1,11 @@
-//! Whether a session still receives what it subscribed to: it publishes to itself and waits for that to come back. A server
-//! that answers pings may have forgotten the subscriptions, as after the failure of a node of its cluster. No IO, no clock.
+//! Checks that a session still receives messages of its subscriptions: it publishes to itself and waits for that
+//! message. A server that answers pings may have lost the subscriptions, as after the failure of a node of its cluster.
+//! No IO, no clock.
 //!
-//! The first echo of a connection is published before anything else. Mosquitto 2.0.11 with `max_queued_messages 0` ends the
-//! connection of a client that publishes what its access list does not allow; an access list of the original's knows
-//! nothing of `wgkex/`. Where the connection ends over the echo, nothing else is published there either.
+//! The first echo of a connection is published before anything else. Mosquitto 2.0.11 with `max_queued_messages 0`
+//! closes the connection of a client that publishes against its access list; an access list of the original has no
+//! entry for `wgkex/`. If the server closes the connection after the echo, nothing else is published below `wgkex/`
+//! either.
 
 use std::time::Duration;
 
@@ -11,16 +13,17 @@ use tokio::time::Instant;
 
 /// How often a session publishes to itself.
 const ECHO_INTERVAL: Duration = Duration::from_secs(10);
-/// How long nothing of that may come back.
+/// The session reconnects after so long without an echo.
 const ECHO_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long the first echo of a connection keeps the rest waiting.
+/// How long the first echo of a connection delays other messages.
 const FIRST_ECHO_TIMEOUT: Duration = Duration::from_secs(2);
-/// On so many connections in a row at most nothing comes back, although other messages do: it may be that the server does
-/// not let it.
+/// After so many connections in a row without an echo, but with other messages, the session stops reconnecting: the
+/// server may not allow the echo.
 const MAX_TRIES: u32 = 3;
-/// The same where no echo has ever come back, and no other message comes.
+/// The same for a session that has never received an echo, and receives no other message.
 const SILENCE_TIMEOUT: Duration = Duration::from_secs(300);
-/// After so many connections in a row that the server closed over the echo nothing more is published below `wgkex/`,
+/// After so many connections in a row that the server closed because of the echo nothing more is published below
+/// `wgkex/`,
 const MAX_CLOSED: u32 = 2;
 /// for so long.
 const FORBIDDEN_TIME: Duration = Duration::from_secs(600);
@@ -30,17 +33,17 @@ const FORBIDDEN_TIME: Duration = Duration::from_secs(600);
 pub(super) struct Echo {
     /// When the next one is published; none while there is no connection, or the server does not allow it.
     due: Option<Instant>,
-    /// When the first one was published that has not come back.
+    /// When the first unanswered one was published.
     unanswered: Option<Instant>,
-    /// None has come back on this connection.
+    /// None was received on this connection.
     is_first: bool,
-    /// One has come back on some connection.
+    /// One was received on some connection.
     has_come: bool,
-    /// Since when no message has come on this connection, apart from retained ones.
+    /// When the last message was received on this connection, apart from retained ones.
     silent: Option<Instant>,
-    /// Connections in a row on which nothing came back in time.
+    /// Connections in a row without an echo in time.
     losses: u32,
-    /// Connections in a row that the server closed over the first echo.
+    /// Connections in a row that the server closed because of the first echo.
     closed: u32,
     forbidden: Option<Instant>,
 }
@@ -52,7 +55,7 @@ impl Echo {
         (self.due, self.unanswered, self.is_first, self.silent) = (due, None, true, Some(now));
     }
 
-    /// The connection is lost. True if the server closed it over the first echo.
+    /// The connection is lost. True if the server closed it because of the first echo.
     pub(super) fn down(&mut self, is_closed: bool, now: Instant) -> bool {
         let is_over_echo = is_closed && self.must_wait(now);
         if is_over_echo {
@@ -65,7 +68,7 @@ impl Echo {
         is_over_echo
     }
 
-    /// Whether one is to be published now.
+    /// Whether an echo has to be published now.
     pub(super) fn is_due(&mut self, now: Instant) -> bool {
         let is_due = self.due.is_some_and(|due| due <= now);
         if is_due {
@@ -75,12 +78,12 @@ impl Echo {
         is_due
     }
 
-    /// Whether the rest waits for the first one.
+    /// Whether other messages wait for the first echo.
     pub(super) fn must_wait(&self, now: Instant) -> bool {
         self.is_first && self.unanswered.is_some_and(|since| now < since + FIRST_ECHO_TIMEOUT)
     }
 
-    /// One came back. True if one before it did not, so that other messages may be lost, too.
+    /// An echo was received. True if an earlier one was lost, so that other messages may be lost, too.
     pub(super) fn received(&mut self, now: Instant) -> bool {
         let has_gap = self.unanswered.is_some_and(|since| now.saturating_duration_since(since) >= ECHO_INTERVAL);
         (self.unanswered, self.is_first, self.has_come) = (None, false, true);
@@ -89,13 +92,13 @@ impl Echo {
         has_gap
     }
 
-    /// A message came that is not a retained one: the server knows of some subscription.
+    /// A message was received that is not a retained one: the server has some subscription.
     pub(super) fn message(&mut self, now: Instant) {
         self.silent = Some(now);
     }
 
-    /// Whether nothing came back for too long, so that the session is to reconnect. After [`MAX_TRIES`] connections in a row
-    /// it does so only where nothing else comes either.
+    /// Whether the echo has been missing for too long, so that the session has to reconnect. After [`MAX_TRIES`]
+    /// connections in a row only if no other message is received either.
     pub(super) fn is_lost(&mut self, now: Instant) -> bool {
         let is_lost = self.lost_at().is_some_and(|at| at <= now);
         self.losses += u32::from(is_lost && self.losses < MAX_TRIES);
@@ -111,17 +114,17 @@ impl Echo {
         unanswered.max(self.silent.map(|since| since + silence)).filter(|_| unanswered.is_some())
     }
 
-    /// Whether nothing came back for so long that it is not expected any more.
+    /// Whether echoes have been missing on so many connections that they are no longer expected.
     pub(super) fn is_given_up(&self) -> bool {
         self.losses >= MAX_TRIES
     }
 
-    /// Whether the server ends the connection when this program publishes to itself.
+    /// Whether the server closes the connection when this program publishes to itself.
     pub(super) fn is_forbidden(&self, now: Instant) -> bool {
         self.forbidden.is_some_and(|until| now < until)
     }
 
-    /// When there is something to do.
+    /// When the next action is due.
     pub(super) fn next(&self, now: Instant) -> Option<Instant> {
         let first = self.unanswered.filter(|_| self.must_wait(now)).map(|since| since + FIRST_ECHO_TIMEOUT);
         self.due.into_iter().chain(self.lost_at()).chain(first).min()
@@ -132,7 +135,7 @@ impl Echo {
 mod tests {
     use super::*;
 
-    /// Connects, publishes an echo, and gets nothing for so long; whether the session is to reconnect then.
+    /// Connects, publishes an echo, and receives nothing for so long; whether the session has to reconnect then.
     fn is_lost_after(echo: &mut Echo, now: &mut Instant, wait: Duration, others: bool) -> bool {
         echo.up(*now);
         assert!(
@@ -182,7 +185,7 @@ mod tests {
         assert!(echo.is_due(now + 3 * ECHO_INTERVAL) && !echo.received(now + 3 * ECHO_INTERVAL));
     }
 
-    /// It gave up for ever, and the session stayed deaf.
+    /// Failed when the session gave up for ever, and never received a message again.
     #[test]
     fn where_it_came_before_it_is_looked_for_as_long_as_nothing_comes() {
         let (mut echo, mut now) = (Echo::default(), Instant::now());

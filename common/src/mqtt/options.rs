@@ -1,4 +1,4 @@
-//! From our config to rumqttc's options; nothing else of the program sees rumqttc's builder.
+//! Makes rumqttc's options from our config; rumqttc's builder is used nowhere else.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -10,8 +10,8 @@ use super::{INFLIGHT, Message, SessionConfig};
 use crate::config::{Mqtt, MqttAddress, Tls};
 use crate::tls::{TlsError, certificates, private_key, provider};
 
-/// The largest packet there is (MQTT 3.1.1 section 2.2.3). A lower limit would turn one large retained message of a
-/// stranger into a loop of reconnects.
+/// The largest packet (MQTT 3.1.1 section 2.2.3). A lower limit would make one large retained message of another
+/// program a loop of reconnects.
 const PACKET_MAX: usize = 268_435_455;
 /// Seconds to wait for a connection, and for one write to it.
 const CONNECT_SECONDS: u64 = 5;

@@ -1,4 +1,4 @@
-//! What is published and not yet acknowledged, so that a lost connection loses nothing that somebody waits for.
+//! Published and unacknowledged messages, so that a lost connection loses no message whose publisher waits.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -10,23 +10,23 @@ use tracing::error;
 
 use super::{Message, PublishError};
 
-/// Connections that may be lost while the server has a message and does not acknowledge it: it may be the message over
-/// which it goes, as one that is larger than it allows.
+/// Lost connections after which an unacknowledged message is given up: the message may be the cause, for example if it
+/// is larger than the server allows.
 const LOSSES_MAX: u32 = 8;
 
-/// How long the server may take to acknowledge a message. One that it forgot would be waited for as long as the connection
-/// holds.
+/// The timeout of an acknowledgement. Without it the session would wait for a message that the server lost as long as
+/// the connection stays up.
 const PUBACK_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Says what became of a message.
+/// Sends the result of a message to its publisher.
 pub(super) type Ack = oneshot::Sender<Result<(), PublishError>>;
 
-/// A message on its way, and the caller that waits for its acknowledgement.
+/// A message to be sent, and the publisher that waits for its acknowledgement.
 #[derive(Debug)]
 pub(super) struct PendingPublish {
     message: Message,
     ack: Option<Ack>,
-    /// Connections that were lost while the server had it.
+    /// Connections that were lost after it was sent.
     losses: u32,
     /// When it was sent last.
     sent: Option<Instant>,
@@ -37,7 +37,7 @@ impl PendingPublish {
         Self { message, ack, losses: 0, sent: None }
     }
 
-    /// Nobody waits for it any more, so it need not be published after all.
+    /// The publisher no longer waits for it, so it need not be sent.
     fn is_cancelled(&self) -> bool {
         self.ack.as_ref().is_some_and(oneshot::Sender::is_closed)
     }
@@ -46,23 +46,23 @@ impl PendingPublish {
         self.end(Ok(()));
     }
 
-    /// Whether its topic is one that the contract does not have.
+    /// Whether its topic is one of our own, which the contract does not have.
     pub(super) fn is_ours(&self) -> bool {
         self.message.topic.is_ours()
     }
 
     pub(super) fn end(self, result: Result<(), PublishError>) {
         if let Some(ack) = self.ack {
-            // The receiver may have given up; the message went out all the same.
+            // The publisher may have stopped waiting; the message was sent all the same.
             let _ = ack.send(result);
         }
     }
 }
 
-/// Publishes by how far they are, each list in the order in which they came.
+/// Messages by their progress, each list in order.
 #[derive(Debug, Default)]
 pub(super) struct Outbox {
-    /// To be handed over again after a loss.
+    /// To be sent again after a lost connection.
     resend: VecDeque<PendingPublish>,
     /// In rumqttc's queue; it takes them in this order and reports the packet id of each.
     handed_off: VecDeque<PendingPublish>,
@@ -71,17 +71,17 @@ pub(super) struct Outbox {
 }
 
 impl Outbox {
-    /// How many are with rumqttc.
+    /// How many were passed to rumqttc and are not acknowledged.
     pub(super) fn in_flight(&self) -> usize {
         self.handed_off.len() + self.unacked.len()
     }
 
-    /// The next publish to hand over again.
+    /// The next message to send again.
     pub(super) fn next(&mut self) -> Option<PendingPublish> {
         self.resend.pop_front()
     }
 
-    /// Gives the publish to rumqttc, whose queue has a place for every publish under way.
+    /// Passes the message to rumqttc, whose queue has a place for every message in flight.
     pub(super) fn enqueue(&mut self, publish: PendingPublish, client: &AsyncClient) {
         if publish.is_cancelled() {
             return;
@@ -93,7 +93,7 @@ impl Outbox {
         }
     }
 
-    /// rumqttc has written the oldest publish of its queue. At most once means that this is all there is to it.
+    /// rumqttc has sent the oldest message of its queue. With `QoS` 0 it is complete.
     pub(super) fn sent(&mut self, pkid: u16, now: Instant) {
         match self.handed_off.pop_front() {
             Some(publish) if publish.message.qos == QoS::AtMostOnce => publish.complete(),
@@ -102,7 +102,7 @@ impl Outbox {
         }
     }
 
-    /// The server has taken over the publish with this packet id.
+    /// The server has acknowledged the message with this packet id.
     pub(super) fn acknowledged(&mut self, pkid: u16) {
         let place = self.unacked.iter().position(|(sent, _)| *sent == pkid);
         if let Some((_, publish)) = place.and_then(|place| self.unacked.remove(place)) {
@@ -110,17 +110,17 @@ impl Outbox {
         }
     }
 
-    /// When the server has to have acknowledged the oldest that is sent.
+    /// The deadline for the acknowledgement of the oldest sent message.
     pub(super) fn due(&self) -> Option<Instant> {
         self.unacked.front().and_then(|(_, publish)| publish.sent).map(|sent| sent + PUBACK_TIMEOUT)
     }
 
-    /// Whether the server has not done so.
+    /// Whether that deadline is over.
     pub(super) fn is_overdue(&self, now: Instant) -> bool {
         self.due().is_some_and(|due| due <= now)
     }
 
-    /// The connection is lost: what somebody waits for goes out again, in the old order; the rest is worthless by now.
+    /// The connection is lost: messages whose publishers wait are sent again, in the old order; the others are dropped.
     pub(super) fn on_disconnect(&mut self) {
         let mut kept = Vec::with_capacity(self.unacked.len());
         for (_, mut publish) in self.unacked.drain(..) {
@@ -148,7 +148,7 @@ mod tests {
     use super::*;
     use crate::Topic;
 
-    /// A publish told apart by its payload.
+    /// A message identified by its payload.
     fn publish(text: &str, waited_for: bool) -> (PendingPublish, oneshot::Receiver<Result<(), PublishError>>) {
         let (done, acknowledged) = oneshot::channel();
         let message = Message::transient(Topic::Key { domain: "d".into() }, text);

@@ -1,6 +1,6 @@
-//! The two connections of one program, and what happens where a server lets it have only one: one that takes the user name
-//! for the client id throws out each when the other connects. Then the second connection gives up its own, and publishes
-//! and subscribes through the first.
+//! The two connections of one program, and the handling of servers that allow only one: a server that uses the user
+//! name as the client id closes each connection when the other one connects. Then the second connection is closed, and
+//! the second session publishes and subscribes through the first.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,11 +13,11 @@ use super::outbox::PendingPublish;
 use super::subscriptions::Filter;
 use super::{Event, Publish};
 
-/// A connection that is lost within this time after the other one connected was taken over by it.
+/// A connection that is lost within this time after the other one connected was closed for it.
 const TAKEOVER: Duration = Duration::from_secs(2);
-/// A takeover may be noticed at the new connection up to this long after the old one was lost.
+/// The new connection may be reported as connected up to this long after the old one was reported as lost.
 const NOTICED: Duration = Duration::from_millis(500);
-/// Losses closer together than this come from the server going down.
+/// If both connections are lost within this time, the server was stopped.
 const SIMULTANEOUS: Duration = Duration::from_millis(30);
 /// After this many takeovers in a row the server allows only one connection.
 const TAKEOVERS: u32 = 4;
@@ -31,25 +31,25 @@ pub(super) enum Side {
     Second,
 }
 
-/// How often the connections of a program were lost to one another.
+/// How often the connections of a program were closed for one another.
 #[derive(Debug, Default)]
 struct Rivalry {
-    /// Since when each is connected.
+    /// When each was connected, if it is.
     connected: [Option<Instant>; 2],
-    /// When each was lost last.
+    /// When each was last lost.
     lost: [Option<Instant>; 2],
-    /// A connection is lost, and whether to the other one is seen when that has connected, or not.
+    /// A connection is lost, and whether it was closed for the other one is decided when that one connects or is lost.
     is_undecided: bool,
     takeovers: u32,
 }
 
 impl Rivalry {
-    /// What the server did first, to throw out the one or to let in the other, may be noticed last.
+    /// The two events of a takeover may be reported in either order.
     fn connected(&mut self, side: Side, now: Instant) {
         let other = 1 - side as usize;
         let lost_just_now =
             self.lost[other].filter(|lost| self.connected[other].is_none() && age(*lost, now) < NOTICED);
-        // Where a server goes, both are lost at once.
+        // When a server stops, both connections are lost at once.
         let is_takeover = lost_just_now.is_some_and(|other| {
             self.lost[side as usize].is_none_or(|lost| other.saturating_duration_since(lost) > SIMULTANEOUS)
         });
@@ -83,12 +83,12 @@ fn age(since: Instant, now: Instant) -> Duration {
     now.saturating_duration_since(since)
 }
 
-/// What one session of a pair has of the other.
+/// The state that one session of a pair shares with the other.
 #[derive(Debug)]
 pub(super) struct Pair {
     side: Side,
     rivalry: Arc<Mutex<Rivalry>>,
-    /// How the second session comes to the first: its end there, and its beginning here.
+    /// The channel by which the second session joins the first: the receiver of the first, the sender of the second.
     pub joining: Joining,
 }
 
@@ -98,7 +98,7 @@ pub(super) enum Joining {
     Second { guests: mpsc::Sender<Guest>, queue: mpsc::Sender<PendingPublish> },
 }
 
-/// The second session, as the first has it on its own connection.
+/// The second session, served by the first on its connection.
 #[derive(Debug)]
 pub(super) struct Guest {
     pub filters: Vec<Filter>,
@@ -108,7 +108,7 @@ pub(super) struct Guest {
 }
 
 impl Pair {
-    /// Both sides of a pair; the second publishes by the `queue` of the first when it has joined that.
+    /// Both sides of a pair; after joining, the second publishes by the `queue` of the first.
     pub(super) fn new(queue: mpsc::Sender<PendingPublish>) -> [Self; 2] {
         let (rivalry, (guests, joining)) = (Arc::default(), mpsc::channel(1));
         let first = Self { side: Side::First, rivalry: Arc::clone(&rivalry), joining: Joining::First(joining) };
@@ -119,7 +119,7 @@ impl Pair {
         self.rivalry.lock().connected(self.side, now);
     }
 
-    /// A connection is lost, `perhaps` to the other one.
+    /// A connection is lost; `perhaps` because of the other one.
     pub(super) fn lost(&self, perhaps: bool, now: Instant) {
         let mut rivalry = self.rivalry.lock();
         if perhaps {
@@ -130,7 +130,7 @@ impl Pair {
         }
     }
 
-    /// Whether the server lets the program have one connection only, and this is the one that goes.
+    /// Whether the server allows one connection only, and this is the one to be given up.
     pub(super) fn has_to_join(&self) -> bool {
         self.side == Side::Second && self.rivalry.lock().is_settled()
     }
@@ -147,7 +147,7 @@ impl Guest {
         self.filters.iter().any(|filter| rumqttc::matches(&publish.topic, &filter.text))
     }
 
-    /// Passes an event on. One too many is dropped, as servers do it.
+    /// Passes on an event. Further events for a full queue are dropped.
     pub(super) fn on_event(&self, event: Event) {
         let _ = self.events.try_send(event);
     }

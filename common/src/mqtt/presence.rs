@@ -1,7 +1,7 @@
-//! When a program publishes again what it is: whatever stands on the bus may differ from that, by a last will that is
-//! published late, by a server that lost or never gives out what is retained, or by somebody's hand. No IO, no clock.
+//! When a program publishes its states again: retained messages under its name may be wrong, by a last will that is
+//! published late, by a server that loses or never delivers retained messages, or by another client. No IO, no clock.
 //!
-//! Brokers and workers each have one. They publish their states on every connection by themselves.
+//! Brokers and workers each have one. On every connection they publish their states without it.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -12,34 +12,35 @@ use crate::Topic;
 use crate::mqtt::{Message, Publish};
 use crate::wire::name::Participant;
 
-/// How often the states are published again whatever happens.
+/// The regular interval of publishing the states again.
 const REPUBLISH_INTERVAL: Duration = Duration::from_secs(60);
-/// How long after a broker or worker came up the states are published for it at the earliest, and over which time all
-/// programs spread.
+/// How long after another broker or worker connected the states are published for it at the earliest, and the time over
+/// which all programs spread.
 const NEWCOMER_DELAY: Duration = Duration::from_secs(2);
 const NEWCOMER_SPREAD: Duration = Duration::from_secs(3);
-/// How long after something else was found under the own name the states are published: what comes within it is one.
+/// How long after a wrong message under the own name the states are published: several such messages cause one
+/// correction.
 const CORRECTION_DELAY: Duration = Duration::from_millis(100);
-/// How long after it published its states a program does so for the same reason again, however many reasons there are.
+/// The shortest pause between two publications for the same reason.
 const CORRECTION_PAUSE: Duration = Duration::from_secs(10);
 /// Brokers and workers that are remembered at most.
 const NAMES_MAX: usize = 8192;
-/// Messages that wait for a program's announcer at most; what finds no place is made up for within a minute.
+/// Queued messages for a program's publisher at most; dropped ones are made up for within a minute.
 const EVENTS_MAX: usize = 1024;
-/// Bytes of a message under the own name that are looked at: more than any state has.
+/// Bytes of a message under the own name that are compared: more than any state has.
 const OWN_MAX: usize = 1 << 16;
 
 /// How the states are to be published.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Announcement {
-    /// Retained: they are to stand on the bus.
+    /// Retained: they replace the retained messages.
     Retained,
-    /// Not retained: they stand there, and somebody may not have been given them.
+    /// Not retained: for subscribers that may not have received the retained messages.
     Transient,
 }
 
 impl Announcement {
-    /// The message of a state, as it is to be published.
+    /// The message of a state, for this kind of announcement.
     #[must_use]
     pub fn of(self, state: Message) -> Message {
         match self {
@@ -49,16 +50,16 @@ impl Announcement {
     }
 }
 
-/// A message about which programs are online.
+/// A message about the state of a program.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PresenceEvent {
     /// The status of another broker or worker.
     Status {
-        /// Whose it is.
+        /// The owner of the status.
         party: Participant,
         /// Whether it is online.
         online: bool,
-        /// It was retained, so its owner was there before.
+        /// Whether the message was retained, so that its owner was online before.
         retained: bool,
     },
     /// A message on a topic of the program itself.
@@ -66,8 +67,8 @@ pub enum PresenceEvent {
 }
 
 impl PresenceEvent {
-    /// The event of a message for the program `own`. A retained message under its own name is from before it published its
-    /// states on this connection.
+    /// The event of a message for the program `own`. A retained message under the own name is older than the states
+    /// published on this connection, and no event.
     #[must_use]
     pub fn read(topic: &Topic, payload: &[u8], retained: bool, own: &Participant) -> Option<Self> {
         let owner = topic.state_of()?;
@@ -81,7 +82,7 @@ impl PresenceEvent {
     }
 }
 
-/// The way from a program's connections to its announcer.
+/// The sender of a program's sessions to its publisher.
 #[derive(Debug, Clone)]
 pub struct Reporter {
     own: Participant,
@@ -89,26 +90,26 @@ pub struct Reporter {
 }
 
 impl Reporter {
-    /// The reporter of the program `own`, and what its announcer receives.
+    /// The reporter of the program `own`, and the receiver for its publisher.
     #[must_use]
     pub fn new(own: Participant) -> (Self, mpsc::Receiver<PresenceEvent>) {
         let (events, received) = mpsc::channel(EVENTS_MAX);
         (Self { own, events }, received)
     }
 
-    /// Passes on a message about which programs are online; false if it is about something else.
+    /// Passes on a message about the state of a program; false if it is about something else.
     pub fn report(&self, topic: &Topic, publish: &Publish) -> bool {
         let event = PresenceEvent::read(topic, &publish.payload, publish.retain, &self.own);
         event.map(|event| self.events.try_send(event)).is_some()
     }
 }
 
-/// What a program knows of the others on the bus, and when it publishes its states next.
+/// Which other programs are online, and when the program publishes its states next.
 #[derive(Debug, Default)]
 pub struct Presence {
     online: BTreeSet<Participant>,
     is_connected: bool,
-    /// When all is retained again: every [`REPUBLISH_INTERVAL`], or sooner to correct something.
+    /// When all states are published as retained: every [`REPUBLISH_INTERVAL`], or earlier for a correction.
     retained_due: Option<Instant>,
     transient_due: Option<Instant>,
     corrected: Option<Instant>,
@@ -122,12 +123,12 @@ impl Presence {
         self.retained_due = Some(now + REPUBLISH_INTERVAL);
     }
 
-    /// The connection is lost: programs may come and go unnoticed.
+    /// The connection is lost: other programs may connect and disconnect unnoticed.
     pub fn disconnected(&mut self) {
         *self = Self { corrected: self.corrected, announced: self.announced, ..Self::default() };
     }
 
-    /// Takes in the status of another broker or worker; `retained` if it was found on the bus, so that its owner was there
+    /// Handles the status of another broker or worker; `retained` if the message was, so that its owner was online
     /// before. `jitter` is between 0 and 1.
     pub fn status(&mut self, party: Participant, online: bool, retained: bool, now: Instant, jitter: f64) {
         if !online {
@@ -139,7 +140,7 @@ impl Presence {
         }
     }
 
-    /// Something else than what this program published stands under its name.
+    /// A message under this program's name differs from the published state.
     pub fn contradicted(&mut self, now: Instant) {
         if self.is_connected {
             let earliest =
@@ -154,7 +155,8 @@ impl Presence {
         self.retained_due.into_iter().chain(self.transient_due).min()
     }
 
-    /// How the states are to be published now, if they are. A retained announcement replaces a due transient one.
+    /// How the states have to be published now; none if they need not. A retained announcement replaces a due transient
+    /// one.
     pub fn next(&mut self, now: Instant) -> Option<Announcement> {
         if self.retained_due.is_some_and(|due| due <= now) {
             (self.corrected, self.transient_due, self.retained_due) = (Some(now), None, Some(now + REPUBLISH_INTERVAL));

@@ -1,4 +1,4 @@
-//! When a session connects again after a loss, and what the loss may mean. No IO.
+//! When a session reconnects after a loss, and the likely cause of repeated losses. No IO.
 
 use std::time::Duration;
 
@@ -9,27 +9,30 @@ use tokio::time::Instant;
 const PAUSE_MIN: Duration = Duration::from_millis(100);
 /// The longest pause between two attempts to connect.
 const PAUSE_MAX: Duration = Duration::from_secs(1);
-/// The longest pause where the server closes each connection as soon as it stands.
+/// The longest pause if the server closes each connection soon after it is established.
 const PAUSE_THROWN_OUT: Duration = Duration::from_secs(30);
-/// After so many connections in a row that the server closed before it had granted every subscription, it may not like a name.
+/// After so many connections in a row that the server closed before it had granted every subscription, a name in a
+/// filter may be the cause.
 const CLOSED_EARLY: u32 = 3;
-/// After so many of these the likely cause is logged.
+/// After so many connections in a row that the server closed soon the likely cause is logged.
 const THROWN_OUT: u32 = 5;
-/// Whoever is thrown out comes back within [`PAUSE_THROWN_OUT`]: a connection that held twice as long has its name alone.
+/// A program whose connection is closed for another of the same name reconnects within [`PAUSE_THROWN_OUT`]: a
+/// connection that stayed up twice as long has no such rival.
 const UNDISPUTED_AFTER: Duration = Duration::from_secs(60);
-/// A connection that held this long was a good one: the next attempt after it comes soon.
+/// A connection that stayed up this long was good: the next attempt follows soon.
 const STABLE_AFTER: Duration = Duration::from_secs(5);
 
-/// What is known of the last connections.
+/// The history of the last connections.
 #[derive(Debug)]
 pub(super) struct Reconnect {
-    /// Before the next attempt.
+    /// The pause before the next attempt.
     pause: Duration,
-    /// When the connection was made that is lost, or that stands.
+    /// When the current connection, or the one just lost, was established.
     since: Option<Instant>,
-    /// Connections in a row that the server closed soon after they stood.
+    /// Connections in a row that the server closed soon after they were established.
     thrown_out: u32,
-    /// Connections in a row that the server closed within the time in which another program of the same name comes back.
+    /// Connections in a row that the server closed within the time in which another program of the same name
+    /// reconnects.
     disputed: u32,
     /// Connections in a row that the server closed before it had granted every subscription.
     closed_early: u32,
@@ -49,9 +52,9 @@ impl Reconnect {
     }
 
     /// A connection is lost, or an attempt to connect failed; `was_up` if every subscription was granted. True if the
-    /// server seems to throw out this client again and again.
+    /// server now has closed so many connections soon that it is logged.
     pub(super) fn lost(&mut self, error: &ConnectionError, was_up: bool) -> bool {
-        // MQTT 3.1.1 has no way to refuse a name: the server closes the connection.
+        // MQTT 3.1.1 has no error for an invalid name: the server closes the connection.
         self.closed_early = if is_closed(error) && !was_up { self.closed_early.saturating_add(1) } else { 0 };
         self.thrown_out = self.closed_within(STABLE_AFTER, self.thrown_out, error);
         self.disputed = self.closed_within(PAUSE_THROWN_OUT, self.disputed, error);
@@ -64,50 +67,51 @@ impl Reconnect {
         self.is_name_suspect
     }
 
-    /// The other session of this program, which goes on through this one's connection, has seen another program use its name.
+    /// The other session of this program, which joined this one's connection, has detected another program with its
+    /// name.
     pub(super) fn suspect_name(&mut self) {
         self.is_name_suspect = true;
     }
 
-    /// When the connection that stands will have shown that no other program uses this client id; none if nothing suggests
-    /// that one does.
+    /// When the current connection will have shown that no other program uses this client id; none if there is no
+    /// suspicion.
     pub(super) fn undisputed_at(&self) -> Option<Instant> {
         self.since.filter(|_| self.is_name_suspect).map(|since| since + UNDISPUTED_AFTER)
     }
 
-    /// The connection stands at this time.
+    /// The connection is still up at this time.
     pub(super) fn on_standing(&mut self, now: Instant) {
         if self.undisputed_at().is_some_and(|at| at <= now) {
             (self.is_name_suspect, self.thrown_out, self.disputed) = (false, 0, 0);
         }
     }
 
-    /// How many connections in a row the server has closed within this time, after `before` of them. MQTT 3.1.1 has no way to say
-    /// that another client of the same id has connected.
+    /// How many connections in a row the server has closed within this time, after `before` of them. MQTT 3.1.1 has no
+    /// error for another client with the same id.
     fn closed_within(&self, time: Duration, before: u32, error: &ConnectionError) -> u32 {
         let is_closed = matches!(error, ConnectionError::Io(_) | ConnectionError::MqttState(_));
         match self.since {
             Some(since) if since.elapsed() >= time => 0,
             Some(_) if is_closed => before.saturating_add(1),
-            // Nobody listens there: the server was restarted.
+            // The server does not listen: it was restarted.
             None if matches!(error, ConnectionError::Io(_)) => 0,
-            // None stood, or this program itself ended it.
+            // No connection was established, or this program closed it.
             _ => before,
         }
     }
 
-    /// Whether the server may not like a name in what this client subscribes to.
+    /// Whether the server may reject a name in this client's filters.
     pub(super) fn is_closed_early(&self) -> bool {
         self.closed_early >= CLOSED_EARLY
     }
 
-    /// The same, since the last loss.
+    /// The same, and true only after the connection that showed it.
     pub(super) fn is_closed_early_first(&self) -> bool {
         self.closed_early == CLOSED_EARLY
     }
 
-    /// How long to wait before the next attempt to connect: short after a connection that held, then longer, and never in
-    /// step with the other clients of a server that comes back.
+    /// The pause before the next attempt to connect: short after a good connection, then longer, and random so that the
+    /// clients of a restarted server do not reconnect at once.
     pub(super) fn pause(&mut self) -> Duration {
         if self.since.take().is_some_and(|since| since.elapsed() > STABLE_AFTER) {
             self.pause = PAUSE_MIN;
@@ -119,7 +123,7 @@ impl Reconnect {
     }
 }
 
-/// Whether the server closed a connection that stood.
+/// Whether the server closed an established connection.
 pub(super) fn is_closed(error: &ConnectionError) -> bool {
     matches!(
         error,
@@ -153,7 +157,7 @@ mod tests {
         assert!(!reconnect.is_name_suspect() && reconnect.undisputed_at().is_none());
     }
 
-    /// A program whose rival waits longer and longer was never thrown out soon, and did not report it.
+    /// Failed when a program whose rival waits longer and longer was never closed soon, and did not report it.
     #[tokio::test(start_paused = true)]
     async fn a_client_id_is_suspect_although_each_connection_stands_for_a_while() {
         let mut reconnect = Reconnect::default();
@@ -169,7 +173,7 @@ mod tests {
         }
     }
 
-    /// A session that its program's other one joins ends its connection, and counted the losses before that no more.
+    /// A session whose program's other one joins closes its connection; that must not reset the losses counted before.
     #[test]
     fn a_connection_that_the_program_itself_ends_says_nothing_of_its_client_id() {
         let mut reconnect = Reconnect::default();
@@ -189,7 +193,8 @@ mod tests {
         assert!(reconnect.is_name_suspect());
     }
 
-    /// Quick restarts of the server were taken for another program of the same name, and cost up to 30 s each.
+    /// Failed when quick restarts of the server were taken for another program of the same name, and cost up to 30 s
+    /// each.
     #[test]
     fn a_server_where_nobody_listens_between_two_losses_was_restarted() {
         let mut reconnect = Reconnect::default();

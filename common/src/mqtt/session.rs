@@ -1,5 +1,5 @@
-//! One connection of a program: its task, which waits for rumqttc's next event and gives it what is to be sent. What it does
-//! about an event is in [`events`].
+//! One connection of a program: its task, which waits for rumqttc's next event and passes messages to it. The events
+//! are handled in [`events`].
 
 mod events;
 mod join;
@@ -39,21 +39,21 @@ pub struct Session {
     state: watch::Sender<ConnectionState>,
     name_suspect: watch::Sender<bool>,
     subscriptions: Subscriptions,
-    /// Where it publishes to itself, as a topic and as text, and what it knows of that.
+    /// The topic on which it publishes to itself, as a topic and as text.
     echo_topic: Option<(Topic, String)>,
     echo: Echo,
     is_connected: bool,
-    /// Why there is no connection, as it was logged since the last one.
+    /// The reasons without a connection that were logged since the last one.
     said: BTreeSet<String>,
     id: String,
     attempt: Attempt,
     is_secondary: bool,
     server: String,
     reconnect: Reconnect,
-    /// A name in its topics with a dot.
+    /// A name with a dot in its topics.
     dotted: Option<String>,
     heartbeat: Heartbeat,
-    /// What it has of the program's other session.
+    /// The state shared with the program's other session.
     pair: Option<Pair>,
     /// The other session, if that publishes and subscribes through this one.
     guest: Option<Guest>,
@@ -106,8 +106,8 @@ pub fn open(config: &Mqtt, client: SessionConfig) -> Result<(MqttHandle, Session
 }
 
 impl Session {
-    /// Runs until `stop` returns, then disconnects, so that the server does not publish the will; what must be
-    /// acknowledged before that, its publisher awaits first. `on_event` is called in this task: it must not block.
+    /// Runs until `stop` returns, then disconnects, so that the server does not publish the will; a publisher that
+    /// needs an acknowledgement has to await it before that. `on_event` is called in this task: it must not block.
     pub async fn run(mut self, mut on_event: impl FnMut(Event), stop: impl Future<Output = ()>) {
         let mut stop = pin!(stop);
         let heartbeat = self.heartbeat();
@@ -139,15 +139,15 @@ impl Session {
         self.heartbeat.clone()
     }
 
-    /// Looks once whether a server that closes the connection without an answer speaks TLS.
+    /// Probes once whether a server that closes the connection without an answer uses TLS.
     async fn look_for_tls(&mut self, error: &ConnectionError) {
         if let Some((host, port)) = self.attempt.may_need_tls(error, self.is_connected) {
             self.attempt.server_speaks_tls(tls_probe::speaks_tls(&host, port).await);
         }
     }
 
-    /// The next event of rumqttc, or none when it is time to stop. Publish requests are taken meanwhile; a
-    /// poll is never dropped half done while the connection lives.
+    /// The next event of rumqttc, or none when it is time to stop. Meanwhile publish requests are accepted; a running
+    /// poll is never cancelled while the connection is up.
     async fn next(
         &mut self,
         mut stop: Pin<&mut impl Future<Output = ()>>,
@@ -192,7 +192,7 @@ impl Session {
                     enqueue(publish, is_silenced, &mut self.outbox, &self.client);
                 }
                 Some(guest) = joined(&mut self.pair), if self.guest.is_none() => {
-                    // The next connection is one for both.
+                    // The next connection is used by both sessions.
                     let filters = self.subscriptions.filters().chain(&guest.filters).cloned();
                     self.subscriptions = Subscriptions::new(filters);
                     if guest.is_name_suspect {
@@ -220,7 +220,7 @@ impl Session {
     }
 }
 
-/// Says so to those who watch, if it is new.
+/// Sets the watched value, with a notification only if it changed.
 pub(super) fn set(watched: &watch::Sender<bool>, value: bool) {
     watched.send_if_modified(|before| std::mem::replace(before, value) != value);
 }
@@ -233,7 +233,7 @@ async fn joined(pair: &mut Option<Pair>) -> Option<Guest> {
     }
 }
 
-/// Gives a publish to rumqttc, unless the server would end the connection over it.
+/// Passes a message to rumqttc, unless the server would close the connection because of it.
 fn enqueue(publish: PendingPublish, is_silenced: bool, outbox: &mut Outbox, client: &AsyncClient) {
     if is_silenced && publish.is_ours() {
         publish.end(Err(PublishError::NotAllowed));

@@ -1,4 +1,4 @@
-//! Which filters the server has granted, and when those that it refused are asked for again. No IO, no clock.
+//! The filters that the server has granted, and when refused ones are requested again. No IO, no clock.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 /// How long the server may take to answer a SUBSCRIBE.
 const SUBACK_TIMEOUT: Duration = Duration::from_secs(10);
-/// The pause before what was refused is asked for again; it doubles up to [`RETRY_MAX`].
+/// The pause before refused filters are requested again; it doubles up to [`RETRY_MAX`].
 const RETRY_MIN: Duration = Duration::from_secs(1);
 /// The longest pause.
 const RETRY_MAX: Duration = Duration::from_secs(60);
@@ -16,17 +16,17 @@ const RETRY_MAX: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub(super) struct Subscriptions {
     all: Vec<Subscription>,
-    /// Those that the server has not answered yet, by index, and since when.
+    /// The filters that the server has not answered yet, by index, and when they were requested.
     asked: Option<(Vec<usize>, Instant)>,
-    /// When those that were refused are asked for again.
+    /// When refused filters are requested again.
     retry: Option<Instant>,
     pause: Duration,
 }
 
-/// The filters of a session.
+/// A filter of a session.
 #[derive(Debug, Clone)]
 pub(super) struct Filter {
-    /// As MQTT writes it.
+    /// The text of the filter.
     pub text: String,
     pub qos: QoS,
     /// The session cannot be used without it.
@@ -52,13 +52,13 @@ impl Subscriptions {
         self.all.iter().map(|subscription| &subscription.filter)
     }
 
-    /// A connection begins, or ends: the server knows of no subscription.
+    /// A connection begins or ends: the server has no subscriptions.
     pub(super) fn reset(&mut self) {
         (self.asked, self.retry, self.pause) = (None, None, RETRY_MIN);
         self.all.iter_mut().for_each(|subscription| subscription.is_granted = false);
     }
 
-    /// What to ask for now, if anything.
+    /// The filters to request now, if any.
     pub(super) fn next(&mut self, now: Instant) -> Option<Vec<SubscribeFilter>> {
         if self.asked.is_some() || self.retry.is_some_and(|retry| now < retry) {
             return None;
@@ -74,7 +74,7 @@ impl Subscriptions {
         Some(filters)
     }
 
-    /// The server's answer. Returns the filters that it refuses and did not refuse before.
+    /// The server's answer. Returns the newly refused filters.
     pub(super) fn answered(&mut self, codes: &[SubscribeReasonCode], now: Instant) -> Vec<String> {
         let Some((asked, _)) = self.asked.take() else { return Vec::new() };
         let mut newly_refused = Vec::new();
@@ -92,7 +92,7 @@ impl Subscriptions {
         newly_refused
     }
 
-    /// Whether all filters are granted without which the session cannot be used.
+    /// Whether all required filters are granted.
     pub(super) fn is_complete(&self) -> bool {
         self.all.iter().all(|subscription| subscription.is_granted || !subscription.filter.is_required)
     }
@@ -108,12 +108,12 @@ impl Subscriptions {
         refused.find_map(|Subscription { filter, .. }| filter.is_required.then_some(filter.text.as_str()))
     }
 
-    /// Whether the server has not answered for too long.
+    /// Whether the server's answer is overdue.
     pub(super) fn is_overdue(&self, now: Instant) -> bool {
         self.asked.as_ref().is_some_and(|(_, since)| now.saturating_duration_since(*since) >= SUBACK_TIMEOUT)
     }
 
-    /// When there is something to ask for, or the answer is overdue.
+    /// When a request or the answer is due.
     pub(super) fn due(&self) -> Option<Instant> {
         self.asked.as_ref().map(|(_, since)| *since + SUBACK_TIMEOUT).or(self.retry)
     }

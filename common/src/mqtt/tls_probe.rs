@@ -1,5 +1,5 @@
-//! Whether a server that closes a plain connection without an answer speaks TLS: one hello, of which only the first byte of
-//! the answer is looked at. Nothing of this program goes there.
+//! Probes whether a server that closes a plain connection without an answer uses TLS: sends one `ClientHello` and checks
+//! the first byte of the answer. No data of this program are sent.
 
 use std::io;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use crate::tls::provider;
 
 /// How long the server may take.
 const ANSWER: Duration = Duration::from_secs(3);
-/// The first bytes of records that a TLS server answers a hello with: a handshake, or an alert.
+/// The first bytes of records with which a TLS server answers: a handshake, or an alert.
 const RECORDS: [u8; 2] = [22, 21];
 
 /// Whether the server answers a TLS hello in time.
@@ -49,7 +49,7 @@ mod tests {
 
     use super::*;
 
-    /// A server that answers a hello like this, and closes the connection.
+    /// A server that answers a `ClientHello` like this, and closes the connection.
     async fn found(answer: &'static [u8]) -> bool {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let port = listener.local_addr().unwrap().port();

@@ -1,7 +1,7 @@
-//! One connection to the MQTT server to see whether a program may do there what it needs. It changes nothing: what it
-//! publishes is an echo to itself, which nobody keeps.
+//! One connection to the MQTT server to check a program's rights there. It changes nothing: it only publishes an echo
+//! to itself, which is not retained.
 //!
-//! No task of its own: a command awaits [`attempt`].
+//! No task: a command awaits [`attempt`].
 
 use std::time::Duration;
 
@@ -17,53 +17,53 @@ use super::{INFLIGHT, SessionConfig, TlsError, options};
 use crate::Topic;
 use crate::config::Mqtt;
 
-/// How long the server may take to let the client in, and to answer its subscriptions.
+/// The timeout for the login, and for the answer to the subscriptions.
 const ANSWER: Duration = Duration::from_secs(10);
 /// How long the echo may take.
 const ECHO: Duration = Duration::from_secs(3);
-/// How long retained messages may come after it.
+/// How long to wait for retained messages after it.
 const REST: Duration = Duration::from_millis(300);
 
-/// What came of it.
+/// The result of a trial.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Trial {
     /// The server, for people.
     pub server: String,
-    /// What it allows; or why there is no connection.
+    /// The facts about an accepted connection; or why there is none.
     pub outcome: Result<Allowed, Failure>,
 }
 
 /// Why there is no connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Failure {
-    /// What has to change.
+    /// The setting or the server that has to change.
     pub fault: Fault,
     /// The cause, in one line.
     pub cause: String,
 }
 
-/// What the server allows.
+/// The facts about an accepted connection.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Allowed {
-    /// Subscriptions that it refuses, without which the program cannot work.
+    /// Refused subscriptions that the program needs.
     pub refused: Vec<String>,
-    /// Others that it refuses.
+    /// Other refused subscriptions.
     pub refused_optional: Vec<String>,
-    /// What became of a message that the client published to itself.
+    /// The result of a message that the client published to itself.
     pub echo: Echo,
-    /// What is retained of what was asked for.
+    /// The wanted retained messages.
     pub retained: Vec<Retained>,
 }
 
-/// What became of a message that the client published to itself.
+/// The result of a message that the client published to itself.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Echo {
-    /// It came back.
+    /// It was received.
     Came,
-    /// It did not.
+    /// It was not received.
     #[default]
     Lost,
-    /// The server ended the connection.
+    /// The server closed the connection.
     Closed,
 }
 
@@ -72,12 +72,12 @@ pub enum Echo {
 pub struct Retained {
     /// Its topic.
     pub topic: String,
-    /// What is retained.
+    /// Its payload.
     pub payload: Vec<u8>,
 }
 
-/// Connects as the client `id`, asks for what `sessions` subscribe to, and publishes to `echo`; what is retained on topics
-/// that are `wanted` is given back.
+/// Connects as the client `id`, subscribes to the filters of `sessions`, and publishes to `echo`; returns the retained
+/// messages on topics that are `wanted`.
 pub async fn attempt(
     config: &Mqtt,
     id: String,
@@ -170,7 +170,7 @@ impl<W: Fn(&str) -> bool> Line<W> {
         }
     }
 
-    /// What `found` makes of the packets that come until then.
+    /// Applies `found` to the packets that are received until then.
     async fn wait<T>(
         &mut self,
         until: Instant,

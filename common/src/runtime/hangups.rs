@@ -1,4 +1,4 @@
-//! SIGHUP, by which an operator has files read again.
+//! SIGHUP, by which an operator makes a program read its files again.
 
 use std::future::pending;
 
@@ -9,13 +9,13 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 pub struct Hangups(Option<Signal>);
 
 impl Hangups {
-    /// SIGHUP no longer ends the program.
+    /// Begins to receive SIGHUP, which no longer ends the program.
     #[must_use]
     pub fn listen() -> Self {
         Self(signal(SignalKind::hangup()).ok())
     }
 
-    /// Returns at each one; never where the signal cannot be received. Cancel-safe.
+    /// Returns at each one; never if the signal cannot be received. Cancel-safe.
     pub async fn next(&mut self) {
         if let Some(signal) = &mut self.0
             && signal.recv().await.is_some()

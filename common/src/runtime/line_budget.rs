@@ -1,12 +1,12 @@
-//! How many log lines there are about one thing that others cause, such as a gateway, in a minute. No IO, no clock.
+//! A limit of the log lines per minute about one object, such as a gateway, that others can cause. No IO, no clock.
 
 use std::time::{Duration, Instant};
 
-/// The most lines about one thing in each period.
+/// The most lines about one object in each period.
 const MAX_LINES: u32 = 10;
 const PERIOD_OF_LINES: Duration = Duration::from_secs(60);
 
-/// The lines about one thing in this period.
+/// The lines about one object in this period.
 #[derive(Debug)]
 pub struct LineBudget {
     since: Instant,
@@ -33,7 +33,7 @@ impl LineBudget {
         }
     }
 
-    /// Whether there may be no further line in this period.
+    /// Whether the limit of this period is reached.
     #[must_use]
     pub fn is_spent(&self) -> bool {
         self.lines >= MAX_LINES

@@ -19,11 +19,11 @@ use crate::style::has_colour;
 /// The filter in effect, by which [`set_level`] replaces it; not set where `RUST_LOG` counts.
 static FILTER: OnceLock<reload::Handle<EnvFilter, Registry>> = OnceLock::new();
 
-/// Starts logging events of `level` and above to stderr; the variable `RUST_LOG` overrides it. Only the first call
-/// in a process counts.
+/// Starts logging events of `level` and above to stderr; the variable `RUST_LOG` overrides it. Only the first call in a
+/// process has an effect.
 ///
-/// The libraries stay at warnings unless `RUST_LOG` asks for more; of the MQTT ones hardly anything is logged then,
-/// as they print keys and passwords.
+/// The libraries stay at warnings unless `RUST_LOG` sets another level; the MQTT libraries are almost completely off
+/// then, as they print keys and passwords.
 pub fn init(level: Level, format: LogFormat) {
     let requested = env::var("RUST_LOG").ok().filter(|text| !text.is_empty());
     let parsed = requested.as_deref().and_then(|text| EnvFilter::try_new(text).ok());
@@ -41,10 +41,10 @@ pub fn init(level: Level, format: LogFormat) {
     }
 }
 
-/// Logs events of `level` and above from now on, unless `RUST_LOG` is set.
+/// Sets the level of the log, unless `RUST_LOG` is set.
 pub fn set_level(level: Level) {
     if let Some(filter) = FILTER.get() {
-        // It fails only when nothing is logged any more.
+        // It fails only when logging has ended.
         let _ = filter.reload(EnvFilter::new(directives(level)));
     }
 }
@@ -81,10 +81,10 @@ fn is_journal() -> bool {
 /// The target of lines about admin calls, which are logged at every level.
 pub const AUDIT: &str = "wgkex_audit";
 
-/// What is logged at `level`. Nothing of actix-http: it has an error for every request that is none, so that a stranger
-/// could fill the log. Nothing of rumqttc and rumqttd, not even errors: they print packets whole (`Invalid
-/// incoming packet`, `NotConnectPacket`), and with them keys and passwords, and an error for every message to a client
-/// that has just left. The MQTT session and the embedded server log what matters of that.
+/// The filter for `level`. actix-http is off: it logs an error for every invalid request, so that a stranger could fill
+/// the log. rumqttc and rumqttd are off, even for errors: they print whole packets (`Invalid incoming packet`,
+/// `NotConnectPacket`), and with them keys and passwords, and an error for every message to a client that has just
+/// left. The MQTT session and the embedded server log the important events themselves.
 fn directives(level: Level) -> String {
     format!(
         "warn,wgkex_common={level},wgkex_broker={level},wgkex_worker={level},wgkex_kernel={level},{AUDIT}=info,\
@@ -92,7 +92,7 @@ fn directives(level: Level) -> String {
     )
 }
 
-/// Where lines go.
+/// The destination of lines.
 struct Output<W> {
     writer: W,
     /// Whether each line begins with its priority, as `<4>` (`sd-daemon(3)`).
@@ -122,7 +122,7 @@ fn priority(level: Level) -> u8 {
     }
 }
 
-/// Keeps each event, which comes as one write, on one line, whatever text from outside it shows.
+/// Keeps each event, which is one write, on one line, whatever text from outside it contains.
 struct OneLine<W> {
     writer: W,
     priority: Option<u8>,

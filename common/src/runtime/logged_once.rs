@@ -1,14 +1,14 @@
-//! Things that have one line each in the log: few in a minute, and so many in all, as anyone may cause them. No IO, no clock.
+//! Objects with one log line each: limited per minute and in all, as strangers may cause them. No IO, no clock.
 
 use std::collections::BTreeSet;
 use std::time::Instant;
 
 use crate::runtime::line_budget::LineBudget;
 
-/// The most things that are remembered; others have no line.
+/// The most objects that are remembered; others are not logged.
 const MAX_THINGS: usize = 1024;
 
-/// What was logged.
+/// The objects that were logged.
 #[derive(Debug)]
 pub struct LoggedOnce<T> {
     logged: BTreeSet<T>,
@@ -22,7 +22,7 @@ impl<T: Ord> LoggedOnce<T> {
         Self { logged: BTreeSet::new(), budget: LineBudget::new(now) }
     }
 
-    /// Whether there is to be a line about `thing`, which then counts as logged.
+    /// Whether to log a line about `thing`, which then counts as logged.
     pub fn is_due(&mut self, thing: T, now: Instant) -> bool {
         self.budget.renew(now);
         if self.logged.len() >= MAX_THINGS || self.budget.is_spent() || !self.logged.insert(thing) {

@@ -8,7 +8,7 @@ use prometheus::{
     Opts, TextEncoder,
 };
 
-/// Seconds, from what a local gateway takes to more than the longest budget in use.
+/// Buckets in seconds, from the time that a local gateway takes to more than the longest budget in use.
 const SECONDS: [f64; 13] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
 
 /// All metrics of this program. Clones share them. A name that is registered twice is an error.
@@ -79,7 +79,7 @@ impl Registry {
     }
 }
 
-/// Sets a gauge to a number of things.
+/// Sets a gauge to a count.
 pub fn set(gauge: &IntGauge, number: usize) {
     gauge.set(i64::try_from(number).unwrap_or(i64::MAX));
 }

@@ -1,4 +1,4 @@
-//! What both programs do at their beginning and at their end.
+//! The common start and end of both programs.
 
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::panic::{self, PanicHookInfo};
@@ -13,8 +13,9 @@ use crate::Config;
 use crate::config::{ConfigError, LogFormat, Problem};
 use crate::runtime::{log, services};
 
-/// Ends the whole process when a thread or task panics, after the message is logged, or printed where nothing is logged yet,
-/// whatever the build profile says of panics: the locks have no poison, and no task goes on with what a panic left half done.
+/// Ends the whole process when a thread or task panics, after the message is logged, or printed if logging is not set
+/// up yet, whatever the build profile's panic strategy: the locks have no poison, and no task continues with a
+/// half-done change.
 pub fn abort_on_panic() {
     let print = panic::take_hook();
     panic::set_hook(Box::new(move |info| {
@@ -27,7 +28,7 @@ pub fn abort_on_panic() {
     }));
 }
 
-/// The name is that of the service, or of the thread for what is none.
+/// The name of the service; outside of services that of the thread.
 fn log_panic(info: &PanicHookInfo<'_>) {
     let thread = thread::current();
     let task = services::running().or(thread.name());
@@ -39,10 +40,10 @@ fn log_panic(info: &PanicHookInfo<'_>) {
     error!(task, place, backtrace, "panicked: {}", message.unwrap_or("no message"));
 }
 
-/// The exit code of a service whose config has mistakes, as `EX_CONFIG` of sysexits.h: its unit does not start it again.
+/// The exit code of a service with an invalid config, as `EX_CONFIG` of sysexits.h: its unit does not restart it.
 const CONFIG: u8 = 78;
 
-/// Serves by the config, in `file` if one is named, and returns how the process ends.
+/// Serves with the config, in `file` if one is named, and returns the exit code.
 #[must_use]
 pub fn serve(file: Option<&Path>, serve: impl FnOnce(Config) -> anyhow::Result<()>) -> ExitCode {
     match load(file) {
@@ -52,8 +53,8 @@ pub fn serve(file: Option<&Path>, serve: impl FnOnce(Config) -> anyhow::Result<(
     }
 }
 
-/// Reads the config, in `file` if one is named, and starts logging at its level. Errors in it are logged, and then there is
-/// none.
+/// Reads the config, in `file` if one is named, and starts logging at its level. Its errors are logged, and then none
+/// is returned.
 #[must_use]
 pub fn config(file: Option<&Path>) -> Option<Config> {
     load(file).ok()
@@ -104,10 +105,10 @@ mod tests {
     use super::*;
     use crate::runtime::services::Services;
 
-    /// Set where this program is to panic.
+    /// Set in the child process that has to panic.
     const PANICS: &str = "WGKEX_TEST_PANICS";
 
-    /// It was printed as text in the middle of JSON lines, and nobody could tell which task it was.
+    /// Failed when the message was printed as text among JSON lines, without the name of the task.
     #[test]
     fn a_panic_is_logged_with_the_name_of_its_task_and_ends_the_process() {
         if std::env::var_os(PANICS).is_some() {

@@ -1,6 +1,6 @@
 //! Reads the config again on SIGHUP.
 //!
-//! One task, of each program.
+//! One task, in each program.
 
 use std::collections::BTreeMap;
 
@@ -15,14 +15,14 @@ use crate::runtime::log;
 /// The keys that every program applies while it runs.
 const LOG_LEVEL: [&str; 2] = ["log_level", "logging_config"];
 
-/// What a program does with keys, and with those below them, when they change while it runs; all others need a restart.
+/// The effect of changed keys, and of those below them, on a running program; all others need a restart.
 #[derive(Debug, Clone, Default)]
 pub struct KeyUse {
     /// They are applied at once.
     pub live: Vec<&'static str>,
-    /// They mean nothing to this program.
+    /// They have no effect on this program.
     pub unused: Vec<&'static str>,
-    /// They mean something only to a command, each with that.
+    /// They only affect a command, each with that command.
     pub of_commands: Vec<(&'static str, &'static str)>,
 }
 

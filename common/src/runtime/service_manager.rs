@@ -1,5 +1,5 @@
-//! What a program reports to the service manager (systemd): that it serves, its state, that it makes progress, that it reads
-//! its lists again, and that it stops (`sd_notify(3)`). Without a service manager nothing is sent.
+//! The reports of a program to the service manager (systemd): that it is ready, its status, that it makes progress,
+//! that it reloads, and that it stops (`sd_notify(3)`). Without a service manager nothing is sent.
 //!
 //! One task, [`run`], which `run` of the broker and of the worker start.
 
@@ -13,20 +13,20 @@ use tracing::{debug, error};
 
 use super::heartbeat::Heartbeat;
 
-/// How often the program is looked at.
+/// The interval of checks of the program.
 const INTERVAL: Duration = Duration::from_secs(1);
 
-/// A program that is still not ready after this time counts as started: it answers with the reason. Otherwise a boot, or
-/// the installation of a package, would wait for as long as an MQTT server is down.
+/// A program that is still not ready after this time is reported as ready: it answers requests with the reason.
+/// Otherwise a boot, or the installation of a package, would wait for as long as an MQTT server is down.
 const READY_WITHIN: Duration = Duration::from_secs(10);
 
 /// A task that is watched, and its name in the log.
 pub type Watched = (&'static str, Heartbeat);
 
-/// What is sent, and what was sent before.
+/// The state of the reports, with the last ones.
 struct Report {
     begun: Instant,
-    /// A task that makes no progress for so long is stuck; none if the service manager has no watchdog for the program.
+    /// A task without progress for so long is stuck; none if the service manager has no watchdog for the program.
     limit: Option<Duration>,
     is_started: bool,
     status: String,
@@ -40,7 +40,7 @@ enum Message {
     Watchdog,
 }
 
-/// Runs for ever. `unready` is why the program is not ready, if it is not, as in `/readyz`.
+/// Runs for ever. `unready` returns why the program is not ready, if it is not, as in `/readyz`.
 pub async fn run<const N: usize>(watched: [Watched; N], unready: impl Fn() -> Option<String>) {
     if env::var_os("NOTIFY_SOCKET").is_none() {
         return pending().await;
@@ -60,17 +60,17 @@ pub async fn run<const N: usize>(watched: [Watched; N], unready: impl Fn() -> Op
     }
 }
 
-/// The lists are being read again, on SIGHUP; [`reloaded`] ends that.
+/// Reports that the lists are being read again, on SIGHUP; [`reloaded`] ends that.
 pub fn reloading() {
     send(NotifyState::Reloading);
 }
 
-/// The lists are read.
+/// Reports that the lists are read.
 pub fn reloaded() {
     send(NotifyState::Ready);
 }
 
-/// The program stops.
+/// Reports that the program stops.
 pub fn stopping() {
     send(NotifyState::Stopping);
 }
@@ -92,7 +92,7 @@ impl Report {
         watched.iter().find(|(_, heartbeat)| heartbeat.age() > limit).map(|(task, _)| *task)
     }
 
-    /// What is to be sent now.
+    /// The messages to send now.
     fn next(&mut self, unready: Option<String>, stuck: Option<&str>, now: Instant) -> Vec<Message> {
         let mut messages = Vec::new();
         if !self.is_started && (unready.is_none() || now - self.begun >= READY_WITHIN) {

@@ -17,7 +17,7 @@ tokio::task_local! {
     static TASK: &'static str;
 }
 
-/// Tasks that run. Those that are left when this is dropped are aborted.
+/// Running tasks. Those that are left when this is dropped are aborted.
 #[derive(Debug, Default)]
 pub struct Services {
     tasks: JoinSet<&'static str>,
@@ -33,12 +33,12 @@ struct Group {
     running: BTreeMap<&'static str, AbortHandle>,
 }
 
-/// A task ended, and nobody had asked it to.
+/// A task ended without having been stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{0} ended unexpectedly")]
 pub struct Ended(pub &'static str);
 
-/// The name of the service that runs here; none in tasks that it started, and outside of services.
+/// The name of the service that runs the current task; none in tasks that it started, and outside of services.
 #[must_use]
 pub fn running() -> Option<&'static str> {
     TASK.try_with(|name| *name).ok()
@@ -46,7 +46,7 @@ pub fn running() -> Option<&'static str> {
 
 impl Services {
     /// Begins a group, which is stopped before those that were begun earlier. Its tasks then have `limit` to end; those
-    /// that have not are aborted, and `overdue`, if there is one, is logged as an error of each.
+    /// that have not are aborted, and `overdue`, if given, is logged as an error of each.
     pub fn group(&mut self, limit: Duration, overdue: Option<&'static str>) -> &mut Self {
         self.groups.push(Group { stop: CancellationToken::new(), limit, overdue, running: BTreeMap::new() });
         self
@@ -57,8 +57,8 @@ impl Services {
         self.group(Duration::ZERO, None)
     }
 
-    /// Starts a task in the last group. `name` is in the log and no other task's; `task` is given a future that returns
-    /// when the group is stopped.
+    /// Starts a task in the last group. `name`, which must be unique, is used in the log; `task` gets a future that
+    /// returns when the group is stopped.
     pub fn spawn<F>(&mut self, name: &'static str, task: impl FnOnce(WaitForCancellationFutureOwned) -> F) -> &mut Self
     where
         F: Future<Output = ()> + Send + 'static,
@@ -77,8 +77,8 @@ impl Services {
         self
     }
 
-    /// Runs until `stop` returns, or until a task ends, which is the error; then stops all, group by group. `program` is
-    /// for the log.
+    /// Runs until `stop` returns, or until a task ends, which is the error; then stops all, group by group. `program`
+    /// is used in the log.
     pub async fn run_until(mut self, program: &'static str, stop: impl Future<Output = ()>) -> Result<(), Ended> {
         let result = tokio::select! {
             biased;
@@ -101,7 +101,7 @@ impl Services {
                     self.groups.iter_mut().for_each(|group| drop(group.running.remove(name)));
                     return Ended(name);
                 }
-                // It was aborted. None panics: that ends the process.
+                // It was aborted. It did not panic: that ends the process.
                 Some(Err(_)) => {}
                 None => pending().await,
             }
@@ -143,7 +143,7 @@ mod tests {
     struct Order(Arc<Mutex<Vec<&'static str>>>);
 
     impl Order {
-        /// A task that takes `time` to end when it is asked to.
+        /// A task that takes `time` to end after it is stopped.
         async fn task(self, name: &'static str, time: Duration, stop: impl Future<Output = ()>) {
             stop.await;
             sleep(time).await;

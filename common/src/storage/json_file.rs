@@ -1,5 +1,5 @@
-//! A JSON file with a version: written whole, beside the old one, and then put in its place, so that there is always one
-//! that is whole.
+//! A JSON file with a version: the new content is written to a second file, which then replaces the old one, so that
+//! there is always a complete one.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::storage::{StorageError, state_file};
 
-/// What is written: the version, and the fields of the content.
+/// The written document: the version, and the fields of the content.
 #[derive(Serialize)]
 struct Versioned<T> {
     layout: u32,
@@ -20,15 +20,15 @@ struct Versioned<T> {
     content: T,
 }
 
-/// What a file of any version has. The first ones do not have it; a later one may have anything there.
+/// The version in a file. The first files have none; a later one may have any type.
 #[derive(Deserialize)]
 struct LayoutVersion {
     #[serde(default)]
     layout: Value,
 }
 
-/// Reads the content of `file`, whose version is `known` or an earlier one that reads the same; none if there is no file.
-/// A corrupt one is set aside, and then there is none either.
+/// Reads the content of `file`, whose version is `known` or an earlier compatible one; none if there is no file. A
+/// corrupt one is renamed, and then there is none either.
 pub fn load<T: DeserializeOwned>(file: &Path, known: u32) -> Result<Option<T>, StorageError> {
     match read(file, known) {
         Err(StorageError::Corrupt(reason)) => {
@@ -39,7 +39,7 @@ pub fn load<T: DeserializeOwned>(file: &Path, known: u32) -> Result<Option<T>, S
     }
 }
 
-/// The same, and a corrupt file is an error and stays.
+/// The same, but a corrupt file is an error and is not renamed.
 pub fn read<T: DeserializeOwned>(file: &Path, known: u32) -> Result<Option<T>, StorageError> {
     let mut json = Vec::new();
     let read = state_file::open(file, OpenOptions::new().read(true)).and_then(|mut file| file.read_to_end(&mut json));
@@ -63,7 +63,7 @@ pub fn save(file: &Path, layout: u32, content: impl Serialize) -> Result<(), Sto
     let json = serde_json::to_vec(&Versioned { layout, content }).map_err(io::Error::other)?;
     let file = state_file::place(file)?;
     let new = unfinished(&file);
-    // What a write that was broken off left, or somebody put there: it is not written through.
+    // The rest of an interrupted write, or a link that somebody made: it is not written through.
     match fs::remove_file(&new) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
         _ => {}
@@ -73,12 +73,12 @@ pub fn save(file: &Path, layout: u32, content: impl Serialize) -> Result<(), Sto
     written.write_all(&json)?;
     written.sync_all()?;
     fs::rename(&new, &file)?;
-    // The name, too.
+    // The rename must be on the disk, too.
     File::open(file.parent().ok_or(io::Error::from(io::ErrorKind::InvalidInput))?)?.sync_all()?;
     Ok(())
 }
 
-/// What root writes for a program of another user, in the directory of that user, is that user's.
+/// A file that root writes in the directory of another user is given to that user.
 fn give_to_owner_of(dir: Option<&Path>, file: &File) -> io::Result<()> {
     let (Some(dir), made) = (dir, file.metadata()?) else { return Ok(()) };
     let owner = fs::metadata(dir)?;
@@ -88,7 +88,7 @@ fn give_to_owner_of(dir: Option<&Path>, file: &File) -> io::Result<()> {
     fchown(file, Some(owner.uid()), Some(owner.gid()))
 }
 
-/// What is written, until it is whole.
+/// The second file, until it is complete.
 pub(crate) fn unfinished(file: &Path) -> PathBuf {
     state_file::with_suffix(file, ".new".as_ref())
 }

@@ -1,8 +1,8 @@
-//! Keys on disk: what a program knows survives its restart. A [`ChangeBuffer`] collects what changed, a [`KeyStore`]
-//! writes it behind to an SQLite database.
+//! Keys on disk, so that they survive a restart. A [`ChangeBuffer`] collects changes, a [`KeyStore`] writes them later
+//! to an SQLite database.
 //!
-//! Ages count, not dates: the database keeps a clock of its own, which runs by the monotonic one. Only for the time that
-//! the program is down the wall clock is asked, and believed if that is plausible. A step of it while the program runs
+//! Ages are stored, not dates: the database has its own clock, which follows the monotonic one. Only for the time that
+//! the program was down the wall clock is used, if it is plausible. A step of the wall clock while the program runs
 //! makes no key older.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -21,7 +21,7 @@ pub use crate::storage::write_behind::Clocks;
 
 /// How often the database's clock is written when nothing changes.
 const CLOCK_INTERVAL: Duration = Duration::from_secs(60);
-/// A program is hardly ever down for longer; if the clock differs by more, it was stepped.
+/// The longest plausible time that a program was down; if the wall clock differs by more, it was stepped.
 const DOWN_MAX: Duration = Duration::from_secs(30 * 86_400);
 
 const CREATE_TABLES: &str = "
@@ -41,31 +41,31 @@ pub const BROKER_FILE: StateFile = StateFile::sqlite("broker.sqlite", KeyTable::
 /// A worker's.
 pub const WORKER_FILE: StateFile = StateFile::sqlite("worker.sqlite", KeyTable::SCHEMA);
 
-/// What is remembered of a key.
+/// The stored state of a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KeyRecord {
-    /// When it last came, or last had a handshake.
+    /// When it last arrived, or last had a handshake.
     pub last: Instant,
-    /// Whether a handshake with it was ever seen.
+    /// Whether it ever had a handshake.
     pub established: bool,
 }
 
-/// Each key with what is remembered of it.
+/// Each key with its stored state.
 pub type Keys = BTreeMap<KeyId, KeyRecord>;
 
-/// What changed and is not on disk yet; the last state of each key. Clones share it.
+/// Changes that are not on disk yet; the last state of each key. Clones share it.
 pub type WriteBuffer = ChangeBuffer<KeyId, KeyRecord>;
 
-/// What each key is now; none if it is gone.
+/// The new state of each changed key; none if it is removed.
 pub type Changes = BTreeMap<KeyId, Option<KeyRecord>>;
 
 impl WriteBuffer {
-    /// The key is to be on disk like this.
+    /// Sets the state of a key.
     pub fn put(&self, domain: &Domain, key: PublicKey, kept: KeyRecord) {
         self.note(KeyId { domain: domain.clone(), key }, Some(kept));
     }
 
-    /// The key is to be gone from disk.
+    /// Removes a key.
     pub fn remove(&self, domain: &Domain, key: PublicKey) {
         self.note(KeyId { domain: domain.clone(), key }, None);
     }
@@ -78,7 +78,7 @@ pub type KeyStore = WriteBehind<KeyTable>;
 #[derive(Debug)]
 pub struct KeyTable {
     buffer: WriteBuffer,
-    /// Those whose keys are read; the keys of others wait for their domain.
+    /// The domains whose keys are read; the keys of others stay in the database.
     domains: BTreeSet<Domain>,
     /// Keys that have been idle for so many seconds are removed.
     oldest: i64,
@@ -90,7 +90,7 @@ pub struct KeyTable {
 /// The database's clock, in seconds.
 #[derive(Debug, Clone, Copy)]
 struct Clock {
-    /// What it showed at `opened`.
+    /// Its value at `opened`.
     uptime: i64,
     opened: Instant,
     /// When it was last written.
@@ -98,8 +98,9 @@ struct Clock {
 }
 
 impl KeyStore {
-    /// Opens `file` in `dir`, making what is missing, and gives the keys of `domains` in it that are not older than `ttl`. A corrupt file is set aside; one that cannot be written is read all the same, and tried again later.
-    /// The only errors are that the file has a version which is not known here, and that another process has it.
+    /// Opens `file` in `dir`, creating it if it is missing, and returns the keys of `domains` in it that are not older
+    /// than `ttl`. A corrupt file is renamed; one that cannot be written is read all the same, and tried again later.
+    /// The only errors are a file of an unknown version, and one that another process uses.
     pub fn open(
         dir: &Path,
         file: StateFile,
@@ -115,7 +116,8 @@ impl KeyStore {
     }
 }
 
-/// The keys of `domains` in `file` in `dir`, whichever process has it; none if there is no such file. Nothing of it is changed.
+/// The keys of `domains` in `file` in `dir`, even if another process uses it; none if there is no such file. It is not
+/// changed.
 pub fn read_copy(dir: &Path, file: StateFile, domains: &BTreeSet<Domain>, now: Clocks) -> Result<Keys, StorageError> {
     let Some((_dir, connection)) = sqlite::open_copy(&file.path(dir), KeyTable::SCHEMA)? else {
         return Ok(Keys::new());
@@ -206,7 +208,7 @@ impl Clock {
         Ok(Self { uptime, opened: now.monotonic, written: now.monotonic })
     }
 
-    /// What it shows at `instant`.
+    /// Its value at `instant`.
     fn at(&self, instant: Instant) -> i64 {
         match instant.checked_duration_since(self.opened) {
             Some(after) => self.uptime.saturating_add(seconds(after)),
@@ -214,7 +216,7 @@ impl Clock {
         }
     }
 
-    /// The time at which it showed `second`; never in the future.
+    /// When its value was `second`; never in the future.
     fn instant(&self, second: i64) -> Instant {
         let age = u64::try_from(self.uptime.saturating_sub(second)).unwrap_or_default();
         self.opened.checked_sub(Duration::from_secs(age)).unwrap_or(self.opened)
@@ -225,7 +227,7 @@ fn seconds(duration: Duration) -> i64 {
     i64::try_from(duration.as_secs()).unwrap_or(i64::MAX)
 }
 
-/// How long the program was down, having last seen the wall clock show `then`.
+/// How long the program was down; `then` is the wall clock when it was last running.
 fn seconds_down(then: i64, now: SystemTime) -> i64 {
     let now = now.duration_since(UNIX_EPOCH).map_or(0, seconds);
     let down = now.saturating_sub(then);

@@ -1,5 +1,6 @@
-//! Which process has a state file: an advisory lock on a file beside it, held for the life of the process. It ends with the
-//! process, however that ends. SQLite's own locks do not serve for this: a program that cannot have its file goes on without.
+//! Which process uses a state file: an advisory lock on a file beside it, held for the life of the process. The kernel
+//! releases it with the process. SQLite's own locks do not suffice: a program without access to its database would run
+//! on without it.
 
 use std::fmt;
 use std::fs::{self, File, Metadata, OpenOptions, TryLockError};
@@ -11,12 +12,12 @@ use std::time::{Duration, Instant};
 
 use crate::storage::{StorageError, state_file};
 
-/// How long a process that was killed may take to be gone, or a reader to look who has the file.
+/// How long a killed process may take to end, or the check of a reader may hold the lock.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// The pause between two attempts.
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// The lock of a state file. Dropping it gives it back.
+/// The lock of a state file. Dropping it releases the lock.
 #[derive(Debug)]
 pub(super) struct ProcessLock {
     path: PathBuf,
@@ -24,17 +25,17 @@ pub(super) struct ProcessLock {
     file: File,
 }
 
-/// Who has a state file.
+/// The process that uses a state file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Holder {
-    /// Its process id, as it has it itself; none if it has not written it.
+    /// Its process id in its own namespace; none if it has not written it.
     pub pid: Option<u32>,
-    /// What the process of this id is called here, if there is one.
+    /// The name of the process with this id in this namespace, if there is one.
     pub program: Option<String>,
 }
 
 impl ProcessLock {
-    /// Takes the lock of `file`; [`StorageError::InUse`] if another process keeps it.
+    /// Acquires the lock of `file`; [`StorageError::InUse`] if another process holds it.
     pub(super) fn acquire(file: &Path) -> Result<Self, StorageError> {
         Self::acquire_within(file, PATIENCE)
     }
@@ -51,11 +52,11 @@ impl ProcessLock {
             let mut lock = state_file::open(&path, OpenOptions::new().read(true).write(true).create(true))?;
             match lock.try_lock() {
                 Ok(()) if is_at(&lock, &path) => {
-                    // A full disk takes no number; the lock counts all the same.
+                    // On a full disk the process id cannot be written; the lock is held all the same.
                     let _ = write_pid(&mut lock);
                     return Ok(Self { path, file: lock });
                 }
-                // Its last owner has removed it meanwhile.
+                // Its last owner has deleted it meanwhile.
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) if begun.elapsed() < patience => sleep(PAUSE),
                 Err(TryLockError::WouldBlock) => return Err(in_use(file, &Holder::read(&mut lock))),
@@ -66,7 +67,8 @@ impl ProcessLock {
 }
 
 impl Drop for ProcessLock {
-    /// What is left after a kill does no harm. Whoever has opened the file before this looks for it again.
+    /// A lock file that is left after a kill does no harm. A process that opened it before this deletion opens it
+    /// again.
     fn drop(&mut self) {
         if is_at(&self.file, &self.path) {
             let _ = fs::remove_file(&self.path);
@@ -74,7 +76,7 @@ impl Drop for ProcessLock {
     }
 }
 
-/// Whether `file` is the one of this name.
+/// Whether `file` is the one at this path.
 fn is_at(file: &File, path: &Path) -> bool {
     let number = |metadata: &Metadata| (metadata.dev(), metadata.ino());
     match (file.metadata(), path.symlink_metadata()) {
@@ -84,7 +86,7 @@ fn is_at(file: &File, path: &Path) -> bool {
 }
 
 impl Holder {
-    /// Who has `file`; none if nobody has. Nothing is kept and nothing written.
+    /// The process that uses `file`; none if there is none. No lock is kept and nothing is written.
     pub fn of(file: &Path) -> io::Result<Option<Self>> {
         let mut lock = match state_file::open(&lock_file(file), OpenOptions::new().read(true)) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),

@@ -1,5 +1,5 @@
-//! The tables of a database, as numbered migrations. The number of the last one that was run is the database's version,
-//! which SQLite keeps as `user_version`.
+//! The tables of a database, as numbered migrations. The number of the last applied one is the database's version,
+//! which SQLite stores as `user_version`.
 
 use std::path::Path;
 
@@ -10,19 +10,19 @@ use crate::storage::StorageError;
 /// The migrations of a database.
 #[derive(Debug, Clone, Copy)]
 pub struct Schema {
-    /// SQL for each version: the first makes an empty file one of version 1, the second makes that one of version 2, and
-    /// so on. What a release had stays for ever; a change is a new one at the end.
+    /// SQL for each version: the first migrates an empty file to version 1, the second that to version 2, and so on.
+    /// Released ones are never changed; a change is a new one at the end.
     pub migrations: &'static [&'static str],
 }
 
 impl Schema {
-    /// Today's version.
+    /// The current version.
     #[must_use]
     pub fn version(&self) -> i64 {
         i64::try_from(self.migrations.len()).unwrap_or(i64::MAX)
     }
 
-    /// The version of the database at `file`, 0 if it is empty, which must be one that is known.
+    /// The version of the database at `file`, 0 if it is empty, which must be a known one.
     pub(super) fn known(&self, connection: &Connection, file: &Path) -> Result<i64, StorageError> {
         let found: i64 = connection.query_row("PRAGMA user_version", [], |row| row.get(0))?;
         let tables: i64 = connection.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0))?;
@@ -35,7 +35,7 @@ impl Schema {
         Ok(found)
     }
 
-    /// The same, of a database that must be whole. Nothing is written.
+    /// The same, after an integrity check: a corrupt database is an error. Nothing is written.
     pub(super) fn found(&self, connection: &Connection, file: &Path) -> Result<i64, StorageError> {
         let found = self.known(connection, file)?;
         if found == 0 {
@@ -45,7 +45,7 @@ impl Schema {
         if verdict == "ok" { Ok(found) } else { Err(StorageError::Corrupt(verdict)) }
     }
 
-    /// Runs the migrations that a database of version `found` lacks, all in one transaction.
+    /// Applies the missing migrations to a database of version `found`, all in one transaction.
     pub(super) fn migrate(&self, connection: &mut Connection, found: i64) -> Result<(), StorageError> {
         let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         for migration in self.migrations.iter().skip(usize::try_from(found).unwrap_or(usize::MAX)) {

@@ -13,18 +13,18 @@ use tracing::info;
 use crate::storage::schema::Schema;
 use crate::storage::{StorageError, state_file};
 
-/// How often a file is copied that its process changes meanwhile.
+/// How often copying a file is tried while its process changes it.
 const COPIES: u32 = 20;
 /// The pause between two copies.
 const COPY_PAUSE: Duration = Duration::from_millis(50);
 
-/// Opens `file` for this process alone, making what is missing, and migrates it to today's version. What it reports as
-/// written is on the disk even if the power fails.
+/// Opens `file` for this process alone, creating it if it is missing, and migrates it to the current version. Committed
+/// changes are on the disk even if the power fails.
 pub fn open(file: &Path, schema: Schema) -> Result<Connection, StorageError> {
     open_if(file, schema, |_| Ok(()))
 }
 
-/// The same if `admit` has nothing against the version that is found, 0 for a file without tables. Else nothing is written.
+/// The same if `admit` accepts the version that is found, 0 for a file without tables. Otherwise nothing is written.
 pub fn open_if<E: From<StorageError>>(
     file: &Path,
     schema: Schema,
@@ -36,14 +36,14 @@ pub fn open_if<E: From<StorageError>>(
     Ok(migrate(connection, found, &file, schema)?)
 }
 
-/// Opens `file` for this process alone, and finds its version.
+/// Opens `file` for this process alone, and reads its version.
 fn lock(file: &Path, schema: Schema) -> Result<(Connection, i64), StorageError> {
-    // SQLite would make it readable for everybody.
+    // SQLite would create it readable for everybody.
     state_file::open(file, OpenOptions::new().append(true).create(true))?;
     let connection = Connection::open_with_flags(file, OpenFlags::default() | OpenFlags::SQLITE_OPEN_NOFOLLOW)?;
     connection.busy_timeout(Duration::from_secs(1))?;
     connection.execute_batch("PRAGMA locking_mode = EXCLUSIVE")?;
-    // Before anything else is done to it.
+    // Before any change.
     let found = schema.found(&connection, file)?;
     Ok((connection, found))
 }
@@ -63,8 +63,7 @@ fn migrate(mut connection: Connection, found: i64, file: &Path, schema: Schema) 
     Ok(connection)
 }
 
-/// Opens `file` to read what its last user had put into it, perhaps without the last changes, where nothing can be
-/// written.
+/// Opens `file` for reading its content, perhaps without the last changes, if it cannot be written.
 pub fn open_to_read(file: &Path, schema: Schema) -> Result<Connection, StorageError> {
     let file = state_file::place(file)?;
     let connection = open_immutable(&file)?;
@@ -75,22 +74,22 @@ pub fn open_to_read(file: &Path, schema: Schema) -> Result<Connection, StorageEr
     }
 }
 
-/// Checks that the version of `file` is a known one, without its last changes.
+/// Checks that the version of `file` is known, without its last changes.
 pub(crate) fn check_version(file: &Path, schema: Schema) -> Result<(), StorageError> {
     schema.known(&open_immutable(file)?, file).map(drop)
 }
 
-/// Opens `file` as it is, without what SQLite has beside it. Nothing is written.
+/// Opens `file` alone, without SQLite's files beside it. Nothing is written.
 fn open_immutable(file: &Path) -> Result<Connection, StorageError> {
-    // SQLite would wait for the other end of a pipe.
+    // SQLite would block on a pipe.
     state_file::open(file, OpenOptions::new().read(true))?;
     let uri = format!("file:{}?immutable=1", file.display());
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_URI | OpenFlags::SQLITE_OPEN_NOFOLLOW;
     Ok(Connection::open_with_flags(uri, flags)?)
 }
 
-/// Copies `file`, which another process may have, and opens the copy; none if there is no such file. The process is not
-/// disturbed: it may hold its locks, and none is taken.
+/// Copies `file`, which another process may use, and opens the copy; none if there is no such file. The process is not
+/// disturbed: no lock is taken, and its locks do not matter.
 pub fn open_copy(file: &Path, schema: Schema) -> Result<Option<(TempDir, Connection)>, StorageError> {
     let dir = tempfile::tempdir()?;
     let copy = dir.path().join("copy");
@@ -115,7 +114,7 @@ pub fn open_copy(file: &Path, schema: Schema) -> Result<Option<(TempDir, Connect
     Err(StorageError::Corrupt(format!("{} cannot be copied whole, or is damaged", file.display())))
 }
 
-/// Its files: what was last written is in the second.
+/// Its files; the second has the last changes.
 fn parts(file: &Path) -> [PathBuf; 2] {
     ["", "-wal"].map(|part| state_file::with_suffix(file, part.as_ref()))
 }

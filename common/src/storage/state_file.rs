@@ -1,4 +1,5 @@
-//! Files that the programs keep in `state_dir`: never reached by a link, and set aside without writing over another.
+//! Files that the programs keep in `state_dir`: not opened through a symbolic link, and renamed without replacing
+//! another.
 
 use std::ffi::OsStr;
 use std::fs::{DirBuilder, File, OpenOptions};
@@ -10,10 +11,10 @@ use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use tracing::warn;
 
-/// What SQLite has beside a database, and the database itself.
+/// The suffixes of SQLite's files beside a database, and that of the database itself.
 const PARTS: [&str; 4] = ["", "-wal", "-shm", "-journal"];
 
-/// Where `file` is, with its directory made if that is missing. The directory may be reached by links, as systemd's
+/// The path of `file`; creates its directory if that is missing. The directory may be a symbolic link, as systemd's
 /// `DynamicUser` makes one; the file itself may not be one.
 pub(crate) fn place(file: &Path) -> io::Result<PathBuf> {
     let (Some(dir), Some(name)) = (file.parent(), file.file_name()) else {
@@ -23,9 +24,9 @@ pub(crate) fn place(file: &Path) -> io::Result<PathBuf> {
     Ok(dir.canonicalize()?.join(name))
 }
 
-/// Opens a regular file with `options`, for its owner alone if it is made, and not through a link.
+/// Opens a regular file with `options`, not through a symbolic link; a new file is for its owner alone.
 pub fn open(file: &Path, options: &mut OpenOptions) -> io::Result<File> {
-    // A pipe would keep the program waiting for its other end.
+    // Opening a pipe would block the program.
     let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
     let opened = options.mode(0o600).custom_flags(flags.bits()).open(file).map_err(|error| {
         let is_link = error.raw_os_error() == Some(Errno::ELOOP as i32);
@@ -34,8 +35,8 @@ pub fn open(file: &Path, options: &mut OpenOptions) -> io::Result<File> {
     if opened.metadata()?.is_file() { Ok(opened) } else { Err(io::Error::other("it is not a regular file")) }
 }
 
-/// Gives a file that is corrupt for this `reason`, with what SQLite has beside it, a name that no file has yet, so that a
-/// new one can take its place.
+/// Renames a file that is corrupt for this `reason`, with SQLite's files beside it, to a name that no file has yet, so
+/// that a new one can take its place.
 pub(crate) fn quarantine(file: &Path, reason: &str) -> io::Result<()> {
     let aside = rename_aside(file)?;
     warn!(file = %file.display(), set_aside = %aside.display(), reason, "state file is damaged");
@@ -62,8 +63,8 @@ fn rename_aside(file: &Path) -> io::Result<PathBuf> {
     Ok(aside)
 }
 
-/// Whether there is no file of this name, nor one that SQLite would have beside it. An error means that nobody can tell, as
-/// where the directory is none.
+/// Whether neither a file of this name exists, nor one that SQLite would have beside it. An error if that cannot be
+/// checked, as when the directory is no directory.
 fn is_free(name: &Path) -> io::Result<bool> {
     for part in PARTS {
         match with_suffix(name, part.as_ref()).symlink_metadata() {
@@ -122,7 +123,7 @@ mod tests {
         }
         assert!(rename_aside(&at("f")).is_err());
         assert_eq!(fs::read_to_string(at("f.damaged")).unwrap(), "0");
-        // It looked for a free name for ever.
+        // Failed when it looked for a free name for ever.
         assert!(rename_aside(&at("f.damaged/g")).is_err(), "its directory is a file");
     }
 }

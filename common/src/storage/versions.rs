@@ -1,5 +1,5 @@
-//! The versions of a program's files in `state_dir`, read before the first file is opened: opening migrates, and a start that
-//! a newer file stops has to leave all files as they are.
+//! The versions of a program's files in `state_dir`, checked before the first file is opened: opening migrates, and a
+//! start that fails because of a newer file has to leave all files as they are.
 
 use std::path::{Path, PathBuf};
 
@@ -8,12 +8,12 @@ use serde::de::IgnoredAny;
 use crate::storage::schema::Schema;
 use crate::storage::{StorageError, json_file, sqlite};
 
-/// A file in `state_dir`, as this version of the program writes it.
+/// A file in `state_dir`, in the format of this version of the program.
 #[derive(Debug, Clone, Copy)]
 pub struct StateFile {
-    /// Its name there.
+    /// Its name.
     pub name: &'static str,
-    /// What is in it.
+    /// Its format.
     pub format: Format,
 }
 
@@ -22,7 +22,7 @@ pub struct StateFile {
 pub enum Format {
     /// A database.
     Sqlite(Schema),
-    /// A [`json_file`] with this layout.
+    /// A [`json_file`] with this version.
     Json(u32),
 }
 
@@ -39,7 +39,7 @@ impl StateFile {
         Self { name, format: Format::Json(layout) }
     }
 
-    /// Where it is.
+    /// Its path.
     #[must_use]
     pub fn path(&self, state_dir: &Path) -> PathBuf {
         state_dir.join(self.name)
@@ -54,10 +54,10 @@ impl StateFile {
     }
 }
 
-/// Finds a file whose version this program does not know. Nothing is written; what else may be wrong with a file is for the
-/// one that opens it.
+/// Returns an error if a file has a version that this program does not know. Nothing is written; other problems of a
+/// file are reported when it is opened.
 pub fn check(state_dir: &Path, files: &[StateFile]) -> Result<(), StorageError> {
-    // The directory may be reached by links; there is nothing to be found in one that is not there.
+    // The directory may be a symbolic link; if it does not exist, there are no files.
     let Ok(dir) = state_dir.canonicalize() else { return Ok(()) };
     let unknown = files.iter().find_map(|file| match file.check(&dir) {
         Err(unknown @ StorageError::UnknownVersion(_)) => Some(unknown),

@@ -1,8 +1,8 @@
-//! Writes to a database what changed in memory, a moment later: one loop, and one rule for a file that is corrupt or
+//! Writes changes of the memory to a database, a moment later: one loop, and one rule for a file that is corrupt or
 //! cannot be written.
 //!
-//! One task for each database runs [`WriteBehind::run`]; the disk is waited for on a thread of its own. What changed is
-//! shared with the task that changes it, by [`Table::take`], mostly in a [`ChangeBuffer`].
+//! One task for each database runs [`WriteBehind::run`]; blocking calls run on a separate thread. The changes are
+//! shared with the task that makes them, by [`Table::take`], mostly in a [`ChangeBuffer`].
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -20,63 +20,63 @@ use crate::storage::process_lock::ProcessLock;
 use crate::storage::schema::Schema;
 use crate::storage::{Health, Noun, StorageError, sqlite, state_file};
 
-/// How often what changed is written. With the time of a write it stays below the second that is promised.
+/// The interval of writes. With the time of a write it stays below the documented second.
 const FLUSH: Duration = Duration::from_millis(500);
 
-/// Changes that wait at most, while the disk takes none: about 50 MB of keys.
+/// The most changes that wait while the disk fails: about 50 MB of keys.
 pub(super) const MAX_CHANGES: usize = 400_000;
 
-/// The two clocks at one instant.
+/// Both clocks at one instant.
 #[derive(Debug, Clone, Copy)]
 pub struct Clocks {
     /// For every age.
     pub monotonic: Instant,
-    /// For how long the program was down, and nothing else.
+    /// Only for the time that the program was down.
     pub wall: SystemTime,
 }
 
 impl Clocks {
-    /// As the system has them.
+    /// Reads the system's clocks.
     #[must_use]
     pub fn read() -> Self {
         Self { monotonic: Instant::now(), wall: SystemTime::now() }
     }
 }
 
-/// What is written to a database.
+/// The content of a database.
 pub trait Table: Send + 'static {
     /// The tables.
     const SCHEMA: Schema;
-    /// What the log calls their content.
+    /// The name of the content in the log.
     const NOUN: Noun;
-    /// What the database holds.
+    /// The content that is loaded.
     type Content: Default;
-    /// What changed and is not written yet.
+    /// Changes that are not written yet.
     type Changes: Send;
 
     /// Reads the database, each time when it is opened. An impossible row is [`StorageError::Corrupt`].
     fn load(&mut self, connection: &Connection, now: Clocks) -> Result<Self::Content, StorageError>;
-    /// What changed since the last time.
+    /// Takes the changes since the last call.
     fn take(&mut self) -> Self::Changes;
-    /// Whether there is something to write.
+    /// Whether the changes have to be written.
     fn is_due(&self, changes: &Self::Changes, now: Clocks) -> bool;
-    /// Writes what changed.
+    /// Writes the changes.
     fn write(&self, transaction: &Transaction<'_>, changes: &Self::Changes, now: Clocks) -> rusqlite::Result<()>;
-    /// What changed could not be written: it is to be taken again, unless there is something newer.
+    /// The changes could not be written: they have to be returned by the next `take`, unless there are newer ones.
     fn requeue(&mut self, changes: Self::Changes);
-    /// It is written.
+    /// The changes are written.
     fn written(&mut self, _now: Clocks) {}
-    /// A new file has taken the place of a corrupt one.
+    /// A new file has replaced a corrupt one.
     fn recreated(&mut self) {}
-    /// The file can be written after it could not be.
+    /// The file can be written again.
     fn reopened(&mut self) {}
 }
 
-/// What changed and is not on disk yet: the last value of each entry, none if it is gone. Clones share it.
+/// Changes that are not on disk yet: the last value of each entry, none if it is removed. Clones share it.
 #[derive(Debug)]
 pub struct ChangeBuffer<K, V> {
     changes: Arc<Mutex<BTreeMap<K, Option<V>>>>,
-    /// A new database has taken the place of a corrupt one, and is to have all entries.
+    /// A new database has replaced a corrupt one, and needs all entries.
     full_write: Arc<AtomicBool>,
 }
 
@@ -93,7 +93,8 @@ impl<K, V> Default for ChangeBuffer<K, V> {
 }
 
 impl<K: Ord, V> ChangeBuffer<K, V> {
-    /// The entry is to be on disk like this, or gone. One too many is left out: on disk it then stays as it was.
+    /// Notes the new value of an entry, or its removal. Changes over the limit are dropped: the entry on disk then
+    /// stays as it was.
     pub fn note(&self, entry: K, value: Option<V>) {
         let mut changes = self.changes.lock();
         if changes.len() < MAX_CHANGES || changes.contains_key(&entry) {
@@ -101,13 +102,13 @@ impl<K: Ord, V> ChangeBuffer<K, V> {
         }
     }
 
-    /// Whether all entries are to be noted again; true once.
+    /// Whether all entries have to be noted again; true once.
     #[must_use]
     pub fn needs_full_write(&self) -> bool {
         self.full_write.swap(false, Ordering::SeqCst)
     }
 
-    /// A new database is to have all entries.
+    /// Requests that all entries are noted again, for a new database.
     pub fn request_full_write(&self) {
         self.full_write.store(true, Ordering::SeqCst);
     }
@@ -124,13 +125,13 @@ impl<K: Ord, V> ChangeBuffer<K, V> {
         self.len() == 0
     }
 
-    /// What changed since the last time.
+    /// Takes the changes since the last call.
     #[must_use]
     pub fn take(&self) -> BTreeMap<K, Option<V>> {
         std::mem::take(&mut *self.changes.lock())
     }
 
-    /// Takes back what could not be written; what came meanwhile is newer.
+    /// Takes back changes that could not be written, except where there are newer ones.
     pub fn requeue(&self, unwritten: BTreeMap<K, Option<V>>) {
         let mut changes = self.changes.lock();
         for (entry, value) in unwritten {
@@ -148,15 +149,15 @@ pub struct WriteBehind<T> {
     table: T,
     /// None while it cannot be opened.
     connection: Option<Connection>,
-    /// Keeps other processes from it; none where there cannot be a lock.
+    /// Excludes other processes; none if the lock cannot be created.
     lock: Option<ProcessLock>,
     health: Health,
 }
 
 impl<T: Table> WriteBehind<T> {
-    /// Opens `file`, making what is missing, and gives what it holds. A corrupt file is set aside; one that cannot be
-    /// written is read all the same, and tried again later. The only errors are a version that is not known here, and
-    /// another process that has the file.
+    /// Opens `file`, creating it if it is missing, and returns its content. A corrupt file is renamed; one that cannot
+    /// be written is read all the same, and tried again later. The only errors are an unknown version, and a file that
+    /// another process uses.
     pub fn with_table(file: PathBuf, table: T, now: Clocks) -> Result<(Self, T::Content), StorageError> {
         let health = Health::new(file.clone(), T::NOUN);
         let lock = match ProcessLock::acquire(&file) {
@@ -184,7 +185,7 @@ impl<T: Table> WriteBehind<T> {
         self.health.is_failing()
     }
 
-    /// What is written.
+    /// The content to be written.
     pub fn table_mut(&mut self) -> &mut T {
         &mut self.table
     }
@@ -213,8 +214,8 @@ impl<T: Table> WriteBehind<T> {
         Ok(content)
     }
 
-    /// Writes behind until `stop` returns, and then what is left. `is_kept` is told after each time whether the file can be
-    /// written.
+    /// Writes the changes at intervals until `stop` returns, and then the rest. `is_kept` is called after each write
+    /// with whether the file can be written.
     pub async fn run(mut self, mut is_kept: impl FnMut(bool), stop: impl Future<Output = ()>) {
         let mut stop = pin!(stop);
         let mut is_over = false;
@@ -223,14 +224,14 @@ impl<T: Table> WriteBehind<T> {
                 () = sleep(FLUSH) => {}
                 () = &mut stop => is_over = true,
             }
-            // An error means that the runtime ends.
+            // An error means that the runtime is shutting down.
             let Ok(store) = spawn_blocking(move || self.flush(Clocks::read())).await else { return };
             self = store;
             is_kept(!self.is_failing());
         }
     }
 
-    /// Writes what changed. What cannot be written is tried again the next time.
+    /// Writes the changes. Failed ones are tried again the next time.
     #[must_use]
     pub fn flush(mut self, now: Clocks) -> Self {
         if self.connection.is_none() {
@@ -278,7 +279,7 @@ fn write<T: Table>(
 
 #[cfg(test)]
 impl<T> WriteBehind<T> {
-    /// Lets go of the file, as after damage.
+    /// Closes the file, as after corruption.
     pub(crate) fn disconnect(&mut self) {
         self.connection = None;
     }

@@ -1,12 +1,12 @@
-//! The writes to a file, on threads that may block. Each goes on if the task that waits for it is dropped, so a program that
-//! stops waits for the last one here.
+//! The writes to a file, on blocking threads. Each continues if the task that waits for it is dropped, so a program
+//! that stops waits for the last one here.
 
 use std::sync::Arc;
 
 use tokio::sync::Mutex;
 use tokio::task::{JoinError, spawn_blocking};
 
-/// The writes to one file, of which one runs at a time. Clones share them.
+/// The writes to one file, one at a time. Clones share them.
 #[derive(Debug, Clone, Default)]
 pub struct Writes(Arc<Mutex<()>>);
 
@@ -22,7 +22,7 @@ impl Writes {
         spawn_blocking(write).await
     }
 
-    /// Returns when none runs.
+    /// Returns when no write is running.
     pub async fn finished(&self) {
         drop(self.0.lock().await);
     }

@@ -25,7 +25,7 @@ fn chunk(broker: &BrokerName, request: &SyncRequest, keys: &[u8], more: bool) ->
     SnapshotChunk { broker: broker.clone(), domain: request.domain.clone(), after: request.after, keys, more }
 }
 
-/// An client that has a bus, with brokers, one after the other.
+/// A client that has a bus, with brokers, one after the other.
 struct World {
     client: SyncClient,
     now: Instant,
@@ -53,7 +53,7 @@ impl World {
         self.client.ask(self.now)
     }
 
-    /// Has the broker that is asked answer everything that it is asked, with no keys; says who it was.
+    /// Makes the broker that is asked answer all requests, with no keys; returns its name.
     fn round(&mut self) -> Option<BrokerName> {
         let mut asked = None;
         while let Some((broker, request)) = self.ask() {
@@ -111,7 +111,7 @@ fn a_program_that_removed_keys_requests_all_of_them_at_once() {
     assert_eq!(world.ask().unwrap().1.younger_than, None);
 }
 
-/// Lets so much time pass, second by second, and gives what is asked meanwhile.
+/// Lets so much time pass, second by second, and returns the requests meanwhile.
 fn asked_within(world: &mut World, time: Duration) -> Vec<(BrokerName, SyncRequest)> {
     let end = world.now + time;
     let mut asked = Vec::new();
@@ -173,7 +173,7 @@ fn a_long_round_requests_keys_since_the_start_of_the_last_one() {
     assert_eq!(request.younger_than, Some(311));
     world.pass(2 * SECOND);
     assert!(world.client.apply(&chunk(&broker, &request, &[], false)));
-    // The keys of that chunk take long to go in.
+    // Processing the keys of that chunk takes long.
     world.pass(60 * SECOND);
     assert_eq!(world.ask().unwrap().1.younger_than, Some(373));
 }
@@ -262,7 +262,7 @@ fn only_the_answer_to_its_question_counts() {
     assert!(world.client.apply(&right));
     assert!(!world.client.apply(&right), "and only once");
     let (broker, request) = world.ask().unwrap();
-    // One that leads back would be asked for ever.
+    // A chunk that leads back would make the round endless.
     let back = chunk(&broker, &request, &[1], true);
     assert!(world.client.apply(&back));
     assert_eq!(world.ask().unwrap().1.domain, "ff_b");

@@ -1,4 +1,4 @@
-//! That a gateway drains, as its hello has it, and the files of drains.
+//! The drain of a gateway, as in its hello and in the files of drains.
 
 use std::fmt;
 
@@ -6,38 +6,38 @@ use serde::{Deserialize, Serialize};
 
 use crate::time_text::utc;
 
-/// The portion of a minute, unless the operator names another.
+/// The default portion of a minute.
 const PERCENT: u8 = 10;
 
-/// That a gateway gets no new routers. Times are seconds of Unix time.
+/// A gateway gets no new routers. Times are seconds of Unix time.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Drain {
-    /// Since when.
+    /// When it began.
     pub since: u64,
     /// When it ends by itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub until: Option<u64>,
-    /// Why; shown to operators only.
+    /// The reason; shown to operators only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-    /// From when on the gateway's worker removes its peers; never if there is none.
+    /// When the gateway's worker begins to remove its peers, and how fast; none for never.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deadline: Option<Deadline>,
 }
 
-/// When the worker of a gateway that drains begins to remove its peers, and how fast it does.
+/// When the worker of a draining gateway begins to remove its peers, and how fast.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Deadline {
     /// When, in seconds of Unix time.
     pub at: u64,
-    /// How many of the peers that are there at the deadline go in a minute, at most.
+    /// The most peers to remove in a minute, in percent of those at the deadline.
     pub percent: Percent,
-    /// It is over by the clock of the gateway, which publishes that. Never so in a file.
+    /// Whether it is over by the clock of the gateway, which publishes that. Always false in a file.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub is_over: bool,
 }
 
-/// A part, from 1 to 100 hundredths.
+/// A percentage, from 1 to 100.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "u8", into = "u8")]
 pub struct Percent(u8);
@@ -74,7 +74,7 @@ impl Drain {
         self.until.is_some_and(|until| until <= now)
     }
 
-    /// The same as it is `now` by the clock of its gateway, which decides whether the deadline is over.
+    /// This drain at `now` by the clock of its gateway, which decides whether the deadline is over.
     #[must_use]
     pub fn at(self, now: u64) -> Self {
         let deadline = self.deadline.map(|deadline| Deadline { is_over: deadline.at <= now, ..deadline });
@@ -88,8 +88,8 @@ impl Drain {
     }
 }
 
-/// As `since 2026-11-30T06:00:00Z, until 2026-11-30T08:00:00Z, peers are removed from 2026-11-30T07:00:00Z on, 10 % a minute:
-/// kernel update`. The reason may be a stranger's text.
+/// Formats it as `since 2026-11-30T06:00:00Z, until 2026-11-30T08:00:00Z, peers are removed from 2026-11-30T07:00:00Z
+/// on, 10 % a minute: kernel update`. The reason may be untrusted text.
 impl fmt::Display for Drain {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "since {}", utc(self.since))?;

@@ -9,11 +9,11 @@ use crate::PublicKey;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, AsRefStr)]
 #[strum(serialize_all = "snake_case")]
 pub enum Ignored {
-    /// Its topic is none of ours, or none that this session is for.
+    /// Its topic is unknown, or not one of this session.
     Topic,
     /// Its domain is not served.
     Domain,
-    /// Its payload is invalid there.
+    /// Its payload is invalid for the topic.
     Payload,
 }
 

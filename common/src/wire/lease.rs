@@ -1,6 +1,7 @@
-//! The messages by which a broker's registry and the worker that is one of its servers keep the same leases. A revision names
-//! the state of one server after a change; who knows revision `n` and gets the change after `n` has missed nothing. The addresses
-//! of tenants' members come to the worker that is their hub in the same way, as those of the server [`HUB`].
+//! The messages that keep the leases of a broker's registry and of the worker that is one of its servers equal. A
+//! revision names the state of one server after a change; a worker with revision `n` that receives the change after `n`
+//! has missed nothing. The addresses of tenants' members are sent to the worker that is their hub in the same way, as
+//! those of the server [`HUB`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -11,13 +12,13 @@ use serde::{Deserialize, Serialize};
 use crate::address::tenants::TenantNetworks;
 use crate::{BrokerName, PublicKey};
 
-/// A chunk takes no more keys when it has so many addresses.
+/// A chunk that has so many addresses is full.
 pub const CHUNK: usize = 1000;
 /// Servers of one worker at most.
 pub const SERVERS_MAX: usize = 16;
 /// The longest list of allowed-ips, and the longest endpoint.
 const TEXT_MAX: usize = 4096;
-/// The name that the hub of tenants has among the servers of a worker. The registry has no server with a slash in its name.
+/// The name of the hub of tenants among the servers of a worker. No server of the registry has a slash in its name.
 pub const HUB: &str = "tenants/hub";
 
 /// The servers that a worker is, by name; retained.
@@ -30,38 +31,38 @@ pub struct AnnouncedServers {
     pub hub: Option<AnnouncedHub>,
 }
 
-/// What a worker publishes of its interface for the members of tenants.
+/// The data of its hub that a worker publishes for the members of tenants.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AnnouncedHub {
     /// The key of its interface.
     pub public_key: PublicKey,
-    /// Where members reach it.
+    /// The host of the endpoint for members.
     pub endpoint_address: String,
     /// Its UDP port.
     pub endpoint_port: u16,
-    /// What it forwards within.
+    /// The networks within which it forwards.
     pub networks: TenantNetworks,
 }
 
-/// What a worker publishes of a server.
+/// The data of a server that a worker publishes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AnnouncedServer {
     /// The key of its interface.
     pub public_key: PublicKey,
     /// The network of its addresses.
     pub network: IpNet,
-    /// Clients get no addresses up to that with this number.
+    /// The first addresses of the network, up to this number, are not leased.
     pub reserved: u64,
-    /// Where clients reach it.
+    /// The host of the endpoint for clients.
     pub endpoint_address: String,
     /// Its UDP port.
     pub endpoint_port: u16,
-    /// What clients send to it.
+    /// The allowed-ips of clients for this server.
     pub allowed_ips: String,
 }
 
 impl AnnouncedServers {
-    /// None if there are more than a worker may have, or one is longer than it may be.
+    /// None if there are more servers than a worker may have, or a text is too long.
     #[must_use]
     pub fn bounded(self) -> Option<Self> {
         let is_bounded = |server: &AnnouncedServer| {
@@ -73,12 +74,13 @@ impl AnnouncedServers {
     }
 }
 
-/// Which state of a server's leases is meant.
+/// The version of a server's leases.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LeaseVersion {
-    /// Another number means another server, of the same name perhaps.
+    /// Differs between servers, also of the same name.
     pub id: i64,
-    /// Higher with each change, and never again that of another state, also where a copy of the database was restored.
+    /// Increases with each change, and is never used again for another state, even after a copy of the database was
+    /// restored.
     pub revision: i64,
 }
 
@@ -90,30 +92,30 @@ impl LeaseVersion {
     }
 }
 
-/// A worker asks a broker for the leases of a server.
+/// The request of a worker to a broker for the leases of a server.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LeaseRequest {
     /// The broker.
     pub to: BrokerName,
     /// The server's name.
     pub server: String,
-    /// What the worker has.
+    /// The version that the worker has.
     pub known: Option<LeaseVersion>,
 }
 
-/// What a broker publishes to a worker about the leases of one of its servers.
+/// A message of a broker to a worker about the leases of one of its servers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LeaseMessage {
     /// The server's name.
     pub server: String,
-    /// The state that this leads to.
+    /// The version that this leads to.
     pub version: LeaseVersion,
-    /// What it has of that.
+    /// The content of the message.
     pub content: LeaseContent,
 }
 
 impl LeaseMessage {
-    /// The messages that have all leases of a server.
+    /// The messages with all leases of a server.
     pub fn snapshot(
         server: &str,
         version: LeaseVersion,
@@ -137,7 +139,7 @@ impl LeaseMessage {
     }
 }
 
-/// What a [`LeaseMessage`] has.
+/// The content of a [`LeaseMessage`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LeaseContent {
@@ -145,27 +147,27 @@ pub enum LeaseContent {
     Change(LeaseChange),
     /// A part of all leases.
     Chunk(LeaseChunk),
-    /// Nothing: the worker has this version.
+    /// The worker has this version already.
     Current,
     /// The server was deleted.
     Deleted,
 }
 
-/// What one change did.
+/// One change of leases.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LeaseChange {
-    /// The revision that it changes.
+    /// The revision to which it applies.
     pub after: i64,
-    /// Keys that have no lease any more.
+    /// Keys that no longer have a lease.
     #[serde(default)]
     pub removed: BTreeSet<PublicKey>,
-    /// Keys that have one now.
+    /// Keys that have a new lease.
     #[serde(default)]
     pub added: BTreeMap<PublicKey, LeasedAddresses>,
 }
 
 impl LeaseChange {
-    /// Adds what the next change does.
+    /// Merges the next change into this one.
     pub fn extend(&mut self, next: Self) {
         for key in &next.removed {
             self.added.remove(key);
@@ -180,7 +182,7 @@ impl LeaseChange {
 pub struct LeaseChunk {
     /// 0 for the first one.
     pub number: u32,
-    /// Whether no other follows.
+    /// Whether it is the last one.
     pub is_last: bool,
     /// The leases.
     pub leases: BTreeMap<PublicKey, LeasedAddresses>,

@@ -23,7 +23,7 @@ const DOMAINS_MAX: usize = 1024;
 /// The longest reason of a drain.
 const REASON_MAX: usize = 200;
 
-/// What is wrong with a payload, for the log: nothing of the payload is shown.
+/// The error of a payload, for the log: it shows nothing of the payload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Malformed {
     /// It is longer than any that a program of the fleet sends.
@@ -32,15 +32,15 @@ pub enum Malformed {
     /// It is not an object of JSON.
     #[error("is not a JSON object")]
     Json,
-    /// A field is not there.
+    /// A field is missing.
     #[error("{0} is missing")]
     Missing(&'static str),
-    /// A field has another type, or a value that cannot be.
+    /// A field has another type, or an invalid value.
     #[error("{0} is not {1}")]
     Field(&'static str, &'static str),
 }
 
-/// What a router must know to reach a gateway in a domain (contract section 4); retained.
+/// The parameters that a router needs to use a gateway in a domain (contract section 4); retained.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "PascalCase")]
 pub struct WorkerData {
@@ -55,8 +55,8 @@ pub struct WorkerData {
 }
 
 impl WorkerData {
-    /// The worker data in this payload; none if it is empty, which clears them. The original's broker passes the fields on
-    /// as text, so a port may be one.
+    /// The worker data in this payload; none if it is empty, which clears them. The original's broker passes the fields
+    /// on as text, so the port may be a text.
     pub fn parse(payload: &[u8]) -> Result<Option<Self>, Malformed> {
         let Some(fields) = Fields::parse(payload)? else { return Ok(None) };
         Ok(Some(Self {
@@ -74,11 +74,11 @@ impl From<&WorkerData> for GatewayPeer {
     }
 }
 
-/// The fields of what is retained, by name.
+/// The fields of a retained payload, by name.
 struct Fields(Map<String, Value>);
 
 impl Fields {
-    /// None if the payload is empty, which takes back what was retained (MQTT 3.1.1 section 3.3.1.3).
+    /// None if the payload is empty, which clears the retained message (MQTT 3.1.1 section 3.3.1.3).
     fn parse(payload: &[u8]) -> Result<Option<Self>, Malformed> {
         match payload.len() {
             0 => Ok(None),
@@ -102,7 +102,7 @@ impl Fields {
         text(self.needed(name)?, max).ok_or(Malformed::Field(name, "a short text"))
     }
 
-    /// An empty one leads to no gateway, as if there were none.
+    /// An empty text counts as missing: it leads to no gateway.
     fn address(&self, name: &'static str) -> Result<String, Malformed> {
         let address = self.text(name, NAME_MAX)?;
         if address.trim().is_empty() { Err(Malformed::Missing(name)) } else { Ok(address) }
@@ -145,7 +145,8 @@ fn served(field: &'static str, value: &Value) -> Result<Served, Malformed> {
     served.ok_or(Malformed::Field(field, "a time and a short text"))
 }
 
-/// What a worker or a broker is and can do beyond the contract; retained. Unknown fields and abilities are ignored.
+/// The state and the abilities of a worker or a broker beyond the contract; retained. Unknown fields and abilities are
+/// ignored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Hello {
     /// The version of its program.
@@ -153,32 +154,33 @@ pub struct Hello {
     /// Its abilities, by name.
     #[serde(rename = "can")]
     pub capabilities: Vec<String>,
-    /// The domains that it serves, by name; what is retained of others is left from an earlier config. None if it
-    /// has no such field.
+    /// The domains that it serves, by name; retained messages of others are from an earlier config. None if it has no
+    /// such field.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub domains: Option<Vec<String>>,
-    /// Which run of the program it is: another number means that it was restarted. None if it has no such field.
+    /// The run of the program: another number means that it was restarted. None if it has no such field.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub instance: Option<u64>,
-    /// A broker's digest of the records that it shares; a program with another one lacks some, or has more. None if it
+    /// A broker's digest of the records that it shares; a program with another digest has other records. None if it
     /// shares none.
     #[serde(rename = "revocations", skip_serializing_if = "Option::is_none")]
     pub records: Option<String>,
-    /// That this worker gets no new routers. None if it has no such field.
+    /// The drain of this worker: it gets no new routers. None if it has no such field.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub drain: Option<Drain>,
-    /// That this worker finds another program with its name.
+    /// Whether this worker detects another program with its name.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub name_in_use: bool,
     /// The tenants that this broker serves. None if it serves none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tenants: Option<Served>,
-    /// The registry that this broker alone can have, as nobody else reaches its database. None if it has none like that.
+    /// The registry that only this broker has, as no other broker has access to its database. None if it has none like
+    /// that.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub registry: Option<Served>,
 }
 
-/// A hello as it goes over the bus.
+/// A hello as it is published.
 #[derive(Serialize)]
 struct SentHello<'a> {
     #[serde(flatten)]
@@ -187,12 +189,12 @@ struct SentHello<'a> {
     time: u64,
 }
 
-/// What brokers with the same rules share, or only one of them can have.
+/// The tenants or the registry of a broker: shared by brokers with the same rules, or exclusive to one.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Served {
-    /// When it was started, in milliseconds since 1970 by its own clock: the first one comes before others.
+    /// When it was started, in milliseconds since 1970 by its own clock: the earliest one takes precedence.
     pub since: u64,
-    /// A digest of the settings that have to be the same.
+    /// A digest of the settings that have to be equal.
     pub rules: String,
 }
 
@@ -200,13 +202,13 @@ impl Hello {
     /// The ability to report the outcome of each key, by [`Applied`].
     pub const CONFIRM: &str = "confirm";
 
-    /// The ability to take denied keys out of the kernel, and to report that by [`Revoked`].
+    /// The ability to remove denied keys from the kernel, and to report that by [`Revoked`].
     pub const REVOKE: &str = "revoke";
 
     /// The ability to answer each [`SyncRequest`].
     pub const ANSWER: &str = "answer";
 
-    /// A broker's ability to receive requests on topics that belong to the program that asks; it sends its own there, too.
+    /// A broker's ability to receive requests on topics of the requesting program; it sends its own there, too.
     pub const NAMED_REQUESTS: &str = "named questions";
 
     /// A broker's ability to receive requests for records there, too.
@@ -239,13 +241,13 @@ impl Hello {
         serde_json::to_vec(&SentHello { hello: self, time }).unwrap_or_default()
     }
 
-    /// When this payload was sent, in seconds of Unix time by the clock of its program. None if it does not say so.
+    /// When this payload was sent, in seconds of Unix time by the clock of its program. None if it has no time.
     #[must_use]
     pub fn sent(payload: &[u8]) -> Option<u64> {
         Fields::parse(payload).ok()??.get("time")?.as_u64()
     }
 
-    /// Whether this payload is of this hello, whenever it was sent.
+    /// Whether this payload is this hello, with any time.
     #[must_use]
     pub fn is_in(&self, payload: &[u8]) -> bool {
         Self::sent(payload).is_some_and(|time| self.payload(time) == payload)
@@ -257,7 +259,7 @@ impl Hello {
         Self::new(&[Self::CONFIRM, Self::REVOKE], domains, None)
     }
 
-    /// The hello of this broker, for the domains with these names; `instance` is of this run of it alone.
+    /// The hello of this broker, for the domains with these names; `instance` identifies this run of it.
     #[must_use]
     pub fn broker(domains: Vec<String>, instance: u64) -> Self {
         Self::new(&[Self::ANSWER, Self::NAMED_REQUESTS, Self::NAMED_RECORDS], domains, Some(instance))
@@ -291,7 +293,7 @@ impl Hello {
         self.can(Self::CONFIRM)
     }
 
-    /// Whether the worker takes denied keys out of its kernel.
+    /// Whether the worker removes denied keys from its kernel.
     #[must_use]
     pub fn revokes(&self) -> bool {
         self.can(Self::REVOKE)
@@ -303,19 +305,19 @@ impl Hello {
         self.can(Self::ANSWER)
     }
 
-    /// Whether the broker uses topics for requests that belong to the program that asks.
+    /// Whether the broker receives requests on topics of the requesting program.
     #[must_use]
     pub fn names_requests(&self) -> bool {
         self.can(Self::NAMED_REQUESTS)
     }
 
-    /// Whether the broker receives requests for records on topics that belong to the program that asks.
+    /// Whether the broker receives requests for records on topics of the requesting program.
     #[must_use]
     pub fn names_records(&self) -> bool {
         self.can(Self::NAMED_RECORDS)
     }
 
-    /// The same of a broker that has a registry.
+    /// Adds the ability of a broker with a registry.
     #[must_use]
     pub fn with_leases(mut self) -> Self {
         self.capabilities.push(Self::LEASES.to_owned());
@@ -338,15 +340,15 @@ impl Hello {
 pub struct Applied {
     /// The domain's name.
     pub domain: String,
-    /// Keys whose peer, route and FDB entry stand in the kernel.
+    /// Keys whose peer, route and FDB entry are in the kernel.
     #[serde(default)]
     pub installed: Vec<PublicKey>,
-    /// Keys that do not stand there, or not with all three objects, or no longer, and why.
+    /// Keys of which one of these is missing, or that were removed, each with the reason.
     #[serde(default)]
     pub failed: BTreeMap<PublicKey, RejectReason>,
 }
 
-/// Keys of a domain whose first handshake a worker saw, or still sees handshakes of.
+/// Keys of a domain that had a first handshake at a worker, or continue to have handshakes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Handshakes {
     /// The domain's name.
@@ -364,21 +366,21 @@ pub struct Revoked {
     pub keys: BTreeMap<PublicKey, RevokeOutcome>,
 }
 
-/// The program that sent a request to a broker, as far as the topic shows it.
+/// The sender of a request to a broker, as far as the topic proves it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Requester {
-    /// A program, on a topic on which no other may publish in its name.
+    /// A program, on a topic on which no other program may publish in its name.
     Named(Participant),
-    /// All that request on the topic on which anybody may, in whatever name.
+    /// Any program, on the topic on which every program may publish, in any name.
     Shared,
 }
 
-/// Asks a broker for live keys of a domain.
+/// A request to a broker for live keys of a domain.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SyncRequest {
-    /// The program that asks.
+    /// The program that sends the request.
     pub from: Participant,
-    /// The broker that is asked, where it is not in the topic.
+    /// The broker, if it is not in the topic.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub to: Option<BrokerName>,
     /// The domain's name.
@@ -389,12 +391,12 @@ pub struct SyncRequest {
     pub younger_than: Option<u64>,
 }
 
-/// Asks a broker for all its records, which it then broadcasts.
+/// A request to a broker for all its records, which it then broadcasts.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RecordsRequest {
-    /// The program that asks.
+    /// The program that sends the request.
     pub from: Participant,
-    /// The broker that is asked, where it is not in the topic.
+    /// The broker, if it is not in the topic.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub to: Option<BrokerName>,
     /// True: it distinguishes this request from a [`SyncRequest`].
@@ -411,14 +413,14 @@ pub enum Request {
     Keys(SyncRequest),
 }
 
-/// The answer to a [`SyncRequest`]: the first live keys, in the order of their bytes, that it asks for.
+/// The answer to a [`SyncRequest`]: the first requested live keys, in the order of their bytes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SnapshotChunk {
-    /// Who answers.
+    /// The broker that answers.
     pub broker: BrokerName,
-    /// As asked.
+    /// The domain's name, from the request.
     pub domain: String,
-    /// As asked.
+    /// The key after which it begins, from the request.
     pub after: Option<PublicKey>,
     /// Each key with its age.
     pub keys: BTreeMap<PublicKey, Age>,
@@ -426,13 +428,13 @@ pub struct SnapshotChunk {
     pub more: bool,
 }
 
-/// How fresh a live key is. In JSON a list of both values.
+/// The age of a live key. In JSON a list of both values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "(u64, bool)", into = "(u64, bool)")]
 pub struct Age {
     /// Seconds since the key was last requested or last had a handshake.
     pub age_secs: u64,
-    /// Whether a handshake with it was ever seen.
+    /// Whether it ever had a handshake.
     pub has_handshake: bool,
 }
 
@@ -463,7 +465,7 @@ mod tests {
         let json = r#"{"ExternalAddress":"gw04.ext.ffmuc.net","Port":40011,"PublicKey":"TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=","LinkAddress":"fe80::27c:16ff:fec0:6c74"}"#;
         assert_eq!(serde_json::to_string(&data).unwrap(), json);
         assert_eq!(WorkerData::parse(json.as_bytes()), Ok(Some(data.clone())));
-        // As another program may write it, and the original's broker takes it.
+        // As another program may write it, and the original's broker accepts it.
         for port in ["\"40011\"", "\" 40011 \"", "40011"] {
             let text = json.replace("40011", port).replace(',', ", \"new\": [1], ");
             assert_eq!(WorkerData::parse(text.as_bytes()), Ok(Some(data.clone())), "{text}");

@@ -1,4 +1,4 @@
-//! What programs are called on the bus: each name is one level of a topic, checked when it is read.
+//! The names of programs on the bus: each is one level of a topic, validated when it is parsed.
 
 use std::borrow::Borrow;
 use std::fmt;
@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::is_topic_level;
 
-/// A text that cannot be the name of a program.
+/// A text that is no valid name of a program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("is not one level of a topic: \"/\", \"+\", \"#\" and control characters are not allowed")]
 pub struct NameError;
@@ -87,7 +87,7 @@ topic_level! {
     BrokerName
 }
 topic_level! {
-    /// The name of this machine, by which its worker is known, and its broker.
+    /// The name of this machine, which is that of its worker and of its broker.
     HostName
 }
 
@@ -103,7 +103,7 @@ impl From<&HostName> for BrokerName {
     }
 }
 
-/// One of those that share the keys.
+/// A program that exchanges keys by MQTT.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Participant {

@@ -6,7 +6,7 @@ use strum::{AsRefStr, Display, EnumIter, EnumString, IntoEnumIterator as _};
 /// The longest reason of another program's version that is kept, in characters.
 const OTHER_MAX: usize = 64;
 
-/// Why a key is not, or no longer, in a worker's kernel. Its text is the wire's, the metrics' and the log's.
+/// Why a key is not, or no longer, in a worker's kernel. The text is used on the wire, in metrics and in the log.
 #[derive(Debug, Clone, PartialEq, Eq, AsRefStr, Display, EnumIter, EnumString, Serialize, Deserialize)]
 #[serde(from = "String", into = "String")]
 pub enum RejectReason {
@@ -25,10 +25,10 @@ pub enum RejectReason {
     /// An access list denies the key.
     #[strum(serialize = "denied")]
     Denied,
-    /// The key was installed and is not any more: it was swept, or made room for another.
+    /// The key was installed and was removed: it was swept, or evicted for another.
     #[strum(serialize = "removed")]
     Removed,
-    /// The peer of a denied key stays, since another program changed it.
+    /// The peer of a denied key stays, since another program altered it.
     #[strum(serialize = "altered by somebody else")]
     Altered,
     /// The domain has no interface.
@@ -40,13 +40,13 @@ pub enum RejectReason {
     /// The kernel refused a change.
     #[strum(serialize = "kernel")]
     Kernel,
-    /// A reason that this version does not know, cut to 64 characters.
+    /// A reason that this version does not know, truncated to 64 characters.
     #[strum(default, transparent)]
     Other(Box<str>),
 }
 
 impl RejectReason {
-    /// Why a key that was requested is not in the kernel: the reasons that workers count.
+    /// The reasons why a requested key is not in the kernel: those that workers count.
     pub fn of_requested_keys() -> impl Iterator<Item = Self> {
         Self::iter().filter(|reason| match reason {
             Self::OwnKey

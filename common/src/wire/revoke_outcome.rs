@@ -1,4 +1,4 @@
-//! What a worker did about a key that a record denies: one enum from the worker's kernel over MQTT to the admin call's answer.
+//! The result of a denied key at a worker: one enum from the worker's kernel over MQTT to the admin call's answer.
 
 use serde::{Deserialize, Serialize};
 
@@ -11,16 +11,16 @@ const ABSENT: &str = "absent";
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "String", into = "String")]
 pub enum RevokeOutcome {
-    /// Peer, route and FDB entry were there, and are gone.
+    /// Peer, route and FDB entry existed, and are removed.
     Removed,
-    /// There was nothing of it.
+    /// None of them existed.
     Absent,
-    /// Something of it is still there, for this reason, which is not [`RejectReason::Removed`].
+    /// Some of them still exist, for this reason, which is not [`RejectReason::Removed`].
     Failed(RejectReason),
 }
 
 impl From<Result<(), RejectReason>> for RevokeOutcome {
-    /// A key that was removed before is removed.
+    /// A key that was removed earlier counts as removed.
     fn from(result: Result<(), RejectReason>) -> Self {
         match result {
             Ok(()) | Err(RejectReason::Removed) => Self::Removed,

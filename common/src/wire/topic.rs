@@ -1,5 +1,5 @@
-//! Every MQTT topic of wgkex: how it is written here, its owner and direction in [`ownership`]. The access rules of the MQTT
-//! server are derived from that (their rows for Parker, whose topics wgkex does not use yet, are there).
+//! Every MQTT topic of wgkex: its text is defined here, its owner and direction in [`ownership`]. The access rules of
+//! the MQTT server are derived from these (they also have rows for Parker, whose topics wgkex does not use yet).
 
 mod ownership;
 
@@ -10,12 +10,13 @@ use crate::wire::name::{BrokerName, WorkerName};
 
 /// The longest name of a program or a domain, in bytes.
 const LEVEL_MAX: usize = 255;
-/// What every topic of our own begins with.
+/// The prefix of all our own topics.
 const OURS: &str = "wgkex";
 
 /// A topic of the contract's section 4, or one of our own below `wgkex/`.
 ///
-/// The domain is the wire's, unchecked against the config: what came over MQTT may be anybody's. So may the names of programs.
+/// The domain is as received, unchecked against the config: any client may have published it. So are the names of
+/// programs.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Topic {
     /// A key for every gateway of a domain. Parsed whatever the last level is, built with `all`.
@@ -35,7 +36,7 @@ pub enum Topic {
         /// The worker's name.
         worker: WorkerName,
     },
-    /// What a router must know to reach a worker in a domain.
+    /// The parameters that a router needs to use a worker in a domain.
     WorkerData {
         /// The worker's name.
         worker: WorkerName,
@@ -47,22 +48,22 @@ pub enum Topic {
         /// The broker's name.
         broker: BrokerName,
     },
-    /// What a worker can do beyond the contract. Ours.
+    /// The hello of a worker. Ours.
     WorkerHello {
         /// The worker's name.
         worker: WorkerName,
     },
-    /// What became of a batch of keys at a worker. Ours.
+    /// The outcomes of a batch of keys at a worker. Ours.
     Applied {
         /// The worker's name.
         worker: WorkerName,
     },
-    /// Keys that a worker sees handshakes of. Ours.
+    /// Keys that have handshakes at a worker. Ours.
     Handshakes {
         /// The worker's name.
         worker: WorkerName,
     },
-    /// What became of denied keys at a worker. Ours.
+    /// The outcomes of denied keys at a worker. Ours.
     Revoked {
         /// The worker's name.
         worker: WorkerName,
@@ -72,7 +73,7 @@ pub enum Topic {
         /// The worker's name.
         worker: WorkerName,
     },
-    /// Snapshot chunks for a worker that asked. Ours.
+    /// Snapshot chunks for a worker that requested them. Ours.
     WorkerChunks {
         /// The worker's name.
         worker: WorkerName,
@@ -92,32 +93,33 @@ pub enum Topic {
         /// The worker's name.
         worker: WorkerName,
     },
-    /// What a worker publishes to itself. Ours.
+    /// Messages of a worker to itself. Ours.
     WorkerEcho {
         /// The worker's name.
         worker: WorkerName,
     },
-    /// What a broker can do beyond the contract. Ours.
+    /// The hello of a broker. Ours.
     BrokerHello {
         /// The broker's name.
         broker: BrokerName,
     },
-    /// Requests to a broker: for entries of the lists, and for live keys where it takes them nowhere else. Ours.
+    /// Requests to a broker: for entries of the lists, and for live keys if it receives them on no other topic. Ours.
     BrokerRequests {
         /// The broker's name.
         broker: BrokerName,
     },
-    /// Snapshot chunks for a broker that asked; or another broker's sync request, as only brokers publish here. Ours.
+    /// Snapshot chunks for a broker that requested them; or another broker's sync request, as only brokers publish
+    /// here. Ours.
     BrokerChunks {
         /// The broker's name.
         broker: BrokerName,
     },
-    /// What brokers that serve tenants tell a broker of their members. Ours.
+    /// Messages of brokers that serve tenants about their members, to a broker. Ours.
     BrokerTenants {
         /// The broker's name.
         broker: BrokerName,
     },
-    /// What a broker publishes to itself. Ours.
+    /// Messages of a broker to itself. Ours.
     BrokerEcho {
         /// The broker's name.
         broker: BrokerName,
@@ -127,7 +129,7 @@ pub enum Topic {
 }
 
 impl Topic {
-    /// The first level of every topic there is, Parker's apart.
+    /// The first level of every topic, except Parker's.
     pub const ROOTS: [&str; 5] = ["wireguard", "wireguard-metrics", "wireguard-worker", "wireguard-broker", OURS];
 
     /// One topic of each kind, of this domain, worker and broker; `+` stands for all of them in a filter.
@@ -182,7 +184,7 @@ impl Topic {
         }
     }
 
-    /// The filter for it, whose names may be `+`. That of a key has any last level.
+    /// The filter for it; its names may be `+`. The filter for a key has any last level.
     #[must_use]
     pub fn filter(&self) -> String {
         if let Self::Key { domain } = self { Self::keys(domain) } else { self.to_string() }
@@ -231,8 +233,8 @@ impl Topic {
         }
     }
 
-    /// The topic of a message that was received. None if it was `retained` on a topic on which no program retains one: it is
-    /// somebody else's, and as old as that wants.
+    /// The topic of a received message. None if it was `retained` on a topic on which no program retains messages: it
+    /// was published by another client, and may be of any age.
     #[must_use]
     pub fn received(text: &str, retained: bool) -> Option<Self> {
         Self::parse(text).filter(|topic| !retained || topic.is_retained())
@@ -258,13 +260,13 @@ impl Topic {
         .map(|topic| topic.to_string())
     }
 
-    /// The filter for whether each worker is online.
+    /// The filter for the status of every worker.
     #[must_use]
     pub fn worker_statuses() -> String {
         Self::WorkerStatus { worker: WorkerName::any() }.to_string()
     }
 
-    /// The filter for whether each broker is online.
+    /// The filter for the status of every broker.
     #[must_use]
     pub fn broker_statuses() -> String {
         Self::BrokerStatus { broker: BrokerName::any() }.to_string()
@@ -276,19 +278,19 @@ impl Topic {
         Self::WorkerData { worker: WorkerName::any(), domain: "+".into() }.to_string()
     }
 
-    /// The filter for what became of keys, at every worker.
+    /// The filter for the outcomes of keys, of every worker.
     #[must_use]
     pub fn applied() -> String {
         Self::Applied { worker: WorkerName::any() }.to_string()
     }
 
-    /// The filter for the keys that workers see handshakes of.
+    /// The filter for the keys that have handshakes, of every worker.
     #[must_use]
     pub fn handshakes() -> String {
         Self::Handshakes { worker: WorkerName::any() }.to_string()
     }
 
-    /// The filter for what became of denied keys, at every worker.
+    /// The filter for the outcomes of denied keys, of every worker.
     #[must_use]
     pub fn revoked() -> String {
         Self::Revoked { worker: WorkerName::any() }.to_string()
@@ -318,7 +320,7 @@ impl Topic {
         Self::LeaseRequests { worker: WorkerName::any() }.to_string()
     }
 
-    /// The filter for what brokers can do.
+    /// The filter for the hellos of brokers.
     #[must_use]
     pub fn broker_hellos() -> String {
         Self::BrokerHello { broker: BrokerName::any() }.to_string()

@@ -1,9 +1,11 @@
-//! Forwarding between the peers of one interface, each only within its own group: what the hub of tenants needs beside
-//! peers. A pool is networks of one family, each with the prefix length of the groups that it is cut into.
+//! Forwarding between the peers of one interface, each only within its own group: the hub of tenants needs this in
+//! addition to peers. A pool is a set of networks of one family, each with the prefix length of the groups that it is
+//! divided into.
 //!
-//! A packet that comes in by the interface is dropped by [`filter`] unless a peer sends it to one of the same group. What
-//! passes is routed by a table of its own, which only such packets look up, and this machine's own to the pool: so nobody else's
-//! packets leave by the interface, and none of these by another one.
+//! A packet received on the interface is dropped by [`filter`] unless a peer sends it to a peer of the same group.
+//! Packets that pass are routed by a separate routing table, which is used only for them and for this machine's own
+//! packets to the pool: packets from other interfaces do not leave by this one, and packets from this one do not leave
+//! by another.
 
 mod filter;
 
@@ -27,11 +29,13 @@ use crate::links::{Links, plain};
 
 /// The routing table of the hub; `wg-quick` uses 51820 and those after it.
 const TABLE: u32 = 51_830;
-/// The priority of the rules that lead there: before the main table. The next one forbids everything else.
+/// The priority of the rules that select this table: before the main table. The rules at the next priority reject all
+/// other packets of the interface.
 const PRIORITY: u32 = 5_183;
-/// Whose rules these are (`FRA_PROTOCOL` of `linux/fib_rules.h`; programs have numbers of their own from 5 on).
+/// The protocol number that marks the rules as wgkex's (`FRA_PROTOCOL` of `linux/fib_rules.h`; programs have numbers
+/// from 5 on).
 const PROTOCOL: RouteProtocol = RouteProtocol::Other(119);
-/// The interface by which this machine's own packets seem to come in.
+/// The input interface that the kernel uses for packets of this machine itself.
 const LOOPBACK: &str = "lo";
 /// Both families.
 const FAMILIES: [(IpVersion, AddressFamily); 2] =
@@ -45,13 +49,14 @@ const OPS_LEN: u16 = 4;
 /// `TCA_BPF_OPS`.
 const OPS: u16 = 5;
 
-/// Before an interface is set up: what keeps groups apart is there. Each step may be there already; rules of another pool go.
+/// Installs the filter and the rules that keep groups apart, before an interface is set up. Existing ones stay; rules
+/// for another pool are deleted.
 pub async fn prepare(links: &Links, interface: &str, pool: &[(IpNet, u8)]) -> io::Result<()> {
     set_filter(links, links.index(interface).await?, pool).await?;
     let wanted = rules(interface, pool);
     for (version, family) in FAMILIES {
         let there = own_rules(links, version).await?;
-        // Those of another interface keep it from forwarding by the main table.
+        // A rule of another interface stays: it keeps that interface from forwarding by the main table.
         let is_known = |rule: &RuleMessage| iif(rule).is_some_and(|iif| iif == interface || iif == LOOPBACK);
         for rule in there.iter().filter(|rule| is_known(rule) && !wanted.iter().any(|wanted| is_same(wanted, rule))) {
             links.handle().rule().del(rule.clone()).execute().await.map_err(plain)?;
@@ -66,7 +71,7 @@ pub async fn prepare(links: &Links, interface: &str, pool: &[(IpNet, u8)]) -> io
     Ok(())
 }
 
-/// Lets the peers of an interface that is set up reach each other within their groups. Each step may be there already.
+/// Enables forwarding between the peers of an interface that is up, within their groups. Repeating it is harmless.
 pub async fn enable(links: &Links, interface: &str, pool: &[(IpNet, u8)]) -> io::Result<()> {
     prepare(links, interface, pool).await?;
     let index = links.index(interface).await?;
@@ -86,8 +91,8 @@ pub async fn interfaces(links: &Links) -> io::Result<BTreeSet<String>> {
     Ok(interfaces)
 }
 
-/// A network of the pool that this machine reaches by another interface: its own packets there would go to the hub. None if the
-/// pool is nobody else's.
+/// A network of the pool that this machine reaches by another interface: with the rules its own packets there would go
+/// to the hub. None if no other interface has a route into the pool.
 pub async fn conflict(links: &Links, interface: &str, pool: &[(IpNet, u8)]) -> io::Result<Option<IpNet>> {
     let own = links.find(interface).await?.map(|link| link.index);
     let overlaps = |other: &IpNet| pool.iter().any(|(network, _)| network.contains(other) || other.contains(network));
@@ -100,7 +105,7 @@ pub async fn conflict(links: &Links, interface: &str, pool: &[(IpNet, u8)]) -> i
     while let Some(route) = routes.try_next().await.map_err(plain)? {
         let (destination, index) = destination(&route);
         let is_others = index.is_some() && index != own;
-        // The default route is no network of this machine's.
+        // The default route overlaps every pool, and is no conflict.
         if let Some(network) = destination.filter(|network| is_others && network.prefix_len() > 0 && overlaps(network))
         {
             return Ok(Some(network));
@@ -129,7 +134,8 @@ fn destination(route: &RouteMessage) -> (Option<IpNet>, Option<u32>) {
     (address.and_then(|address| IpNet::new(address, length).ok()), index)
 }
 
-/// Removes the rules of an interface, or all; the filter and the routes go with the interface, which is to be gone before.
+/// Removes the rules of an interface, or all rules; the filter and the routes are deleted with the interface, which has
+/// to be deleted before.
 pub async fn disable(links: &Links, interface: Option<&str>) -> io::Result<()> {
     let is_doomed = |rule: &RuleMessage| interface.is_none_or(|interface| iif(rule) == Some(interface));
     for (version, _) in FAMILIES {
@@ -187,8 +193,9 @@ async fn set_route(links: &Links, index: u32, network: IpNet) -> io::Result<()> 
     links.handle().route().add(route).replace().execute().await.map_err(plain)
 }
 
-/// What comes in by the interface is routed by the table or not at all. So is what this machine sends to the pool: errors (ICMP), which
-/// must not leave by another way with a part of a peer's packet; and what a check of the source address (`rp_filter`) looks up.
+/// Packets received on the interface are routed by the table or rejected. Packets from this machine to the pool are,
+/// too: ICMP errors, which must not leave by another interface with a part of a peer's packet, and the lookups of
+/// reverse path filtering (`rp_filter`).
 fn rules(interface: &str, pool: &[(IpNet, u8)]) -> Vec<RuleMessage> {
     let of_pool = if is_ipv4(pool) { AddressFamily::Inet } else { AddressFamily::Inet6 };
     let to_table = RuleAction::ToTable;
@@ -218,7 +225,7 @@ fn rule(family: AddressFamily, interface: &str, priority: u32, action: RuleActio
     rule
 }
 
-/// The kernel shows more attributes than were set.
+/// Compares only the attributes that were set: the kernel reports more.
 fn is_same(wanted: &RuleMessage, there: &RuleMessage) -> bool {
     let key = |RuleHeader { family, src_len, dst_len, action, .. }: &RuleHeader| (*family, *src_len, *dst_len, *action);
     key(&wanted.header) == key(&there.header)
@@ -237,8 +244,8 @@ async fn own_rules(links: &Links, version: IpVersion) -> io::Result<Vec<RuleMess
     Ok(rules.try_collect::<Vec<_>>().await?.into_iter().filter(is_own).collect())
 }
 
-/// IPv4 is forwarded by interface, IPv6 by all of them or none, which is the operator's to decide. Not every process that may
-/// do the rest sees that.
+/// Enables forwarding. IPv4 has a setting for each interface; IPv6 has one for all interfaces, which is the operator's
+/// decision. A process that may configure interfaces cannot always read this setting.
 fn forward(interface: &str, pool: &[(IpNet, u8)]) -> io::Result<()> {
     let is_ipv4 = is_ipv4(pool);
     let conf = if is_ipv4 { format!("ipv4/conf/{interface}") } else { "ipv6/conf/all".to_owned() };

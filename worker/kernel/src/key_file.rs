@@ -61,7 +61,7 @@ fn make(path: &Path, key: &Key) -> io::Result<()> {
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
     let written = writeln!(file, "{}", key.to_base64()).and_then(|()| file.sync_all());
     if written.is_err() {
-        // Half a key would stand in the way of the next attempt.
+        // An incomplete key file would make the next attempt fail.
         fs::remove_file(path)?;
     }
     written.and_then(|()| File::open(directory)?.sync_all())

@@ -1,12 +1,13 @@
-//! What wgkex needs from Linux, and nothing of what it decides.
+//! The Linux interfaces that wgkex uses; nothing here decides which peers there are.
 //!
-//! [`Kernel`] is the seam to the tables of interfaces that stand: read them, apply changes. [`netlink`] is Linux,
-//! [`memory`] a kernel in memory for tests. [`links`], [`wireguard`] and [`key_file`] make the interfaces themselves;
-//! [`forwarding`] is what the hub of tenants has beside that.
+//! [`Kernel`] is the trait for the tables of existing interfaces: read them, apply changes. [`netlink`] is Linux,
+//! [`memory`] a kernel in memory for tests. [`links`], [`wireguard`] and [`key_file`] create the interfaces themselves;
+//! [`forwarding`] is used by the hub of tenants in addition.
 //!
-//! Tasks: none; [`netlink`] runs each call on a thread that may block. Owners: the worker's reconciler has one kernel, for the
-//! domains, and its leases have another, for servers and the hub; `setup`, `dry-run` and the doctor have theirs while they run. A key comes here
-//! from the worker's plan and goes no further; the result of each change goes back to the owner.
+//! Tasks: none; [`netlink`] runs each call on a thread that may block. Owners: the worker's reconciler has one kernel,
+//! for the domains, and its leases have another, for servers and the hub; `setup`, `dry-run` and the doctor have theirs
+//! while they run. Previous stop of a key: the worker's plan; this is the last stop, and the result of each change goes
+//! back to the owner.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -29,10 +30,10 @@ pub mod memory;
 pub mod netlink;
 pub mod wireguard;
 
-/// The networks of a peer. The one that nearly every peer has takes no allocation.
+/// The networks of a peer. A single one, which nearly every peer has, takes no allocation.
 pub type AllowedIps = SmallVec<[IpNet; 1]>;
 
-/// An interface with peers, by its name, and what it carries.
+/// An interface with peers, by its name, and the VXLAN interface on top of it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Interface {
     /// The name of the WireGuard interface.
@@ -48,7 +49,8 @@ impl Interface {
     }
 }
 
-/// The kernel's numbers of an interface and of what it carries; other ones than before mean that one was created again.
+/// The interface indexes of an interface and of the VXLAN interface on top of it; they differ from earlier ones after
+/// one was created again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Indexes {
     /// That of the WireGuard interface.
@@ -80,17 +82,17 @@ pub struct Device {
 /// A peer of a WireGuard interface, as it is.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Peer {
-    /// Its allowed-ips, in no order that means anything.
+    /// Its allowed-ips, in no particular order.
     pub allowed_ips: AllowedIps,
-    /// The wall-clock time of its last handshake; `None` if there was none.
+    /// The wall-clock time of its last handshake; `None` if it never had one.
     pub last_handshake: Option<SystemTime>,
-    /// Every so many seconds it gets a packet; `None` if none is sent for that.
+    /// The persistent keepalive in seconds; `None` if it is off.
     pub keepalive: Option<NonZeroU16>,
-    /// The key that both ends share beside their own.
+    /// The preshared key.
     pub preshared: Option<PresharedKey>,
 }
 
-/// A symmetric key that both ends of a tunnel share. It shows in no log.
+/// A WireGuard preshared key. It is not logged.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct PresharedKey(Arc<[u8; 32]>);
 
@@ -114,27 +116,27 @@ impl fmt::Debug for PresharedKey {
     }
 }
 
-/// A peer of a WireGuard interface, as it is to be.
+/// The desired state of a peer of a WireGuard interface.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct PeerConfig {
     /// Its public key.
     pub key: PublicKey,
-    /// Networks that it has; it keeps others.
+    /// Networks to be added to its allowed-ips; it keeps others.
     pub allowed_ips: AllowedIps,
-    /// Every so many seconds it gets a packet; `None` leaves that as it is.
+    /// The persistent keepalive in seconds; `None` leaves it unchanged.
     pub keepalive: Option<NonZeroU16>,
-    /// The key that both ends share beside their own; `None` leaves that as it is.
+    /// The preshared key; `None` leaves it unchanged.
     pub preshared: Option<PresharedKey>,
 }
 
 impl PeerConfig {
-    /// One that has these networks, and nothing else that is set.
+    /// A peer with these networks, without keepalive and preshared key.
     #[must_use]
     pub fn new(key: PublicKey, allowed_ips: impl IntoIterator<Item = IpNet>) -> Self {
         Self { key, allowed_ips: allowed_ips.into_iter().collect(), keepalive: None, preshared: None }
     }
 
-    /// One that has this address alone.
+    /// A peer with this single address.
     #[must_use]
     pub fn at(key: PublicKey, address: Ipv6Addr) -> Self {
         Self::new(key, [host(address)])
@@ -147,13 +149,12 @@ pub fn host(address: Ipv6Addr) -> IpNet {
     IpNet::from(IpAddr::V6(address))
 }
 
-/// One thing to be so in an interface's tables. Each may be asked for again without harm: "already there" and
-/// "already gone" are success.
+/// One change of an interface's tables. Each change is idempotent: "already there" and "already gone" are success.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Change {
-    /// The peer exists and has what it is to have; nothing else of it changes.
+    /// The peer exists and has these networks and settings; others that it has stay.
     SetPeer(PeerConfig),
-    /// The peer exists and has what it is to have, its allowed-ips and no others. Its session stays.
+    /// The peer exists with these settings, and its allowed-ips are exactly these. Its session stays.
     ReplacePeer(PeerConfig),
     /// A static route to this network leaves by the interface.
     SetRoute(IpNet),
@@ -167,10 +168,10 @@ pub enum Change {
     RemoveFdb(Ipv6Addr),
 }
 
-/// What became of changes, in their order.
+/// The result of each change, in the order of the changes.
 pub type Outcomes = Vec<(Change, Result<(), KernelError>)>;
 
-/// Why the kernel did not do what it was asked.
+/// Why a call of the kernel failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum KernelError {
     /// The interface is not there, or is there and is down, so its tables cannot be used.
@@ -181,7 +182,7 @@ pub enum KernelError {
         /// `missing`, `down`, or `not a WireGuard interface` and the like.
         state: &'static str,
     },
-    /// A dump was interrupted by other changes more often than it is worth repeating.
+    /// A dump was interrupted by concurrent changes too often.
     #[error("dump of {interface} was interrupted {times} times")]
     Interrupted {
         /// The interface, or the table, that was read.
@@ -192,26 +193,26 @@ pub enum KernelError {
     /// The kernel, or the userspace WireGuard, answered with an error.
     #[error("{action}: {source}")]
     Refused {
-        /// What was asked, without keys and addresses.
+        /// The failed action, without keys and addresses.
         action: &'static str,
-        /// The answer.
+        /// The kernel's error number.
         source: Errno,
     },
 }
 
-/// A kernel with WireGuard and VXLAN interfaces. One owner asks; nobody else writes through it meanwhile.
+/// A kernel with WireGuard and VXLAN interfaces. It has one owner, which makes one call at a time.
 pub trait Kernel: Send + 'static {
     /// Reads the tables of an interface, whole: an interrupted dump is repeated, never returned.
     fn read(&mut self, interface: &Interface) -> impl Future<Output = Result<Device, KernelError>> + Send;
 
-    /// Applies `changes` and gives each back, in the same order, with what became of it. Their order holds within each
-    /// of the three tables, which do not depend on one another. One that fails does not hold up the others. An error
-    /// of [`KernelError::Interface`] means that nothing asked of that interface is there: it was not usable, or it
-    /// went away meanwhile with all that was in it.
+    /// Applies `changes` and returns each one, in the same order, with its result. Their order is kept within each of
+    /// the three tables, which do not depend on one another. A failed change does not stop the others. An error of
+    /// [`KernelError::Interface`] means that no change of that interface is in effect: the interface was not usable, or
+    /// it was deleted meanwhile with all that was in it.
     fn apply(&mut self, interface: &Interface, changes: Vec<Change>) -> impl Future<Output = Outcomes> + Send;
 
-    /// Returns when the links, or the addresses on them, may have changed since the last call, so that what was
-    /// read before may be wrong. Cancel-safe; a change between two calls is not lost.
+    /// Returns when the links, or the addresses on them, may have changed since the last call, so that tables read
+    /// before may be outdated. Cancel-safe; a change between two calls is not lost.
     fn changed(&mut self) -> impl Future<Output = ()> + Send;
 }
 

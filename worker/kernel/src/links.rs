@@ -16,7 +16,7 @@ use rtnetlink::{Handle, LinkMessageBuilder, LinkUnspec, LinkVxlan, LinkWireguard
 /// The interfaces of the network namespace in which it was opened.
 pub struct Links(Handle);
 
-/// What made an interface.
+/// The kind of an interface.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum LinkKind {
     /// The kernel's WireGuard.
@@ -25,13 +25,13 @@ pub enum LinkKind {
     Tun,
     /// The kernel's VXLAN.
     Vxlan(VxlanAttributes),
-    /// Something else, by the kernel's name for it.
+    /// Another kind, by the kernel's name for it.
     Other(String),
-    /// Nothing: it is a physical one.
+    /// No kind: a physical interface.
     Physical,
 }
 
-/// What of a VXLAN interface is fixed when it is made.
+/// The attributes of a VXLAN interface that cannot be changed after it is created.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct VxlanAttributes {
     /// The VXLAN network identifier.
@@ -48,13 +48,13 @@ pub struct VxlanAttributes {
 pub struct Link {
     /// Its index.
     pub index: u32,
-    /// What made it.
+    /// Its kind.
     pub kind: LinkKind,
     /// Whether the kernel gives it a link-local address when it comes up.
     pub auto_address: bool,
     /// Whether it is set up.
     pub up: bool,
-    /// The largest packet that it takes.
+    /// Its MTU.
     pub mtu: u32,
     /// Its IPv6 addresses.
     pub addresses: BTreeSet<Ipv6Addr>,
@@ -128,7 +128,7 @@ impl Links {
         self.0.address().add(index, address.into(), prefix).execute().await.map_err(plain)
     }
 
-    /// Deletes the interface; what is gone already is no error.
+    /// Deletes the interface; a missing one is no error.
     pub async fn delete(&self, name: &str) -> io::Result<()> {
         match self.find(name).await? {
             Some(link) => self.0.link().del(link.index).execute().await.map_err(plain),
@@ -211,7 +211,7 @@ fn gives_addresses(spec: &AfSpecUnspec) -> bool {
         .any(|attribute| matches!(attribute, AfSpecInet6::AddrGenMode(mode) if *mode != In6AddrGenMode::None))
 }
 
-/// The error number that came over netlink, as the standard library has it.
+/// The error number of a netlink answer, as the standard library's error.
 pub(crate) fn plain(error: rtnetlink::Error) -> io::Error {
     if let rtnetlink::Error::NetlinkError(answer) = error {
         answer.to_io()

@@ -1,5 +1,5 @@
-//! A kernel in memory: the same tables and manners as Linux, and handles by which a test looks at them and
-//! breaks them while a worker owns the other end.
+//! A kernel in memory with the same tables and behaviour as Linux, and handles by which a test reads and breaks the
+//! tables while a worker owns the kernel.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -19,7 +19,7 @@ pub struct MemoryKernel {
     events: Arc<Notify>,
 }
 
-/// How long the kernel takes, beside no time at all.
+/// Artificial delays of the kernel's calls.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Delays {
     /// For each call of `read`.
@@ -44,7 +44,7 @@ struct State {
 #[derive(Debug)]
 struct Tables {
     device: Device,
-    /// Whose allowed-ip each is: Linux has one owner for each, too.
+    /// The owner of each allowed-ip: as on Linux, each has one.
     owners: HashMap<IpNet, PublicKey>,
     wireguard: LinkState,
     vxlan: LinkState,
@@ -75,7 +75,7 @@ impl MemoryKernel {
         kernel
     }
 
-    /// Makes the interface and what it carries, up and empty, in place of older ones. The key, the port and the address
+    /// Makes the interface and its VXLAN interface, up and empty, in place of older ones. The key, the port and the address
     /// are made from the interface's index.
     pub fn add(&self, interface: impl Into<Interface>) {
         let interface = interface.into();
@@ -87,7 +87,7 @@ impl MemoryKernel {
         self.events.notify_one();
     }
 
-    /// Deletes the interface and what it carries, with all that is in them.
+    /// Deletes the interface and the VXLAN interface on it, with all tables of both.
     pub fn remove(&self, interface: impl Into<Interface>) {
         self.lock().interfaces.remove(&interface.into());
         self.events.notify_one();
@@ -134,7 +134,7 @@ impl MemoryKernel {
         self.lock().interfaces.get(&interface.into()).map(|tables| tables.device.clone())
     }
 
-    /// Alters the tables behind the worker's back, without an event. Nothing without the interface.
+    /// Changes the tables without an event, as another program would. Does nothing if the interface is missing.
     pub fn alter(&self, interface: impl Into<Interface>, change: impl FnOnce(&mut Device)) {
         if let Some(tables) = self.lock().interfaces.get_mut(&interface.into()) {
             change(&mut tables.device);
@@ -142,7 +142,7 @@ impl MemoryKernel {
         }
     }
 
-    /// Has the peer `key` have handshakes at `at`; nothing if there is no such peer.
+    /// Sets the last handshake of the peer `key` to `at`; does nothing if there is no such peer.
     pub fn handshake(&self, interface: impl Into<Interface>, key: PublicKey, at: SystemTime) {
         self.alter(interface, |device| {
             if let Some(peer) = device.peers.get_mut(&key) {
@@ -151,7 +151,7 @@ impl MemoryKernel {
         });
     }
 
-    /// Answers exactly this change with an error, from now on, on every interface.
+    /// Makes exactly this change fail with an error, from now on, on every interface.
     pub fn refuse(&self, change: Change) {
         self.lock().refused.insert(change);
     }
@@ -161,12 +161,12 @@ impl MemoryKernel {
         self.lock().refused.clear();
     }
 
-    /// Answers every read with this error, from now on; `None` reads well again.
+    /// Makes every read fail with this error, from now on; `None` ends that.
     pub fn fail_reads(&self, error: Option<KernelError>) {
         self.lock().read_error = error;
     }
 
-    /// Takes this long from the next call on.
+    /// Sets the delays of all later calls.
     pub fn delay(&self, delays: Delays) {
         self.lock().delays = delays;
     }
@@ -176,13 +176,13 @@ impl MemoryKernel {
         self.events.notify_one();
     }
 
-    /// How many reads were asked for so far.
+    /// The number of reads so far.
     #[must_use]
     pub fn reads(&self) -> usize {
         self.lock().reads
     }
 
-    /// The calls of `apply` since the last time this was asked, in their order, also those that failed.
+    /// The calls of `apply` since the last call of this function, in their order, also the failed ones.
     #[must_use]
     pub fn take_applies(&self) -> Vec<(Interface, Vec<Change>)> {
         std::mem::take(&mut self.lock().applies)
@@ -195,7 +195,7 @@ impl MemoryKernel {
         self.events.notify_one();
     }
 
-    /// A test's assertion that failed under the lock must not fail everything after it.
+    /// A failed assertion of one test under the lock must not make all later calls fail.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock()
     }
@@ -232,7 +232,7 @@ impl Kernel for MemoryKernel {
     }
 }
 
-/// No timer for no time, so that a runtime without one serves.
+/// No timer for a delay of zero, so that a runtime without timers works.
 async fn pause(delay: Duration) {
     if !delay.is_zero() {
         tokio::time::sleep(delay).await;
@@ -294,8 +294,8 @@ impl Tables {
         (change, Ok(()))
     }
 
-    /// Linux says nothing and does nothing when an interface is given its own key as a peer, and it takes an
-    /// allowed-ip from the peer that has it (`set_peer` and `add` in drivers/net/wireguard).
+    /// Linux ignores a peer with the interface's own key without an error, and it takes an allowed-ip from the peer
+    /// that has it (`set_peer` and `add` in drivers/net/wireguard).
     fn set_peer(&mut self, config: &PeerConfig) {
         let PeerConfig { key, allowed_ips, keepalive, preshared } = config;
         if self.device.public_key == Some(*key) {

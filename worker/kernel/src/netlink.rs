@@ -22,11 +22,11 @@ use self::route::LinkStatus;
 use self::wireguard::{PeerChange, WireGuard};
 use crate::{Change, Device, Errno, Indexes, Interface, Kernel, KernelError, Outcomes, Peer, failed};
 
-/// A large table takes seconds; what takes this long hangs, as the process of a userspace WireGuard may, and the other
-/// interfaces must not wait for it.
+/// The timeout of a call. A large table takes seconds; a longer call hangs, as the process of a userspace WireGuard
+/// may, and must not delay the other interfaces.
 const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Before listening again on a socket that fails.
+/// The pause before listening again on a socket that failed.
 const LISTEN_PAUSE: Duration = Duration::from_secs(1);
 
 /// How often an interface is read again because its interfaces were replaced meanwhile.
@@ -56,7 +56,7 @@ impl Netlink {
         Ok(Self { events, stuck: BTreeMap::new(), patience: CALL_TIMEOUT })
     }
 
-    /// Waits only this long for an answer; what takes longer counts as an interface that is gone.
+    /// Sets the timeout of calls; after it an interface counts as not usable.
     #[must_use]
     pub fn with_patience(self, patience: Duration) -> Self {
         Self { patience, ..self }
@@ -71,7 +71,7 @@ impl Kernel for Netlink {
 
     async fn apply(&mut self, interface: &Interface, changes: Vec<Change>) -> Outcomes {
         let task_interface = interface.clone();
-        // Shared, for the case that the thread hangs and keeps its own.
+        // Shared: a hanging thread keeps its reference.
         let changes = Arc::new(changes);
         let task_changes = Arc::clone(&changes);
         let results = self
@@ -100,8 +100,8 @@ impl Kernel for Netlink {
 }
 
 impl Netlink {
-    /// Runs `task` for `interface` on a thread that may block, of a runtime that may have only one of its own. What was
-    /// begun is carried through even if nobody waits any more; until it is, nothing else is begun for that interface.
+    /// Runs `task` for `interface` on a blocking thread, since the runtime may have a single worker thread. `task` is
+    /// completed even if the caller stops waiting; until then no other task is started for that interface.
     async fn blocking<T: Send + 'static>(
         &mut self,
         interface: &Interface,
@@ -114,7 +114,7 @@ impl Netlink {
         self.stuck.remove(interface);
         let (done, result) = oneshot::channel();
         let thread = tokio::task::spawn_blocking(move || {
-            // Whoever asked may have given up.
+            // The caller may have stopped waiting.
             let _ = done.send(task());
         });
         let Ok(result) = timeout(self.patience, result).await else {
@@ -136,7 +136,7 @@ fn read(interface: &Interface) -> Result<Device, KernelError> {
     Err(KernelError::Interrupted { interface: interface.name.clone(), times: MAX_READS })
 }
 
-/// An interface and what it carries, there and up, and the sockets to ask for their tables.
+/// An interface and the VXLAN interface on it, both up, and the sockets for requests of their tables.
 struct Interfaces<'a> {
     interface: &'a Interface,
     indexes: Indexes,
@@ -233,7 +233,7 @@ fn unusable(interface: &str, state: &'static str) -> KernelError {
     KernelError::Interface { interface: interface.into(), state }
 }
 
-/// Reads a datagram as the answer to each request, for tests with arbitrary datagrams: it must come to an end.
+/// Parses a datagram as the answer to each request, for fuzz tests: parsing must terminate.
 #[cfg(any(test, fuzzing))]
 pub fn read_answer(datagram: &[u8]) {
     use netlink_packet_generic::GenlMessage;
@@ -260,7 +260,8 @@ fn payload<I>(message: &netlink_packet_core::NetlinkMessage<I>) -> Option<&I> {
     if let netlink_packet_core::NetlinkPayload::InnerMessage(inner) = &message.payload { Some(inner) } else { None }
 }
 
-/// An interface that went away or down during the call is reported as if it had been so before: its peers are gone.
+/// An interface that was deleted or set down during the call is reported as if it had been so before: its peers are
+/// gone.
 fn refused(action: &'static str, interface: &str, error: Errno) -> KernelError {
     if error == Errno::ENODEV {
         unusable(interface, "missing")

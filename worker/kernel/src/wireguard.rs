@@ -10,7 +10,7 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep};
 use wireguard_control::{Backend, Device, DeviceUpdate, InterfaceName, Key};
 
-/// How long a userspace WireGuard may take to come or to go.
+/// How long a userspace WireGuard may take to start or to end.
 const USERSPACE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Reads the interface, its peers included. It must exist.
@@ -27,7 +27,7 @@ pub async fn set_key(name: &str, backend: Backend, key: Key) -> io::Result<()> {
 /// Gives the interface its UDP port. It must exist.
 pub async fn set_port(name: &str, backend: Backend, port: u16) -> io::Result<()> {
     if backend == Backend::Userspace {
-        // It would only log, when it comes up, that the port is taken.
+        // wireguard-go only logs, when it is set up, that the port is taken.
         UdpSocket::bind((Ipv6Addr::UNSPECIFIED, port))?;
     }
     set(name, backend, DeviceUpdate::new().set_listen_port(port)).await
@@ -42,7 +42,7 @@ async fn blocking<T: Send + 'static>(call: impl FnOnce() -> io::Result<T> + Send
     tokio::task::spawn_blocking(call).await.unwrap_or_else(|panic| Err(io::Error::other(panic)))
 }
 
-/// Where a userspace WireGuard listens for commands. All network namespaces share this directory.
+/// The directory of the control sockets of userspace WireGuard processes. All network namespaces share it.
 #[must_use]
 pub fn socket(name: &str) -> PathBuf {
     format!("/var/run/wireguard/{name}.sock").into()
@@ -54,17 +54,17 @@ pub fn listens(name: &str) -> bool {
     UnixStream::connect(socket(name)).is_ok()
 }
 
-/// Whether a userspace WireGuard may be behind the interface, which this process has no right to ask.
+/// Whether the interface may belong to a userspace WireGuard whose control socket this process may not open.
 #[must_use]
 pub fn is_hidden(name: &str) -> bool {
     UnixStream::connect(socket(name)).is_err_and(|error| error.kind() == ErrorKind::PermissionDenied)
 }
 
-/// Starts wireguard-go for an interface that does not exist yet; returns when it takes commands. It leaves the
-/// foreground by itself. [`ErrorKind::NotFound`]: there is no such program.
+/// Starts wireguard-go for an interface that does not exist yet; returns when it accepts commands. It daemonizes
+/// itself. [`ErrorKind::NotFound`]: the program is not installed.
 pub async fn start_userspace(name: &str) -> io::Result<()> {
     let until = Instant::now() + USERSPACE_TIMEOUT;
-    // With a log level it would hold on to our output for as long as it lives.
+    // With a log level it would keep our output open for as long as it runs.
     let mut program = Command::new("wireguard-go");
     program.arg(name).env_remove("LOG_LEVEL").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
     let output = blocking(move || program.output()).await?;

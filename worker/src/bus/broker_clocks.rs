@@ -1,4 +1,5 @@
-//! How far the clocks of brokers are away, by the hellos that the second session receives. No task.
+//! The differences between the brokers' clocks and this gateway's, by the hellos that the second session receives. No
+//! task.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::SystemTime;
@@ -14,7 +15,7 @@ use wgkex_common::{BrokerName, Topic};
 /// Brokers that are remembered at most: more than any fleet has.
 const BROKERS_MAX: usize = 256;
 
-/// The brokers whose clock is not this gateway's, by name.
+/// The brokers whose clock differs from this gateway's, by name.
 pub type ClocksOff = BTreeMap<String, Difference>;
 
 /// The clocks of all brokers.
@@ -26,7 +27,7 @@ pub struct BrokerClocks {
 }
 
 impl BrokerClocks {
-    /// Those that are off.
+    /// The clocks that differ.
     pub fn off(&self) -> watch::Receiver<ClocksOff> {
         self.off.subscribe()
     }
@@ -41,7 +42,7 @@ impl BrokerClocks {
         }
     }
 
-    /// The connection is lost: brokers may go unnoticed.
+    /// The connection is lost: a broker may stop or restart unnoticed.
     pub fn on_down(&mut self) {
         self.known.clear();
         self.logged.clear();
@@ -67,7 +68,7 @@ impl BrokerClocks {
         self.off.send_replace(self.known.iter().filter_map(off).collect());
     }
 
-    /// One line when a clock is found to be off, and one when that is over.
+    /// Logs one line when a clock begins to differ, and one when it no longer does.
     fn log(&mut self) {
         let off = self.off.borrow();
         for (broker, difference) in off.iter().filter(|(broker, _)| !self.logged.contains(*broker)) {
@@ -86,7 +87,7 @@ mod tests {
 
     use super::*;
 
-    /// What is off after hellos that brokers sent so many seconds from now.
+    /// The differences after hellos that brokers sent so many seconds ahead of this clock.
     fn after(clocks: &mut BrokerClocks, hellos: &[(&str, i64)], retain: bool) -> Vec<String> {
         for (broker, ahead) in hellos {
             let sent = unix(SystemTime::now()).saturating_add_signed(*ahead);

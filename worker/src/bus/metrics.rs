@@ -4,14 +4,14 @@ use prometheus::{Error, IntCounter, IntCounterVec, IntGauge};
 use wgkex_common::runtime::metrics::Registry;
 use wgkex_common::wire::ignored::Ignored;
 
-/// Clones count into the same ones.
+/// Clones share the metrics.
 #[derive(Debug, Clone)]
 pub struct Metrics {
-    /// MQTT messages that mean nothing to a worker, by reason.
+    /// MQTT messages that a worker ignores, by reason.
     pub messages_ignored: IntCounterVec,
     /// Whether MQTT is connected.
     pub connected: IntGauge,
-    /// Whether another program seems to use the name of this worker.
+    /// Whether another program may use the name of this worker.
     pub name_in_use: IntGauge,
     /// Whether the gateway drains.
     pub draining: IntGauge,

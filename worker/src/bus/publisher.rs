@@ -1,7 +1,7 @@
-//! What the worker publishes by MQTT: its states, peer counts and what became of keys.
+//! What the worker publishes by MQTT: its states, its peer counts and the outcomes of keys.
 //!
-//! One task, which `run` of the worker owns, runs [`Publisher::run`]. Previous stop of a key: [`crate::reconciler`], which
-//! reports what became of it; next stop: a broker.
+//! One task, which `run` of the worker owns, runs [`Publisher::run`]. Previous stop of a key: [`crate::reconciler`],
+//! which reports its outcome; next stop: a broker.
 
 use std::collections::BTreeSet;
 use std::time::{Instant, SystemTime};
@@ -18,7 +18,7 @@ use wgkex_common::{Config, Domain, Topic, WorkerName};
 use crate::bus::Metrics;
 use crate::reconciler::{DomainState, DomainStates, Reports};
 
-/// Publishes what the reconciler reports of the kernel.
+/// Publishes the states and outcomes that the reconciler reports.
 pub struct Publisher {
     worker: WorkerName,
     external_name: String,
@@ -36,43 +36,43 @@ pub struct Publisher {
     metrics: Metrics,
 }
 
-/// What gives a publisher something to publish.
+/// The events that make a publisher publish something.
 enum Trigger {
-    /// MQTT is connected, or no longer.
+    /// The MQTT connection is established or lost.
     Connection,
-    /// A domain is not as it was published.
+    /// The state of a domain differs from the published one.
     State,
-    /// The gateway begins to drain, or no longer does; or another program seems to use its name, or no longer.
+    /// The hello changes: the gateway begins or ends to drain, or another program begins or ends to use its name.
     Hello,
-    /// A batch of keys is done.
+    /// The outcomes of a batch of keys.
     Applied(Applied),
-    /// Keys have handshakes.
+    /// Keys with a new handshake.
     Handshakes(Handshakes),
-    /// Denied keys are taken out.
+    /// The outcomes of denied keys.
     Revoked(Revoked),
-    /// A message is about which programs are there.
+    /// A status message of another program, or a message on this worker's own topics.
     Presence(PresenceEvent),
-    /// It is time to publish everything again.
+    /// All states are due to be published again.
     Due,
     /// The reconciler has ended.
     End,
 }
 
-/// What a publisher starts with.
+/// The parts from which a publisher is made.
 pub struct PublisherParts {
     /// The session on which the worker publishes its states.
     pub bus: MqttHandle,
-    /// The session on which it publishes what became of keys.
+    /// The session on which it publishes the outcomes of keys.
     pub confirmations: MqttHandle,
     /// The states to be published.
     pub state: watch::Receiver<DomainStates>,
     /// Whether the gateway drains.
     pub drain: watch::Receiver<Option<Drain>>,
-    /// What became of keys.
+    /// The outcomes of keys.
     pub reports: Reports,
-    /// Which programs are there, and what is retained of this one.
+    /// The status messages of other programs, and messages on this worker's own topics.
     pub presence_events: mpsc::Receiver<PresenceEvent>,
-    /// What it counts in.
+    /// Its metrics.
     pub metrics: Metrics,
 }
 
@@ -141,9 +141,9 @@ impl Publisher {
         *self.connection.borrow_and_update() == ConnectionState::Up
     }
 
-    /// On every connection: first what this worker is and has, then that it is online, so that a broker that receives the
-    /// last has the rest. A broker that subscribes in between receives the status alone, and takes the worker for an
-    /// original: for that one the hello comes again.
+    /// On every connection: first the hello and the data of this worker, then the status online, so that a broker that
+    /// receives the status has the rest. A broker that subscribes in between receives the status alone, and takes the
+    /// worker for an original: for that one the hello is published again.
     fn announce_online(&mut self) {
         self.publish_hello(Announcement::Retained);
         self.published.clear();
@@ -152,7 +152,7 @@ impl Publisher {
         self.publish_hello(Announcement::Retained);
     }
 
-    /// The same for brokers that may have received something else, or nothing.
+    /// Publishes all states again for brokers that may have received other ones, or none.
     fn publish_again(&mut self, now: Instant) {
         let Some(announcement) = self.presence.next(now) else { return };
         if *self.connection.borrow() != ConnectionState::Up {
@@ -182,7 +182,8 @@ impl Publisher {
         }
     }
 
-    /// Whether this is what this worker published on the topic, if it has published anything there on this connection.
+    /// Whether this is the payload that this worker published on the topic; also true if it has published none there on
+    /// this connection.
     fn is_own(&self, topic: &Topic, payload: &[u8]) -> bool {
         if let Topic::WorkerHello { .. } = topic {
             self.hello().is_in(payload)
@@ -209,7 +210,7 @@ impl Publisher {
         Hello { drain: self.drain.borrow().clone(), name_in_use, ..Hello::worker(domains) }
     }
 
-    /// Without a connection the hello of the next one has it.
+    /// Without a connection nothing is published: the hello published on the next connection includes the change.
     fn hello_changed(&mut self) {
         if *self.connection.borrow() == ConnectionState::Up {
             self.publish_hello(Announcement::Retained);
@@ -230,7 +231,8 @@ impl Publisher {
         }
     }
 
-    /// Publishes the domains that are not as they were published. Without a connection nothing is, and all is later.
+    /// Publishes the states of domains that differ from the published ones. Without a connection nothing is published;
+    /// the next connection publishes all of them.
     fn publish_changes(&mut self) {
         let now = self.state.borrow_and_update().clone();
         if *self.connection.borrow() != ConnectionState::Up {
@@ -269,19 +271,19 @@ impl Publisher {
         }
     }
 
-    /// What is lost is published again when MQTT is back.
+    /// Lost handshakes are published again on the next connection.
     fn publish_handshakes(&self, handshakes: &Handshakes) {
         let _ = self.try_report(Topic::Handshakes { worker: self.worker.clone() }, handshakes);
     }
 
-    /// Best effort: the caller reports "no answer" if this is lost.
+    /// Best effort: if the message is lost, the admin call reports "no answer".
     fn publish_revoked(&self, revoked: &Revoked) {
         if !self.try_report(Topic::Revoked { worker: self.worker.clone() }, revoked) {
             self.reports.dropped.inc();
         }
     }
 
-    /// Publishes what became of keys, by the session for that; false if there is no place.
+    /// Publishes the outcomes of keys on the second session; false if its queue is full.
     fn try_report<T: serde::Serialize>(&self, topic: Topic, report: &T) -> bool {
         let payload = serde_json::to_vec(report).unwrap_or_default();
         self.confirmations.try_publish(Message::transient(topic, payload))
@@ -291,7 +293,8 @@ impl Publisher {
         Message::retained_qos0(self.peers(domain), connected(state).to_string())
     }
 
-    /// Publishes that no domain is served here, then that the worker is gone, and waits until the server acknowledges it.
+    /// Publishes for each domain that it is not served here, clears the hello, publishes the status offline, and waits
+    /// until the server acknowledges that.
     pub async fn announce_offline(&self) {
         if *self.connection.borrow() != ConnectionState::Up {
             return;
@@ -303,7 +306,7 @@ impl Publisher {
             self.publish(message);
         }
         self.publish(hello);
-        // An error means that the session has ended, and then its last will is published.
+        // On an error the session has ended, and the server publishes the last will.
         let _ = self.bus.publish(gone).await;
     }
 

@@ -1,5 +1,5 @@
-//! What the worker receives by MQTT: keys, for the reconciler; what other gateways publish of themselves, which reserves
-//! keys and addresses; live keys and list records of brokers.
+//! The MQTT messages that the worker receives: keys, for the reconciler; the data that other gateways publish, which
+//! reserve keys and addresses; live keys and list records of brokers.
 //!
 //! Previous stop of a key: the MQTT session; next stop: [`crate::reconciler`].
 
@@ -40,7 +40,7 @@ pub fn session(config: &Config) -> SessionConfig {
     }
 }
 
-/// The session that publishes what became of keys, and asks for those that may be lacking.
+/// The session on which the worker publishes the outcomes of keys, and requests live keys that it may lack.
 pub fn secondary_session(config: &Config) -> SessionConfig {
     let worker = || WorkerName::from(&config.name);
     SessionConfig {
@@ -57,8 +57,8 @@ pub fn secondary_session(config: &Config) -> SessionConfig {
     }
 }
 
-/// Hands keys to the reconciler, what other gateways publish of themselves to `reserved`, and which programs are there to
-/// the publisher, by `reporter`; everything else is counted and ignored. On each connection keys wait for the records of
+/// Passes keys to the reconciler, the data that other gateways publish to `reserved`, and status messages to the
+/// publisher, by `reporter`; other messages are counted and ignored. After each connect keys wait for the records of
 /// `lists`.
 pub fn on_event(
     domains: BTreeSet<Domain>,
@@ -105,8 +105,8 @@ fn reserve(
     Ok(())
 }
 
-/// Hands what brokers publish of themselves, and the live keys that they send, to the sync client by `sync`; the former, and
-/// the records that they share, to `lists`; the former, and leases, to `leases`; and when they published it, to `clocks`.
+/// Passes the hellos of brokers to the sync client (`sync`), to `lists` and to `leases`; live keys to `sync`, list
+/// records to `lists`, leases to `leases`; and the times in the hellos to `clocks`.
 pub fn on_secondary_event(
     handle: ReconcilerHandle,
     sync: SyncSender,
@@ -124,7 +124,7 @@ pub fn on_secondary_event(
             lists.on_event(ListEvent::Down);
             clocks.on_down();
         }
-        // What finds no place is asked for again.
+        // A message for a full queue is dropped; the task requests it again.
         Event::Message(publish) => {
             clocks.on_message(&publish);
             if let Err(reason) = receive(&sync, &lists, &leases, &publish) {
@@ -140,14 +140,14 @@ fn ignore(metrics: &Metrics, publish: &Publish, reason: Ignored) {
     metrics.messages_ignored.with_label_values(&[reason]).inc();
 }
 
-/// The key in a message, or why there is none.
+/// The key in a message, or the reason why it has none.
 fn key(domains: &BTreeSet<Domain>, topic: Option<Topic>, publish: &Publish) -> Result<KeyId, Ignored> {
     let Some(Topic::Key { domain }) = topic else { return Err(Ignored::Topic) };
     let domain = domains.get(domain.as_str()).ok_or(Ignored::Domain)?;
     Ok(KeyId { domain: domain.clone(), key: ignored::key(&publish.payload)? })
 }
 
-/// Takes in a message of a broker, or returns why it is ignored.
+/// Passes a message of a broker on, or returns the reason why it is ignored.
 fn receive(sync: &SyncSender, lists: &service::Handle, leases: &LeaseSender, publish: &Publish) -> Result<(), Ignored> {
     let topic = Topic::received(&publish.topic, publish.retain).ok_or(Ignored::Topic)?;
     if topic == Topic::Revocations {
@@ -155,7 +155,7 @@ fn receive(sync: &SyncSender, lists: &service::Handle, leases: &LeaseSender, pub
         return Ok(());
     }
     if let Topic::WorkerLeases { .. } = topic {
-        // What finds no place is asked for again.
+        // If the queue is full, the task requests the leases again.
         let _ = leases.try_send(LeaseEvent::Leases(ignored::json(&publish.payload)?));
         return Ok(());
     }
@@ -168,7 +168,7 @@ fn receive(sync: &SyncSender, lists: &service::Handle, leases: &LeaseSender, pub
     Ok(())
 }
 
-/// Takes in any message as both sessions do, for fuzzing: it must come to an end.
+/// Handles any message as both sessions do, for fuzz tests: it must terminate.
 #[cfg(any(test, fuzzing))]
 pub fn receive_anything(topic: &str, payload: &[u8]) {
     let publish = Publish::new(topic, wgkex_common::mqtt::QoS::AtMostOnce, payload);

@@ -1,5 +1,5 @@
-//! `doctor`: gathers what the checks need. It asks the kernel, the file system, the running worker and the MQTT server, and
-//! changes none of them.
+//! `doctor`: gathers the facts for the checks. It reads from the kernel, the file system, the running worker and the
+//! MQTT server, and changes none of them.
 
 mod clock;
 mod managers;
@@ -62,7 +62,7 @@ impl Doctor {
     fn facts(&self, config: &Config) -> anyhow::Result<Facts> {
         let runtime = Builder::new_current_thread().enable_all().build().context("the runtime does not start")?;
         let (interfaces, mqtt) = runtime.block_on(async { (interfaces(config).await, mqtt(config).await) });
-        // A kernel that does not answer must not keep the process from its end.
+        // A hanging call of the kernel must not keep the process from ending.
         runtime.shutdown_background();
         let (domains, servers) = interfaces.context("netlink")?;
         let is_kernels = |domain: &DomainFacts| matches!(&domain.wireguard, Ok(Some(wireguard)) if wireguard.link.kind == LinkKind::Wireguard);
@@ -99,7 +99,7 @@ fn listener(listen: &Listen) -> (String, PortOwner) {
     (listen.to_string(), sockets::of_listener(address, listen.port))
 }
 
-/// The interfaces that nothing else may manage.
+/// The interfaces that no other program may manage.
 fn managed(config: &Config) -> Vec<Interface> {
     let of_domains = config
         .domains
@@ -115,7 +115,7 @@ fn running(config: &Config) -> Option<RunningWorker> {
     http_client::status(&config.worker_listen).ok().map(RunningWorker::from)
 }
 
-/// The process of the worker that answers, if it has the same number here as it has itself.
+/// The process of the worker that answers, if its process id is the same in this process's namespace.
 fn worker_process(running: &RunningWorker) -> Option<u32> {
     Some(running.process.pid).filter(|pid| sockets::name(*pid) == "wgkex-worker")
 }
@@ -189,12 +189,12 @@ fn link_facts(name: &str, link: Link) -> LinkFacts {
         let text = fs::read_to_string(format!("/proc/sys/net/ipv4/conf/{of}/rp_filter"));
         text.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
     };
-    // The larger one counts (ip-sysctl).
+    // The larger value is in effect (ip-sysctl).
     let rp_filter = filter("all").max(filter(name));
     LinkFacts { index, kind, up, mtu, addresses, has_ipv4, rp_filter, received: received(name) }
 }
 
-/// What the interface has received, in this network namespace.
+/// The counters of received packets of the interface, in this network namespace.
 fn received(name: &str) -> Received {
     let read = |file: &str| fs::read_to_string(format!("/proc/self/net/{file}")).unwrap_or_default();
     let (all, own) = (read("dev"), read(&format!("dev_snmp6/{name}")));
@@ -219,8 +219,8 @@ fn is_program(name: &str) -> bool {
     env::split_paths(&path).any(|dir| dir.join(name).is_file())
 }
 
-/// Connects as a client of its own: one that begins with the worker's name, as the second one of the worker does, so that
-/// the worker keeps its connections.
+/// Connects with a separate client id. It begins with the worker's name, as that of the worker's second session does,
+/// so that the worker keeps its connections.
 async fn mqtt(config: &Config) -> MqttFacts<BusFacts> {
     let worker = || WorkerName::from(&config.name);
     let own: BTreeSet<String> = [Topic::WorkerStatus { worker: worker() }.to_string()]

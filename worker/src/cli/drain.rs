@@ -75,7 +75,7 @@ fn save(file: Option<&Path>, drain: Option<Drain>) -> anyhow::Result<()> {
     drain::save(&file, drain).with_context(|| file.display().to_string())
 }
 
-/// As `/status.json` has it.
+/// The drain as in `/status.json`.
 fn as_json(drain: Option<&Drain>) -> String {
     format!("{:#}\n", json!({ "drain": drain }))
 }

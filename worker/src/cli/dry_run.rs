@@ -29,9 +29,10 @@ use crate::peers::Policy;
 use crate::profiles::mesh::{self, Mesh};
 use crate::profiles::{Ownership, Profile as _};
 
-/// How long a running worker may take to write what it did: a second, and more where the machine is busy.
+/// How long a running worker may take to write its changes to the state file: a second, and more where the machine is
+/// busy.
 const STATE_PATIENCE: Duration = Duration::from_secs(5);
-/// The pause between two looks at its state file.
+/// The pause between two reads of its state file.
 const STATE_PAUSE: Duration = Duration::from_millis(100);
 
 /// The command `dry-run`.
@@ -42,13 +43,13 @@ pub struct DryRun {
     json: bool,
 }
 
-/// What the worker would do at one domain or server; or why that is not known.
+/// The changes that the worker would make at one domain or server; or why they are not known.
 type Outcome = Result<Vec<Command>, String>;
 
 /// The tables of every domain, or why they cannot be read.
 type Tables = BTreeMap<Domain, Result<Device, String>>;
 
-/// What the changes of every domain depend on.
+/// The state on disk that decides about the changes of every domain.
 struct Known {
     remembered: Keys,
     admission: Arc<Admission>,
@@ -95,7 +96,7 @@ fn outcomes(file: Option<&Path>) -> anyhow::Result<BTreeMap<String, Outcome>> {
     let runtime = Builder::new_current_thread().enable_all().build().context("the runtime does not start")?;
     let tables = runtime.block_on(tables(&config));
     let servers = runtime.block_on(servers(&config));
-    // A kernel that does not answer must not keep the process from its end.
+    // A hanging call of the kernel must not keep the process from ending.
     runtime.shutdown_background();
     let tables = tables?;
     let remembered = remembered(&config, &tables)?;
@@ -111,7 +112,7 @@ fn outcomes(file: Option<&Path>) -> anyhow::Result<BTreeMap<String, Outcome>> {
     Ok(tables.into_iter().map(outcome).chain(servers).collect())
 }
 
-/// The same for each server of the registry.
+/// The changes for each server of the registry, and the hub.
 async fn servers(config: &Config) -> anyhow::Result<BTreeMap<String, Outcome>> {
     if config.servers.is_empty() && config.hub.is_none() {
         return Ok(BTreeMap::new());
@@ -132,8 +133,8 @@ async fn tables(config: &Config) -> anyhow::Result<Tables> {
     Ok(tables)
 }
 
-/// What the state file has. A running worker writes it up to a second after the kernel: what the tables had before that is
-/// waited for, as it would be taken for peers that nobody knows.
+/// The keys in the state file. A running worker writes it up to a second after the kernel: waits until it has the peers
+/// that are in the tables, as they would be taken for unknown peers otherwise.
 fn remembered(config: &Config, tables: &Tables) -> anyhow::Result<Keys> {
     let (file, until) = (key_store::WORKER_FILE.path(&config.state_dir), Instant::now() + STATE_PATIENCE);
     loop {
@@ -148,7 +149,7 @@ fn remembered(config: &Config, tables: &Tables) -> anyhow::Result<Keys> {
     }
 }
 
-/// Whether `keys` has each peer of a worker in these tables that had no handshake yet.
+/// Whether `keys` has each peer in these tables that a worker made and that had no handshake yet.
 fn knows_new_peers(keys: &Keys, tables: &Tables) -> bool {
     let is_known = |domain: &Domain, key: &PublicKey, peer: &Peer| {
         let is_ours = || Mesh.desired(key).is_some_and(|desired| desired.ownership(peer) == Ownership::Ours);

@@ -8,7 +8,7 @@ use wgkex_common::http::client::agent;
 
 use crate::status::Status;
 
-/// How long a server may take to accept the connection, and for each part of its answer.
+/// The timeout for the connection, and for each part of an answer.
 const TIMEOUT: Duration = Duration::from_secs(5);
 /// The largest answer, in bytes.
 const ANSWER_MAX: u64 = 16 << 20;
@@ -28,7 +28,7 @@ pub fn status(listen: &Listen) -> anyhow::Result<Status> {
     serde_json::from_str(&text).with_context(|| format!("worker_listen {listen}: is it a worker, of this version?"))
 }
 
-/// The header `Date` of a server's answer, whatever it answers.
+/// The header `Date` of a server's answer, whatever its status.
 pub fn date(url: &str) -> anyhow::Result<String> {
     ensure!(url.starts_with("http://"), "{url}: must begin with http://, as TLS is not spoken here");
     let answer = agent(TIMEOUT).get(url).call().map_err(ureq::Error::into_io).with_context(|| url.to_owned())?;

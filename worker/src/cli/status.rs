@@ -14,9 +14,9 @@ use wgkex_common::style::Style;
 use super::{WRONG, complain, http_client, print};
 use crate::status::Status;
 
-/// The pause between two looks.
+/// The pause between two updates of the screen.
 const REFRESH: Duration = Duration::from_secs(1);
-/// Makes a terminal begin anew at its top.
+/// The escape sequence that clears a terminal and moves the cursor to its top.
 const CLEAR: &str = "\x1b[H\x1b[2J\x1b[3J";
 
 /// The command `status`.
@@ -56,7 +56,7 @@ impl StatusCommand {
         }
     }
 
-    /// Until nobody reads it any more.
+    /// Ends when stdout is closed.
     fn watch(&self, listen: &Listen) -> ExitCode {
         let mut before: Option<(Instant, Status)> = None;
         let (style, begin) = (Style::of_stdout(), if io::stdout().is_terminal() && !self.json { CLEAR } else { "" });

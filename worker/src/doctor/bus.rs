@@ -1,4 +1,4 @@
-//! Checks of the MQTT server: the connection, what it allows, and who else is there by this worker's name.
+//! Checks of the MQTT server: the connection, the client's rights, and other programs with this worker's name.
 
 use wgkex_common::doctor::bus::{SUBJECT, no_connection, rights};
 use wgkex_common::doctor::{Finding, Program};
@@ -55,7 +55,7 @@ fn namesake(facts: &Facts, bus: &BusFacts) -> Finding {
     }
 }
 
-/// Whether what is published as this worker's has another key than the interface here.
+/// Whether the data retained under this worker's name has another key than the interface here.
 fn is_anothers(domain: &DomainFacts, bus: &BusFacts) -> bool {
     let published = bus.published_keys.get(domain.domain.name());
     let wireguard = domain.wireguard.as_ref().ok().and_then(|facts| facts.as_ref());

@@ -1,4 +1,4 @@
-//! What is known of a gateway when the checks decide.
+//! The facts about a gateway that the checks evaluate.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv6Addr;
@@ -16,20 +16,20 @@ use wgkex_kernel::links::LinkKind;
 use crate::leases::ServerStatus;
 use crate::status::Status;
 
-/// Everything that is known.
+/// All facts.
 #[derive(Debug, Clone)]
 pub struct Facts {
-    /// What is odd in the config.
+    /// The warnings about the config.
     pub config_warnings: Vec<Problem>,
     /// Whether the config has a section `setup`.
     pub is_setup_named: bool,
-    /// `worker_listen`, and who listens there.
+    /// `worker_listen`, and the process that listens there.
     pub listener: (String, PortOwner),
     /// The interfaces by which this machine reaches the internet.
     pub uplinks: BTreeSet<Uplink>,
     /// Whether this process has `CAP_NET_ADMIN`.
     pub has_net_admin: bool,
-    /// Where WireGuard can come from.
+    /// The available WireGuard implementations.
     pub wireguard: WireguardSource,
     /// Each domain.
     pub domains: Vec<DomainFacts>,
@@ -49,7 +49,7 @@ pub struct Facts {
     pub lists: Vec<ListFacts>,
     /// The files without which it does not start.
     pub needed: Vec<FileFacts>,
-    /// The MQTT server, and what it allows.
+    /// The MQTT server, and the rights of the client there.
     pub mqtt: MqttFacts<BusFacts>,
 }
 
@@ -64,7 +64,7 @@ pub struct Uplink {
     pub has_ipv6: bool,
 }
 
-/// Where WireGuard can come from.
+/// The available WireGuard implementations.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct WireguardSource {
     /// The kernel has it, or has a module of it.
@@ -82,7 +82,7 @@ pub struct ServerFacts {
     pub interface: String,
     /// The UDP port that the config has.
     pub listen_port: u16,
-    /// The interface, if it is there; or why that cannot be told.
+    /// The interface, if it is there; or the error of looking it up.
     pub wireguard: Result<Option<WireguardFacts>, String>,
 }
 
@@ -93,11 +93,11 @@ pub struct DomainFacts {
     pub domain: Domain,
     /// The config's section for them.
     pub setup: Setup,
-    /// `wg-REST`, if it is there; or why that is not known.
+    /// `wg-REST`, if it is there; or the error of looking it up.
     pub wireguard: Result<Option<WireguardFacts>, String>,
     /// `vx-REST`.
     pub vxlan: Result<Option<LinkFacts>, String>,
-    /// Who has the UDP port of `wg-REST`, or the one that it is to have.
+    /// The process that has the UDP port of `wg-REST`, or the one in the config.
     pub port_owner: PortOwner,
 }
 
@@ -106,17 +106,17 @@ pub struct DomainFacts {
 pub struct LinkFacts {
     /// Its index.
     pub index: u32,
-    /// What made it.
+    /// Its kind.
     pub kind: LinkKind,
     /// Whether it is set up.
     pub up: bool,
-    /// The largest packet that it takes.
+    /// Its MTU.
     pub mtu: u32,
     /// Its IPv6 addresses.
     pub addresses: BTreeSet<Ipv6Addr>,
     /// Whether it has an IPv4 address.
     pub has_ipv4: bool,
-    /// The `rp_filter` that counts for it, of IPv4; 1 is the strict one.
+    /// The `rp_filter` in effect, of IPv4; 1 is strict.
     pub rp_filter: u8,
     /// The packets that it has received.
     pub received: Received,
@@ -127,7 +127,7 @@ pub struct LinkFacts {
 pub struct Received {
     /// All of them.
     pub packets: u64,
-    /// Those of IPv6 that were for this machine.
+    /// Those of IPv6 that were addressed to this machine.
     pub own_ipv6: u64,
 }
 
@@ -138,9 +138,9 @@ pub struct WireguardFacts {
     pub link: LinkFacts,
     /// Whether a userspace WireGuard listens for commands by its name.
     pub is_userspace: bool,
-    /// Whether one may, which only root can ask.
+    /// Whether a userspace WireGuard may have its name, which only root can check.
     pub is_hidden: bool,
-    /// The WireGuard device; none if it is no WireGuard interface, or why it does not answer.
+    /// The WireGuard device; none if it is no WireGuard interface, or the error of reading it.
     pub device: Result<Option<WireguardDevice>, String>,
 }
 
@@ -162,7 +162,7 @@ pub struct Managers {
     pub networkd_keeps_foreign: bool,
     /// Its file for each interface that has one.
     pub networkd_files: BTreeMap<String, NetworkFile>,
-    /// What of wg-quick there is for an interface.
+    /// The units and configs of wg-quick for an interface.
     pub wg_quick: Vec<WgQuick>,
     /// Whether `NetworkManager` runs.
     pub network_manager_runs: bool,
@@ -175,11 +175,11 @@ pub struct Managers {
 pub struct NetworkFile {
     /// Where it is.
     pub path: PathBuf,
-    /// Whether it says that routes stay which systemd-networkd did not make.
+    /// Whether it keeps routes that systemd-networkd did not make.
     pub keeps_configuration: bool,
 }
 
-/// What of wg-quick there is for an interface.
+/// A unit or config of wg-quick for an interface.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WgQuick {
     /// The interface.
@@ -195,17 +195,17 @@ pub struct WgQuick {
 pub struct RunningWorker {
     /// Its name on the bus.
     pub name: String,
-    /// Its process, and the state of its files as it reports them.
+    /// Its process, and whether it can use its files, as it reports.
     pub process: Running,
-    /// Why its connection with the MQTT server does not stand; none if it does.
+    /// Why it is not connected to the MQTT server; none if it is.
     pub mqtt_cause: Option<String>,
-    /// Whether it finds that another program uses its name.
+    /// Whether it detects another program with its name.
     pub is_name_in_use: bool,
     /// Whether it can write list entries of admin calls.
     pub keeps_lists: bool,
-    /// Why routers cannot use a domain there, by the domain's name; without a reason it was not looked at yet.
+    /// Why routers cannot use a domain there, by the domain's name; without a reason its interfaces were not read yet.
     pub domains_down: BTreeMap<String, Option<String>>,
-    /// The brokers whose clock is not its own, by name.
+    /// The brokers whose clock differs from its own, by name.
     pub clocks_off: BTreeMap<String, Difference>,
     /// The servers of the registry that it is.
     pub servers: BTreeMap<String, ServerStatus>,
@@ -227,12 +227,12 @@ impl From<Status> for RunningWorker {
     }
 }
 
-/// What the MQTT server allows, and what is retained there of this worker.
+/// The client's rights at the MQTT server, and the messages retained there of this worker.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct BusFacts {
-    /// What it refuses.
+    /// The rights that it lacks.
     pub rights: Rights,
-    /// Whether a worker of this name is online; none if nothing is retained of that.
+    /// Whether the retained status of a worker of this name is online; none if no status is retained.
     pub online: Option<bool>,
     /// The key of the WireGuard interface of each domain, as a worker of this name published it.
     pub published_keys: BTreeMap<String, PublicKey>,

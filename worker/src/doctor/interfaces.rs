@@ -9,17 +9,18 @@ use wgkex_kernel::links::{LinkKind, VxlanAttributes};
 
 use super::facts::{DomainFacts, LinkFacts, WireguardDevice, WireguardFacts};
 
-/// What VXLAN over IPv6 adds to a packet: Ethernet 14, VXLAN 8, UDP 8, IPv6 40.
+/// The overhead of VXLAN over IPv6: Ethernet 14, VXLAN 8, UDP 8, IPv6 40.
 const VXLAN_OVERHEAD: u32 = 70;
-/// The least that IPv6 needs, and the largest fragment that BATMAN makes.
+/// The smallest MTU of IPv6, and the largest fragment that BATMAN makes.
 const MTU_MIN: u32 = 1280;
 
-/// So many packets for this machine come by a tunnel and none by the VXLAN in it, if that has another id than routers have.
+/// After so many packets for this machine from a tunnel and none from the VXLAN in it, the VXLAN has another id than
+/// routers have.
 const DEAF_AFTER: u64 = 100;
 
 const SETUP: &str = "run `wgkex-worker setup`, or what else makes it";
 
-/// Every check of a domain; the config `is_setup_named` if it has a section for the interfaces.
+/// Every check of a domain; `is_setup_named` if the config has a section for the interfaces.
 pub(super) fn domain(facts: &DomainFacts, is_setup_named: bool) -> Vec<Finding> {
     let (wg, vx) = (facts.domain.wireguard(), facts.domain.vxlan());
     let mut findings = Vec::new();
@@ -100,7 +101,7 @@ fn is_up(name: &str, link: &LinkFacts, kind: &str) -> Finding {
     Finding::judge(name, Level::Fail, format!("{kind}, up"), down)
 }
 
-/// The port that it has, and whether it really has it.
+/// The UDP port of the device, and whether the device really listens on it.
 fn port(
     wg: &str,
     device: WireguardDevice,
@@ -129,12 +130,12 @@ fn port(
     [bound].into_iter().chain(differing).collect()
 }
 
-/// A userspace WireGuard opens its sockets anew by this, and not when it is set down and up.
+/// This command makes a userspace WireGuard open its sockets again; setting it down and up does not.
 fn listen_again(wg: &str, port: u16) -> String {
     format!("`wg set {wg} listen-port {port}`")
 }
 
-/// A userspace WireGuard reports port 0 where another program has its port.
+/// A userspace WireGuard reports port 0 if another program has its port.
 fn no_port(wg: &str, wanted: u16, owner: &PortOwner) -> Finding {
     match owner {
         PortOwner::Process { pid, name } => {
@@ -195,7 +196,7 @@ fn vxlan(
     findings
 }
 
-/// Number and port, which routers must have too.
+/// The network identifier and port, which must be those of the routers.
 fn shape(vx: &str, attributes: &VxlanAttributes, setup: &Setup, is_setup_named: bool) -> [Finding; 2] {
     let level = if is_setup_named { Level::Fail } else { Level::Warn };
     let anew = "`wgkex-worker setup --remove`, then `wgkex-worker setup`";
@@ -212,7 +213,7 @@ fn shape(vx: &str, attributes: &VxlanAttributes, setup: &Setup, is_setup_named: 
     ]
 }
 
-/// What it sends goes through the domain's WireGuard, with an address that routers know.
+/// The VXLAN sends through the domain's WireGuard, from an address that routers know.
 fn path(vx: &str, attributes: &VxlanAttributes, (wg, link): (&str, &LinkFacts)) -> Finding {
     let anew = || format!("make it anew: `ip link del {vx}`, then {SETUP}");
     let is_own = |address: &std::net::IpAddr| match address {
@@ -233,7 +234,7 @@ fn path(vx: &str, attributes: &VxlanAttributes, (wg, link): (&str, &LinkFacts)) 
     Finding::judge(vx, Level::Fail, format!("it sends through {wg}, from its address"), trouble)
 }
 
-/// What comes out of the tunnels is VXLAN for the most part. The kernel drops what has another id without a trace.
+/// Most packets from the tunnels are VXLAN. The kernel silently drops those with another network identifier.
 fn deaf(
     (vx, link): (&str, &LinkFacts),
     (wg, outer): (&str, &LinkFacts),

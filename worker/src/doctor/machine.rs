@@ -1,4 +1,4 @@
-//! Checks of what is the same for all domains: privileges, WireGuard, other managers of interfaces.
+//! Checks that concern all domains: privileges, WireGuard, other managers of interfaces.
 
 use wgkex_common::doctor::{Finding, Level, Trouble};
 
@@ -9,7 +9,7 @@ use super::facts::{
     WireguardSource,
 };
 
-/// What WireGuard adds to a packet: the header below, 8 of UDP, 32 of its own.
+/// The overhead of WireGuard: the outer IP header, 8 bytes of UDP, 32 of WireGuard.
 const OVER_IPV6: u32 = 40 + 8 + 32;
 const OVER_IPV4: u32 = 20 + 8 + 32;
 
@@ -36,7 +36,7 @@ pub(super) fn wireguard(facts: &Facts) -> Finding {
     }
 }
 
-/// Whether a server of the registry has its interface, and the peers of its leases, as the running worker has it.
+/// Whether a server of the registry has its interface, and the peers of its leases, as the running worker reports.
 pub(super) fn server(facts: &ServerFacts, running: Option<&RunningWorker>) -> Finding {
     let ServerFacts { name, interface, listen_port, wireguard } = facts;
     let subject = format!("server {name}");
@@ -78,7 +78,7 @@ fn running_server(subject: &str, ServerStatus { interface, up, reason, leases }:
     Finding::judge(subject, Level::Fail, format!("{interface} has the peers of all {leases} leases"), trouble)
 }
 
-/// Whether packets of the tunnels fit into those of the network below.
+/// Whether the MTU of the tunnels fits that of the uplinks.
 pub(super) fn uplink(uplink: &Uplink, domains: &[DomainFacts]) -> Option<Finding> {
     let Uplink { name, mtu, has_ipv6 } = uplink;
     let overhead = if *has_ipv6 { OVER_IPV6 } else { OVER_IPV4 };
@@ -97,7 +97,7 @@ pub(super) fn uplink(uplink: &Uplink, domains: &[DomainFacts]) -> Option<Finding
     Some(Finding::judge(name, Level::Warn, format!("its MTU {mtu} has room for the {largest} of the tunnels"), trouble))
 }
 
-/// Who else changes the interfaces of domains, servers and the hub, and takes away what the worker made.
+/// Other programs that manage the interfaces of domains, servers and the hub, and may delete the worker's routes.
 pub(super) fn managers(managers: &Managers) -> Vec<Finding> {
     let mut findings = networkd(managers);
     for quick in &managers.wg_quick {

@@ -1,4 +1,4 @@
-//! The worker's process on this machine: whether there is one, and what it says of itself that is wrong.
+//! The worker's process on this machine: whether it runs, and the problems that it reports.
 
 use wgkex_common::doctor::bus::SUBJECT;
 use wgkex_common::doctor::sockets::PortOwner;
@@ -7,11 +7,11 @@ use wgkex_common::doctor::{Finding, Level, Trouble};
 use super::facts::{DomainFacts, Facts, RunningWorker};
 
 const WORKER: &str = "worker";
-/// What the worker's process is called.
+/// The name of the worker's process.
 const PROGRAM: &str = "wgkex-worker";
 const LISTEN: &str = "worker_listen";
 
-/// Whether a worker runs and answers; none if somebody else has its state file, which the check of that says.
+/// Whether a worker runs and answers; none if another process has its state file, which has a check of its own.
 pub(super) fn runs(Facts { listener: (listen, owner), running, state, .. }: &Facts) -> Option<Finding> {
     if running.is_some() {
         return Some(Finding::ok(WORKER, format!("one runs here, and answers on {listen}")));
@@ -34,14 +34,14 @@ pub(super) fn runs(Facts { listener: (listen, owner), running, state, .. }: &Fac
     Some(Finding::fail(LISTEN, found, "end that, or set worker_listen to another port; if it is a worker, restart it"))
 }
 
-/// Its connection with the MQTT server, which the doctor's own one does not show.
+/// The worker's connection with the MQTT server; the doctor tests only a connection of its own.
 pub(super) fn mqtt(running: &RunningWorker) -> Option<Finding> {
     let cause = running.mqtt_cause.as_ref()?;
     let found = format!("the running worker is not connected: {cause}");
     Some(Finding::fail(SUBJECT, found, "restart it if the config was changed since it started; else its log says why"))
 }
 
-/// What it cannot keep on the disk, whoever may write there.
+/// The state that the worker cannot keep on disk, by its own report.
 pub(super) fn kept(RunningWorker { process, keeps_lists, .. }: &RunningWorker) -> Option<Finding> {
     let lost = match (process.keeps_state, keeps_lists) {
         (true, true) => return None,
@@ -53,8 +53,8 @@ pub(super) fn kept(RunningWorker { process, keeps_lists, .. }: &RunningWorker) -
     Some(Finding::warn("state", found, "see whether the disk is full or read-only; its log says why"))
 }
 
-/// What it lacks at a domain whose interfaces are well as far as is seen from here: its user may not do all that the user of
-/// the doctor may.
+/// Why the running worker cannot use a domain whose interfaces pass all checks: its user may have fewer rights than the
+/// user of the doctor.
 pub(super) fn domain_down(domain: &DomainFacts, running: Option<&RunningWorker>) -> Option<Finding> {
     let name = domain.domain.name();
     let (level, trouble) = match running?.domains_down.get(name)? {

@@ -29,7 +29,7 @@ type Spoil = fn(&mut Facts);
 const LOCAL: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 2, 2, 2, 2);
 const GLOBAL: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
 
-/// A gateway on which all is well, with its worker.
+/// A gateway without problems, with its worker running.
 fn well() -> Facts {
     let mut facts = stopped();
     facts.running = Some(running());
@@ -40,7 +40,7 @@ fn well() -> Facts {
     facts
 }
 
-/// The same, and its worker does not run.
+/// The same gateway, and its worker does not run.
 fn stopped() -> Facts {
     let link = |index, kind, mtu| LinkFacts {
         index,
@@ -132,12 +132,12 @@ fn no_mqtt(facts: &mut Facts, fault: Fault) {
     facts.mqtt.outcome = Err(Failure { fault, cause: "the cause".into() });
 }
 
-/// What is not as it should be.
+/// The findings that are not ok.
 fn troubles(facts: &Facts) -> Vec<Finding> {
     findings(facts).into_iter().filter(|finding| finding.level != Level::Ok).collect()
 }
 
-/// Each spoiled thing makes one more finding, at this level, with these words of what was found and what to do.
+/// Each spoiled fact makes one more finding, at this level, with these words in its text and its advice.
 fn each_is_found(begin: fn() -> Facts, table: &[(Level, Spoil, &str, &str)]) {
     let before = troubles(&begin());
     for (level, spoil, found, advice) in table {
@@ -163,7 +163,7 @@ fn a_gateway_on_which_all_is_well_has_only_ok_lines_and_one_whose_worker_does_no
     assert!(troubles[0].advice.as_ref().is_some_and(|advice| advice.contains("systemctl start wgkex-worker")));
 }
 
-/// What `wgkex-worker status` calls wrong.
+/// The problems that `wgkex-worker status` prints.
 #[test]
 fn each_problem_of_the_running_workers_status_is_a_finding() {
     type SpoilStatus = fn(&mut Status);
@@ -231,7 +231,7 @@ fn each_problem_of_the_running_workers_status_is_a_finding() {
     }
 }
 
-/// The doctor gives it five seconds.
+/// The timeout of the doctor's requests is five seconds.
 #[test]
 fn a_worker_that_does_not_answer_is_to_be_restarted_and_its_port_not_to_be_changed() {
     let hung = || {
@@ -449,7 +449,7 @@ fn a_userspace_wireguard_is_as_good_as_the_kernels() {
     assert_eq!(worst(&findings(&facts)), Level::Ok);
 }
 
-/// Interfaces that other programs made need no section `setup`, whose defaults then say nothing.
+/// Interfaces that other programs made need no section `setup`: its defaults are not compared with them.
 #[test]
 fn defaults_of_setup_are_no_demands() {
     let mut facts = well();
@@ -584,7 +584,7 @@ fn a_broker_whose_clock_the_running_worker_finds_off_is_named() {
     }
 }
 
-/// The doctor may be another user than the worker.
+/// The user of the doctor may differ from that of the worker.
 #[test]
 fn what_the_running_worker_reads_and_writes_it_may() {
     let mut facts = well();

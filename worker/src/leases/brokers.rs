@@ -1,4 +1,4 @@
-//! The brokers that have leases, and whom of them to ask next. Pure.
+//! The brokers that have leases, and the selection of those to ask next. Pure.
 
 use std::collections::BTreeMap;
 
@@ -13,27 +13,28 @@ const BROKERS_MAX: usize = 1024;
 #[derive(Debug, Default)]
 pub(super) struct Brokers {
     offers: BTreeMap<BrokerName, Offer>,
-    /// The one that was asked for leases of the registry last.
+    /// The broker that was last asked for leases of the registry.
     asked: Option<BrokerName>,
 }
 
 impl Brokers {
-    /// A broker has such leases.
+    /// A broker offers leases.
     pub fn came(&mut self, name: BrokerName, offer: Offer) {
         if self.offers.len() < BROKERS_MAX {
             self.offers.insert(name, offer);
         }
     }
 
-    /// A broker has no leases any more, or is away: it may not have answered, or not have told of its last change. Returns what
-    /// another one is to be asked for.
+    /// A broker no longer has leases, or is offline: its answer or its last change may be lost. Returns the leases for
+    /// which another broker has to be asked.
     pub fn went(&mut self, name: &BrokerName) -> Option<Offer> {
         let gone = self.offers.remove(name)?;
         let is_elsewhere = self.offers.values().any(|offer| offer.registry);
         (gone.registry && is_elsewhere).then_some(Offer { registry: true, tenants: false })
     }
 
-    /// Whom to ask for the leases of a source: the next one. Of the brokers with tenants one knows, so all are asked.
+    /// The brokers to ask for the leases of a source: the next one of those with a registry; all of those with tenants,
+    /// since only one of them knows the leases.
     pub fn next(&mut self, source: &LeaseSource) -> Vec<BrokerName> {
         let brokers: Vec<_> =
             self.offers.iter().filter(|(_, offer)| source.is_at(**offer)).map(|(name, _)| name.clone()).collect();
@@ -79,7 +80,7 @@ mod tests {
         assert_eq!(asked, ["a", "c", "a"].map(name));
     }
 
-    /// Failed before: none was asked until the hour was over, or until the time for the answer was.
+    /// A regression test: no broker was asked before the hourly request or the answer timeout.
     #[test]
     fn another_broker_is_asked_where_one_goes_away() {
         let mut brokers = Brokers::default();

@@ -9,26 +9,26 @@ use wgkex_common::storage::versions::StateFile;
 use wgkex_common::storage::{StorageError, json_file};
 use wgkex_common::wire::lease::{LeaseVersion, LeasedAddresses};
 
-/// The version of the file.
+/// The version of the file format.
 const LAYOUT: u32 = 1;
 
 /// The file in `state_dir`.
 pub const FILE: StateFile = StateFile::json("worker.leases.json", LAYOUT);
 
-/// What is kept of all servers, by name.
+/// The content of the file: the state of all servers, by name.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeptLeases {
     pub servers: BTreeMap<String, KeptServer>,
 }
 
-/// What is kept of a server.
+/// The stored state of a server.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeptServer {
     pub version: Option<LeaseVersion>,
     pub leases: BTreeMap<PublicKey, LeasedAddresses>,
-    /// Keys without a lease whose peers were made here and may still be there.
+    /// Keys without a lease whose peers wgkex made and that may still exist.
     pub removed: BTreeSet<PublicKey>,
-    /// Keys with a lease whose peers somebody else made.
+    /// Keys with a lease whose peers another program made.
     pub foreign: BTreeSet<PublicKey>,
 }
 
@@ -37,12 +37,12 @@ pub fn path(state_dir: &Path) -> PathBuf {
     FILE.path(state_dir)
 }
 
-/// What is in the file; nothing if there is none. A corrupt one is set aside.
+/// Loads the file; empty if there is none. A corrupt file is renamed.
 pub fn load(file: &Path) -> Result<KeptLeases, StorageError> {
     Ok(json_file::load(file, LAYOUT)?.unwrap_or_default())
 }
 
-/// The same, without a change of the file: a corrupt one is an error.
+/// Reads the file without a change of it: a corrupt one is an error.
 pub fn read(file: &Path) -> Result<KeptLeases, StorageError> {
     Ok(json_file::read(file, LAYOUT)?.unwrap_or_default())
 }

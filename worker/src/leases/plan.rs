@@ -11,27 +11,27 @@ use wgkex_kernel::Device;
 use crate::plan::{Action, Objects, Step};
 use crate::profiles::{Ownership, lease};
 
-/// What to do, and what stands against it.
+/// The steps, and the keys whose peers cannot be set.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct LeasePlan {
     /// The steps, removals first: another key may have the address.
     pub steps: Vec<Step>,
-    /// Keys with a lease whose peers somebody else made, or altered: they stay as they are.
+    /// Keys with a lease whose peers another program made or altered: they stay as they are.
     pub foreign: BTreeSet<PublicKey>,
 }
 
-/// What is to be so: who leases what, and which peers were made here for a lease.
+/// The desired state: the leases, and the peers that wgkex made for a lease.
 #[derive(Debug, Clone, Copy)]
 pub struct Wanted<'a> {
-    /// The networks of the server. Addresses outside of them are nobody's.
+    /// The networks of the server. Addresses outside of them are ignored.
     pub networks: &'a [IpNet],
     /// Its leases.
     pub leases: &'a BTreeMap<PublicKey, LeasedAddresses>,
-    /// The keys of peers that were made here.
+    /// The keys of peers that wgkex made.
     pub made: &'a BTreeSet<PublicKey>,
 }
 
-/// The steps on an interface with these peers.
+/// Computes the steps for an interface with these peers.
 pub fn plan(device: &Device, wanted: Wanted<'_>) -> LeasePlan {
     let mut plan = LeasePlan::default();
     for key in wanted.made.iter().filter(|key| !wanted.leases.contains_key(key)) {
@@ -43,7 +43,7 @@ pub fn plan(device: &Device, wanted: Wanted<'_>) -> LeasePlan {
     for (key, addresses) in wanted.leases {
         let is_own = |address: &IpAddr| wanted.networks.iter().any(|network| network.contains(address));
         let desired = lease::desired(*key, addresses.iter().filter(is_own));
-        // WireGuard takes no peer with the key of the interface.
+        // WireGuard ignores a peer with the key of the interface.
         if desired.networks().is_empty() || device.public_key == Some(*key) {
             continue;
         }

@@ -1,4 +1,4 @@
-//! What a worker would do about the peers of its servers, by what it has on disk. It changes nothing.
+//! The changes that a worker would make to the peers of its servers, by its state on disk. Nothing is changed.
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -11,18 +11,18 @@ use super::file;
 use super::server::{ServerState, sources};
 use crate::plan::{Action, Planned, Reason};
 
-/// What a worker would do about a server.
+/// The changes that a worker would make for a server.
 #[derive(Debug)]
 pub struct ServerPreview {
     /// Its interface.
     pub interface: Interface,
-    /// What that is now.
+    /// The tables of the interface.
     pub device: Device,
-    /// What would change.
+    /// The planned changes.
     pub planned: Vec<Planned>,
 }
 
-/// That of each server, by name; or why its interface cannot be read.
+/// The preview of each server, by name; or the error of reading its interface.
 pub async fn preview(
     config: &Config,
     kernel: &mut impl Kernel,

@@ -1,5 +1,5 @@
-//! The state of one server, of the registry or the hub of tenants: its leases, which of its peers were made here, and when to ask a broker. Pure: what happened comes in
-//! with the time.
+//! The state of one server, of the registry or the hub of tenants: its leases, which of its peers wgkex made, and when
+//! to ask a broker. Pure: events and the time are passed in.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -16,13 +16,15 @@ use super::table::{LeaseTable, Progress};
 
 /// How long a broker may take to answer before another one is asked.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
-/// How often to ask for all leases: what was missed otherwise is found then.
+/// How often to request all leases, in case a change was missed.
 const FULL_INTERVAL: Duration = Duration::from_secs(3600);
-/// How long a missing change may be under way.
+/// How long to wait for a missing change before a broker is asked.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// How long the coordinator of tenants may not be heard before another one counts: it says every 10 s which version there is.
+/// After this time without a message of the coordinator of tenants another one is accepted: it publishes its version
+/// every 10 s.
 const SILENCE_TIMEOUT: Duration = Duration::from_secs(15);
-/// How often at most what forwards by the interface is looked at, so that each check after a quiet time does.
+/// The shortest time between two checks of the forwarding; shorter than [`CHECK_INTERVAL`], so that each regular check
+/// includes it.
 const LOOK_INTERVAL: Duration = Duration::from_secs(30);
 /// How often the peers are compared with the leases.
 const CHECK_INTERVAL: Duration = Duration::from_secs(60);
@@ -32,23 +34,23 @@ pub(super) struct ServerState {
     pub source: LeaseSource,
     pub interface: Interface,
     pub table: LeaseTable,
-    /// What it is to brokers, once its interface was read.
+    /// The description that is published for brokers, once the interface was read.
     pub announced: Option<Announced>,
     made: BTreeSet<PublicKey>,
     foreign: BTreeSet<PublicKey>,
-    /// When the coordinator whose version it has was heard last.
+    /// When the last message of the coordinator with the current version id was received.
     heard: Option<Instant>,
-    /// What is kept of it is not what is on disk.
+    /// The state differs from that on disk.
     is_unsaved: bool,
     ask_at: Instant,
     check_at: Instant,
-    /// When to look at what forwards by the interface, at the earliest: not with each lease that changes.
+    /// The earliest time of the next check of the forwarding: not with each lease that changes.
     look_at: Instant,
-    /// The peers could not be brought to what they are to be, and that is logged.
+    /// The last change of the peers failed, and that is logged.
     pub is_failing: bool,
 }
 
-/// The servers of a config, by name, and the hub.
+/// The servers of the config, by name, and the hub.
 pub(super) fn sources(config: &Config) -> Vec<(String, LeaseSource)> {
     let servers = config.servers.iter().map(|(name, server)| (name.clone(), LeaseSource::Registry(server.clone())));
     servers.chain(config.hub.iter().map(|hub| (HUB.to_owned(), LeaseSource::Tenants(hub.clone())))).collect()
@@ -67,7 +69,7 @@ impl ServerState {
             made,
             foreign,
             heard: None,
-            // The file says later that there was a server.
+            // The file must name the server even without leases, so that its removal from the config is detected.
             is_unsaved: true,
             ask_at: now,
             check_at: now,
@@ -76,7 +78,7 @@ impl ServerState {
         }
     }
 
-    /// What is kept of it.
+    /// The state to be stored.
     pub fn kept(&self) -> KeptServer {
         let leases = self.table.leases();
         KeptServer {
@@ -87,17 +89,17 @@ impl ServerState {
         }
     }
 
-    /// Whether what is kept of it is to be written.
+    /// Whether the state has to be stored.
     pub fn is_unsaved(&self) -> bool {
         self.is_unsaved
     }
 
-    /// What is kept of it is on disk.
+    /// The state is stored.
     pub fn saved(&mut self) {
         self.is_unsaved = false;
     }
 
-    /// A broker's message.
+    /// Applies a broker's message.
     pub fn on_message(&mut self, message: LeaseMessage, now: Instant) {
         let before = self.table.version();
         if self.is_of_a_rival(&message, now) {
@@ -119,19 +121,20 @@ impl ServerState {
         }
     }
 
-    /// Brokers that do not agree may both publish to a hub: the one that it follows counts as long as it is heard.
+    /// Whether a message is from another coordinator than the current one: brokers with different settings may both
+    /// publish to a hub. The first one is followed until its messages stop.
     fn is_of_a_rival(&self, message: &LeaseMessage, now: Instant) -> bool {
         let is_other = self.table.version().is_some_and(|known| known.id != message.version.id);
         let is_heard = self.heard.is_some_and(|heard| now.saturating_duration_since(heard) < SILENCE_TIMEOUT);
         matches!(self.source, LeaseSource::Tenants(_)) && is_other && is_heard
     }
 
-    /// A broker is asked at this time at the latest.
+    /// Schedules a request to a broker at this time at the latest.
     pub fn ask_by(&mut self, time: Instant) {
         self.ask_at = self.ask_at.min(time);
     }
 
-    /// Whether a broker is to be asked now; then the next one is when it has not answered.
+    /// Whether a broker has to be asked now; the next request is due after the answer timeout.
     pub fn take_ask(&mut self, now: Instant) -> bool {
         let is_due = self.ask_at <= now;
         if is_due {
@@ -140,12 +143,12 @@ impl ServerState {
         is_due
     }
 
-    /// The interface may have changed.
+    /// The interface may have changed: schedules all checks now.
     pub fn expedite(&mut self, now: Instant) {
         (self.check_at, self.look_at) = (now, now);
     }
 
-    /// Whether the peers are to be compared now; then the next time is a while later.
+    /// Whether the peers have to be compared now; schedules the next comparison.
     pub fn take_check(&mut self, now: Instant) -> bool {
         let is_due = self.check_at <= now;
         if is_due {
@@ -154,28 +157,28 @@ impl ServerState {
         is_due
     }
 
-    /// Whether what forwards by the interface is to be looked at.
+    /// Whether the forwarding has to be checked.
     pub fn is_look_due(&self, now: Instant) -> bool {
         self.look_at <= now
     }
 
-    /// What forwards by the interface is all there.
+    /// The forwarding is complete: schedules the next check.
     pub fn on_looked(&mut self, now: Instant) {
         self.look_at = now + LOOK_INTERVAL;
     }
 
-    /// When something is due.
+    /// When the next request or comparison is due.
     pub fn due(&self) -> Instant {
         self.ask_at.min(self.check_at)
     }
 
-    /// What is to be done about the peers of the interface. Before it is, it has to be on disk.
+    /// Plans the steps for the peers of the interface. The state has to be stored before they are applied.
     pub fn plan(&mut self, device: &Device) -> LeasePlan {
         let wanted = Wanted { networks: self.source.networks(), leases: self.table.leases(), made: &self.made };
         let plan = plan(device, wanted);
         let made = self.made.len();
         self.made.retain(|key| self.table.leases().contains_key(key) || device.peers.contains_key(key));
-        // Those that are added have a lease, so that they are kept with the version or as no longer foreign.
+        // Added keys have a lease: they are stored with a new version, or because they are no longer foreign.
         self.is_unsaved |= self.made.len() != made || self.foreign != plan.foreign;
         self.made.extend(self.table.leases().keys().filter(|key| !plan.foreign.contains(key)));
         self.foreign.clone_from(&plan.foreign);
@@ -211,7 +214,7 @@ mod tests {
         }
     }
 
-    /// Each of them would remove the other's peers, again and again.
+    /// Two coordinators would remove each other's peers, again and again.
     #[test]
     fn of_two_brokers_that_publish_to_a_hub_one_counts_as_long_as_it_is_heard() {
         let start = Instant::now();

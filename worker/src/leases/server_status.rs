@@ -1,4 +1,4 @@
-//! How the servers are that this gateway is: from [`task`](super::task) to the status and the doctor.
+//! The states of this gateway's servers: published by [`task`](super::task) for the status and the doctor.
 
 use serde::{Deserialize, Serialize};
 
@@ -9,7 +9,7 @@ pub struct ServerStatus {
     pub interface: String,
     /// Whether its interface has the peers of all its leases.
     pub up: bool,
-    /// Why not; none before it was looked at.
+    /// Why not; none before the first check.
     pub reason: Option<String>,
     /// The leases that are known here.
     pub leases: u64,

@@ -1,4 +1,4 @@
-//! Where the leases of an interface come from: the registry, whose server it is, or the tenants, whose hub it is.
+//! The origin of an interface's leases: the registry, whose server it is, or the tenants, whose hub it is.
 
 use ipnet::IpNet;
 use wgkex_common::config::{Hub, Server};
@@ -6,16 +6,16 @@ use wgkex_common::wire::lease::{AnnouncedHub, AnnouncedServer};
 use wgkex_common::wire::message::Hello;
 use wgkex_kernel::Device;
 
-/// Whose addresses the peers of an interface have.
+/// The owners of the addresses that the peers of an interface have.
 #[derive(Debug, Clone)]
 pub enum LeaseSource {
-    /// Those of a server's clients.
+    /// Clients of a server of the registry.
     Registry(Server),
-    /// Those of tenants' members.
+    /// Members of tenants.
     Tenants(Hub),
 }
 
-/// Which leases a broker has.
+/// The kinds of leases that a broker has.
 #[derive(Debug, Clone, Copy)]
 pub struct Offer {
     /// Those of a registry.
@@ -30,7 +30,7 @@ impl From<&Hello> for Offer {
     }
 }
 
-/// What a worker publishes of the interface.
+/// The description of an interface that a worker publishes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Announced {
     /// A server of the registry.
@@ -64,7 +64,7 @@ impl LeaseSource {
         }
     }
 
-    /// What brokers are to know of the interface, which has to have a key and a port.
+    /// The description of the interface for brokers; none while the interface has no key or no port.
     pub fn announced(&self, device: &Device, external_name: &str) -> Option<Announced> {
         let public_key = device.public_key.filter(|_| device.listen_port != 0)?;
         let endpoint = |own: &Option<String>| own.clone().unwrap_or_else(|| external_name.to_owned());

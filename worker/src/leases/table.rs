@@ -1,13 +1,13 @@
-//! What is known of the leases of one server: a copy of the broker's, by changes and by chunks of all. Pure.
+//! The leases of one server: a copy of the broker's, updated by changes and by chunks. Pure.
 
 use std::collections::BTreeMap;
 
 use wgkex_common::PublicKey;
 use wgkex_common::wire::lease::{LeaseChange, LeaseChunk, LeaseContent, LeaseVersion, LeasedAddresses};
 
-/// Changes that are kept until those before them come.
+/// Changes that are kept until the missing ones before them are received.
 const EARLY_MAX: usize = 64;
-/// Leases of a server at most: more than an interface serves.
+/// Leases of a server at most: more than an interface can have.
 const LEASES_MAX: usize = 1_000_000;
 
 /// The leases of one server.
@@ -15,9 +15,9 @@ const LEASES_MAX: usize = 1_000_000;
 pub struct LeaseTable {
     version: Option<LeaseVersion>,
     leases: BTreeMap<PublicKey, LeasedAddresses>,
-    /// Chunks of another version, as far as they came.
+    /// Received chunks of another version, as long as chunks are missing.
     partial: Option<Partial>,
-    /// Changes that came before one before them, by the revision that they change.
+    /// Changes received before an earlier one, by the revision that they change.
     early: BTreeMap<i64, (LeaseVersion, LeaseChange)>,
 }
 
@@ -28,21 +28,21 @@ struct Partial {
     leases: BTreeMap<PublicKey, LeasedAddresses>,
 }
 
-/// What a message led to.
+/// The result of a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Progress {
-    /// The leases are other ones, and all that is known of.
+    /// The leases have changed and are complete.
     Changed,
-    /// They are as they were, and all that is known of.
+    /// The leases are unchanged and complete.
     Current,
-    /// A part came, and another follows.
+    /// A chunk was received, and another follows.
     Partial,
-    /// Something is missing: all have to be asked for.
+    /// A change or chunk is missing: all leases have to be requested.
     Behind,
 }
 
 impl LeaseTable {
-    /// As it was kept.
+    /// The table as it was stored.
     pub fn restored(version: Option<LeaseVersion>, leases: BTreeMap<PublicKey, LeasedAddresses>) -> Self {
         Self { version, leases, ..Self::default() }
     }
@@ -57,7 +57,7 @@ impl LeaseTable {
         &self.leases
     }
 
-    /// Takes in a message that leads to `version`.
+    /// Applies a message that leads to `version`.
     pub fn apply(&mut self, version: LeaseVersion, content: LeaseContent) -> Progress {
         match content {
             LeaseContent::Current if self.version == Some(version) => Progress::Current,
@@ -127,7 +127,7 @@ impl LeaseTable {
         self.version = Some(version);
     }
 
-    /// Makes the changes that came early and are next now, and forgets those that are done.
+    /// Applies the early changes that are next now, and drops those that are outdated.
     fn take_early(&mut self) {
         while let Some(known) = self.version {
             self.early.retain(|_, (version, _)| known.is_before(version));
@@ -205,7 +205,7 @@ mod tests {
         assert_eq!((numbers(&table), table.version()), (vec![], None));
     }
 
-    /// What became of a broker's message on its way.
+    /// What happened to a broker's message in transit.
     #[derive(Debug, Clone, Copy)]
     enum Way {
         Arrives,
@@ -215,7 +215,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever is lost, doubled or out of order: a worker that is not told to ask has what the broker has.
+        /// Whatever is lost, duplicated or reordered: a worker that has no request pending has the same leases as the
+        /// broker.
         #[test]
         fn a_worker_that_is_not_behind_has_the_brokers_leases(
             steps in prop::collection::vec(

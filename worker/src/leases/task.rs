@@ -1,4 +1,5 @@
-//! The task of the leases: it asks brokers, keeps what they answer, and brings the peers of the servers' interfaces to that.
+//! The task of the leases: it requests leases from brokers, stores them, and sets the peers of the servers' interfaces
+//! accordingly.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -25,46 +26,47 @@ use super::server_status::ServerStatus;
 use super::source::{Announced, LeaseSource, Offer};
 use crate::plan::{changes, outcomes};
 
-/// Events that wait at most.
+/// Queued events at most.
 const QUEUE: usize = 4096;
 /// How long the task of a worker without servers sleeps.
 const IDLE: Duration = Duration::from_secs(3600);
-/// Workers that see a broker come up, or go away, ask spread over this time.
+/// When a broker connects or disconnects, the requests of all workers spread over this time.
 const JITTER: Duration = Duration::from_secs(1);
 
-/// What the task is told.
+/// An event for the task.
 #[derive(Debug, Clone)]
 pub enum LeaseEvent {
-    /// What a broker is; none if it goes.
+    /// The hello of a broker; none if it is cleared.
     Broker(BrokerName, Option<Hello>),
     /// Leases of a server.
     Leases(LeaseMessage),
 }
 
-/// Tells the task. Clones share it.
+/// The sender of events to the task. Clones share it.
 pub type LeaseSender = mpsc::Sender<LeaseEvent>;
 
-/// Whether the task has something to do: there are servers, or were once, so that brokers have to learn that they are not there.
+/// Whether the task is needed: the config has servers, or had some before, so that brokers have to learn of their
+/// removal.
 #[must_use]
 pub fn is_needed(config: &Config) -> bool {
     !sources(config).is_empty() || file::path(&config.state_dir).exists()
 }
 
-/// The queue of the task.
+/// The queue of events.
 #[must_use]
 pub fn channel() -> (LeaseSender, mpsc::Receiver<LeaseEvent>) {
     mpsc::channel(QUEUE)
 }
 
-/// What the task starts with.
+/// The parts from which the task is made.
 pub struct LeaseParts<K> {
     /// The kernel with the servers' interfaces.
     pub kernel: K,
-    /// What is published goes there.
+    /// The session on which the task publishes.
     pub bus: MqttHandle,
-    /// What it is told.
+    /// The queue of events.
     pub events: mpsc::Receiver<LeaseEvent>,
-    /// What it counts in.
+    /// Its metrics.
     pub metrics: Metrics,
 }
 
@@ -78,18 +80,18 @@ pub struct LeaseTask<K> {
     worker: WorkerName,
     external_name: String,
     servers: Vec<ServerState>,
-    /// Those with a registry, or with tenants.
+    /// The brokers with a registry, or with tenants.
     brokers: Brokers,
     file: PathBuf,
     writes: Writes,
-    /// Those of servers that the config does not name now: they keep what they had.
+    /// The stored state of servers that are not in the config now.
     others: BTreeMap<String, KeptServer>,
     health: Health,
     states: watch::Sender<BTreeMap<String, ServerStatus>>,
 }
 
 impl<K: Kernel> LeaseTask<K> {
-    /// Reads what was kept. The errors are that the file is of a newer version, and that another process has it.
+    /// Loads the stored state. The errors are a file of a newer version, and one that cannot be read or renamed.
     pub fn open(config: &Config, parts: LeaseParts<K>) -> Result<Self, StorageError> {
         let LeaseParts { kernel, bus, events, metrics } = parts;
         let file = file::path(&config.state_dir);
@@ -122,7 +124,7 @@ impl<K: Kernel> LeaseTask<K> {
         })
     }
 
-    /// How the servers are.
+    /// The states of the servers.
     pub fn states(&self) -> watch::Receiver<BTreeMap<String, ServerStatus>> {
         self.states.subscribe()
     }
@@ -138,7 +140,7 @@ impl<K: Kernel> LeaseTask<K> {
         self.states.send_modify(|states| drop(states.insert(name.clone(), status)));
     }
 
-    /// Runs until `stop` returns, nobody can tell it anything any more, or the MQTT session has ended; then until the last
+    /// Runs until `stop` returns, all senders of events are dropped, or the MQTT session has ended; then until the last
     /// write has ended.
     pub async fn run(mut self, stop: impl Future<Output = ()>) {
         tokio::select! {
@@ -176,7 +178,7 @@ impl<K: Kernel> LeaseTask<K> {
         }
     }
 
-    /// Takes in an event, and all that wait behind it.
+    /// Handles an event, and all that are queued behind it.
     fn on_events(&mut self, first: LeaseEvent) {
         let mut next = Some(first);
         while let Some(event) = next {
@@ -188,7 +190,7 @@ impl<K: Kernel> LeaseTask<K> {
         }
     }
 
-    /// A broker that comes up may not know the servers, and may have missed a change.
+    /// A broker that connects may not have this worker's servers, and may have missed a change of them.
     fn on_broker(&mut self, name: BrokerName, offer: Option<Offer>) {
         let is_of_use = |offer: &Offer| self.servers.iter().any(|server| server.source.is_at(*offer));
         let Some(offer) = offer.filter(is_of_use) else {
@@ -202,7 +204,7 @@ impl<K: Kernel> LeaseTask<K> {
         self.announce();
     }
 
-    /// A broker is asked for these leases, a moment later, as all of a fleet do.
+    /// Schedules a request for these leases after a random delay, since all workers of a fleet send one.
     fn ask_soon(&mut self, offer: Offer) {
         let (now, delay) = (Instant::now(), JITTER.mul_f64(fastrand::f64()));
         for server in self.servers.iter_mut().filter(|server| server.source.is_at(offer)) {
@@ -227,7 +229,7 @@ impl<K: Kernel> LeaseTask<K> {
         }
     }
 
-    /// Asks for what this server lacks.
+    /// Requests the leases of a server, from its last version on.
     fn ask(&mut self, index: usize) {
         let server = &self.servers[index];
         for to in self.brokers.next(&server.source) {
@@ -236,7 +238,7 @@ impl<K: Kernel> LeaseTask<K> {
         }
     }
 
-    /// Publishes what this worker's servers are, once all of their interfaces were read.
+    /// Publishes the descriptions of this worker's servers, as far as their interfaces were read.
     fn announce(&self) {
         let is_up = *self.connection.borrow() == ConnectionState::Up;
         let mut all = AnnouncedServers::default();
@@ -255,18 +257,18 @@ impl<K: Kernel> LeaseTask<K> {
 
     fn publish<T: serde::Serialize>(&self, topic: Topic, payload: &T, message: fn(Topic, Vec<u8>) -> Message) {
         let payload = serde_json::to_vec(payload).unwrap_or_default();
-        // What finds no place is published again later.
+        // A message for a full queue is dropped, and published again later.
         let _ = self.bus.try_publish(message(topic, payload));
     }
 
-    /// Brings the peers of a server's interface to its leases.
+    /// Sets the peers of a server's interface by its leases.
     async fn reconcile(&mut self, index: usize) {
         let interface = self.servers[index].interface.clone();
         let device = match self.kernel.read(&interface).await {
             Ok(device) => device,
             Err(error) => return self.on_failure(index, &error.to_string()),
         };
-        // Nobody learns of a hub, and nobody is added to it, as long as it does not keep tenants apart.
+        // A hub is neither published nor gets peers as long as its forwarding does not keep tenants apart.
         let now = Instant::now();
         if self.servers[index].is_look_due(now) {
             if let Err(error) = forward(&self.servers[index]).await {
@@ -292,7 +294,7 @@ impl<K: Kernel> LeaseTask<K> {
         }
     }
 
-    /// What brokers are to know of the interface.
+    /// Publishes the servers if the description of this one has changed.
     fn on_device(&mut self, index: usize, device: &Device) {
         let server = &mut self.servers[index];
         let announced = server.source.announced(device, &self.external_name);
@@ -330,7 +332,7 @@ impl<K: Kernel> LeaseTask<K> {
         }
     }
 
-    /// Writes what is not on disk.
+    /// Stores the changed state.
     async fn save(&mut self) {
         if !self.servers.iter().any(ServerState::is_unsaved) {
             return;
@@ -349,7 +351,7 @@ impl<K: Kernel> LeaseTask<K> {
     }
 }
 
-/// What lets members at a hub reach each other is there again if somebody took it away.
+/// Sets up the forwarding between the members at a hub again, in case another program removed it.
 async fn forward(server: &ServerState) -> io::Result<()> {
     let LeaseSource::Tenants(hub) = &server.source else { return Ok(()) };
     let pool: Vec<_> = hub.networks.parts().collect();

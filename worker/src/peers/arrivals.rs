@@ -1,4 +1,4 @@
-//! How keys come: which are admitted, which claim a network, which are pending, which are installed.
+//! Arriving keys: which are admitted, which claim a network, which are pending, which are installed.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -17,13 +17,13 @@ use crate::profiles::DesiredPeer;
 /// Live keys that a gateway lacks.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Missing {
-    /// How many.
+    /// Their number.
     pub number: usize,
     /// Those that can be set before the next read, the oldest first.
     pub next: Vec<PublicKey>,
 }
 
-/// What becomes of keys that came.
+/// The decisions about keys that arrived.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Admitted {
     /// They have peers, and are to be set again.
@@ -32,7 +32,7 @@ pub struct Admitted {
     pub new: Vec<DesiredPeer>,
     /// There is no room for them before the next read.
     pub deferred: Vec<PublicKey>,
-    /// They are not to be set, and why: of which no step is made.
+    /// They are not to be set, for this reason: no step is made for them.
     pub refused: Vec<(PublicKey, RejectReason)>,
 }
 
@@ -48,11 +48,10 @@ pub fn dedup_keep_last(keys: impl IntoIterator<Item = PublicKey>) -> Vec<PublicK
 }
 
 impl KnownPeers {
-    /// What is to be done with `keys`, which came in this order for the interface whose own key is `own`.
+    /// Decides about `keys`, which arrived in this order for the interface whose own key is `own`.
     ///
-    /// What is known is set again whatever else comes. Others have room up to [`Policy::unestablished`] and
-    /// [`Policy::peers`]; beyond that they are pending until the next read, which makes room among those that never
-    /// had a handshake.
+    /// Keys with a peer are always set again. Others have room up to [`Policy::unestablished`] and [`Policy::peers`];
+    /// beyond that they are pending until the next read, which makes room among peers that never had a handshake.
     ///
     /// [`Policy::unestablished`]: super::Policy::unestablished
     /// [`Policy::peers`]: super::Policy::peers
@@ -87,7 +86,8 @@ impl KnownPeers {
                 deferred.push(peer);
             }
         }
-        // Of two that came at once the first was admitted before the second took its address.
+        // Of two keys of one batch with the same address the first may have been admitted before the second took its
+        // address.
         let (owners, refused) = (&self.owners, &mut admitted.refused);
         for list in [&mut admitted.known, &mut admitted.new, &mut deferred] {
             list.retain(|peer| {
@@ -102,7 +102,8 @@ impl KnownPeers {
         admitted
     }
 
-    /// The desired peer of `key`, or the reason why it is rejected, apart from the owner of its networks.
+    /// The desired peer of `key`, or the reason why it is rejected; the owners of its networks, other than foreign
+    /// peers, are not checked.
     fn admissible(
         &self,
         key: &PublicKey,
@@ -120,7 +121,7 @@ impl KnownPeers {
         if self.owners.is_taken_by_foreign(key, peer.networks()) { Err(RejectReason::AddressTaken) } else { Ok(peer) }
     }
 
-    /// `peer` has its networks from now on, unless others have the better claim to one.
+    /// Assigns its networks to `peer`, unless another key has the better claim to one; false in that case.
     pub(super) fn claim(&mut self, peer: &DesiredPeer, now: Instant) -> bool {
         let key = peer.key();
         let rivals = self.owners.rivals(key, peer.networks());
@@ -138,7 +139,7 @@ impl KnownPeers {
         true
     }
 
-    /// `key` has lost a network to another, and with it all of its networks.
+    /// `key` has lost a network to another key, and with it all of its networks.
     fn lose_address(&mut self, key: PublicKey) {
         if self.pending.contains(&key) {
             self.forget_pending(&key);
@@ -171,8 +172,8 @@ impl KnownPeers {
         Claim { key, state, first: first.into() }
     }
 
-    /// Pending keys without a peer, in order of arrival, as far as there is room: each keeps its place from now on. Those
-    /// that may not be set are pending no longer.
+    /// Reserves slots for pending keys without a peer, in order of arrival, as far as there is room, and returns the
+    /// steps that install them. Keys that may not be set are no longer pending.
     pub fn give_slots(&mut self, own: Option<PublicKey>, reserved: &Reserved) -> Vec<Step> {
         let mut room = self.capacity();
         let mut steps = Vec::new();
@@ -193,15 +194,15 @@ impl KnownPeers {
         PeerCapacity::of(&self.policy, &self.table, &self.pending)
     }
 
-    /// Keeps a place for the peer of `key`, which is pending, until the next read.
+    /// Reserves a slot for the peer of `key`, which is pending, until the next read.
     pub fn take_slot(&mut self, key: &PublicKey) {
         if !self.table.contains(key) {
             self.pending.take_slot(key);
         }
     }
 
-    /// Which of the live `keys` have no peer here, are not pending, may be set, and would not be stale at once. They are
-    /// pending from now on; those for which there is room are returned, the oldest first.
+    /// Takes in live `keys`: those that have no peer here, are not pending, may be set, and would not be stale at once
+    /// become pending; those for which there is room are returned, the oldest first.
     pub fn learn(
         &mut self,
         keys: impl IntoIterator<Item = (PublicKey, Age)>,
@@ -229,7 +230,7 @@ impl KnownPeers {
         Missing { number, next: next.into_iter().map(|(_, key)| key).collect() }
     }
 
-    /// Takes in a live key; when it came, if it is lacking here, and pending from now on.
+    /// Takes in a live key; if it is lacking here, it becomes pending, and the time of its arrival is returned.
     fn learn_one(
         &mut self,
         key: PublicKey,
@@ -255,9 +256,9 @@ impl KnownPeers {
         Some(arrived)
     }
 
-    /// Makes those of `keys`, given with their arrival times, pending for which the next read may evict a peer, and returns
-    /// how many: established keys always, others only if newer than the peer that they evict. A flood's keys would evict
-    /// each other for ever.
+    /// Makes those of `keys`, given with their arrival times, pending for which the next read may evict a peer, and
+    /// returns how many: established and trusted keys always, others only if newer than the peer that they evict.
+    /// Otherwise the keys of a flood would evict each other for ever.
     fn wait_for_room(&mut self, keys: Vec<(Instant, PublicKey)>) -> usize {
         if keys.is_empty() {
             return 0;
@@ -276,8 +277,8 @@ impl KnownPeers {
         always.len() + newer
     }
 
-    /// `key`, which is pending, has its networks from now on, unless another one has as good a claim; then it is pending
-    /// no longer. Claim ages learnt from a broker are not comparable, so only a strictly better state wins.
+    /// Assigns its networks to the pending `key`, unless another key has as good a claim; then it is no longer pending.
+    /// Claim ages learnt from a broker are not comparable, so only a strictly better state wins.
     fn claim_by_state(&mut self, key: PublicKey, now: Instant) -> bool {
         let Some(peer) = self.profile.desired(&key) else { return false };
         let state = |key| self.claim_of(key, now).state;
@@ -289,7 +290,7 @@ impl KnownPeers {
         self.claim(&peer, now)
     }
 
-    /// Takes in when a key had a handshake elsewhere, as a broker has it; false if the key is not known.
+    /// Notes the time of a key's handshake at another gateway, as reported by a broker; false if the key is not known.
     fn note_elsewhere(&mut self, key: &PublicKey, shaken: Option<CompactInstant>) -> bool {
         let note = |entry: &mut PeerEntry| {
             entry.elsewhere = entry.elsewhere.max(shaken);
@@ -298,31 +299,32 @@ impl KnownPeers {
         self.table.update(key, note) || self.pending.note_elsewhere(key, shaken)
     }
 
-    /// Whether the key is one of a router that had a handshake: then no message of another gateway makes it that one's.
+    /// Whether the key belongs to a router that had a handshake: then another gateway cannot reserve it by publishing
+    /// it.
     pub(super) fn is_routers(&self, key: &PublicKey) -> bool {
         let is_pending = |key| self.pending.get(key).is_some_and(|pending| pending.came && pending.elsewhere.is_some());
         self.table.known(key).is_some_and(PeerEntry::is_routers) || is_pending(key)
     }
 
-    /// `key` is pending, and has neither a peer nor a place for one.
+    /// Whether the pending `key` has neither a peer nor a slot for one.
     pub(super) fn lacks_slot(&self, key: &PublicKey) -> bool {
         !self.pending.has_slot(key) && !self.table.contains(key)
     }
 
-    /// Whether `key`, which is pending, takes no place of those that never had a handshake.
+    /// Whether the pending `key` counts as established, and so takes no slot of the unestablished ones.
     pub(super) fn counts_as_established(&self, key: &PublicKey) -> bool {
         self.pending.get(key).is_some_and(|pending| pending.elsewhere.is_some())
             || self.table.vanished(key).is_some_and(|entry| !entry.is_unestablished())
     }
 
-    /// `key` came and is whole in the kernel; it has its grace from `now`. Returns whether it is new there.
+    /// An arrived `key` is completely in the kernel; its grace begins at `now`. Returns whether it is new there.
     pub fn mark_installed(&mut self, key: PublicKey, now: Instant) -> bool {
         let is_new = self.seat(key, now);
         self.table.update(&key, |entry| entry.arrived = now.into());
         is_new
     }
 
-    /// The peer of `key`, which vanished, is whole in the kernel again.
+    /// The vanished peer of `key` is completely in the kernel again.
     pub fn put_back(&mut self, key: PublicKey, now: Instant) {
         self.seat(key, now);
     }
@@ -343,14 +345,16 @@ impl KnownPeers {
         pending.is_some() || !known
     }
 
-    /// `key` came and is not whole in the kernel: it is pending. Returns how many older ones that made too many.
+    /// An arrived `key` is not completely in the kernel: it is pending. Returns how many of the oldest pending keys
+    /// were dropped for it.
     pub fn mark_pending(&mut self, key: PublicKey, now: Instant) -> usize {
         self.pending.announce(key, now.into());
         self.changed.insert(key);
         if self.pending.len() <= self.policy.pending { 0 } else { self.drop_oldest() }
     }
 
-    /// A sixteenth at once, so that a flood does not cost a search per key. Those that had a handshake go last.
+    /// Drops the oldest pending keys, a sixteenth at once, so that a flood does not cost a search per key. Those that
+    /// had a handshake are dropped last.
     fn drop_oldest(&mut self) -> usize {
         let surplus = self.pending.len() - self.policy.pending + self.policy.pending / 16;
         let mut oldest = self.pending.oldest_first();
@@ -359,7 +363,7 @@ impl KnownPeers {
         surplus.min(oldest.len())
     }
 
-    /// The kernel refused `key` once more; too often, and it is given up.
+    /// The kernel refused `key` once more; after too many refusals it is no longer pending.
     pub fn refused(&mut self, key: &PublicKey) {
         if self.pending.count_refusal(key) {
             self.forget_pending(key);

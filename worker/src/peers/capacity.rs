@@ -1,11 +1,10 @@
-//! For how many more peers there is room, and how many have to go for others.
+//! The number of further peers that fit, and the number of peers to evict for others.
 
 use super::pending::Pending;
 use super::policy::Policy;
 use super::table::PeerTable;
 
-/// With the peers that have to go, this part of the unestablished ones is evicted too, so that the next keys have room
-/// without a read for each.
+/// One in so many unestablished peers is evicted in addition, so that the next keys have room without a read for each.
 const PORTION: usize = 16;
 
 /// Below this portion none is evicted in advance.
@@ -14,7 +13,7 @@ const PORTION_MIN: usize = 4;
 /// The most pending keys for which peers are evicted after one read, unless the portion is larger.
 const EVICTED_AT_ONCE: usize = 64;
 
-/// For how many more peers there is room.
+/// The number of further peers that fit.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct PeerCapacity {
     /// For those that never had a handshake.
@@ -30,7 +29,8 @@ impl PeerCapacity {
         Self { unestablished: policy.unestablished.saturating_sub(known), all: policy.peers.saturating_sub(all) }
     }
 
-    /// Takes the place of a peer, if there is one; an `established` one takes none of the others'.
+    /// Takes the slot for a peer, if there is one; an `established` peer takes none of the slots for unestablished
+    /// ones.
     pub(super) fn take(&mut self, established: bool) -> bool {
         let has_slot = self.all > 0 && (established || self.unestablished > 0);
         if has_slot {
@@ -41,7 +41,7 @@ impl PeerCapacity {
     }
 }
 
-/// How many of the `unestablished` peers have to go so that `lacking` keys have room; none if none lack it.
+/// How many of the `unestablished` peers have to be evicted for `lacking` keys without room; none if all have room.
 pub(super) fn evictions(policy: &Policy, unestablished: usize, lacking: usize) -> usize {
     if lacking == 0 {
         return 0;

@@ -13,7 +13,7 @@ const MIDDLE: u64 = 1 << 63;
 pub(super) struct CompactInstant(NonZeroU64);
 
 impl CompactInstant {
-    /// How long ago it is; nothing if it is yet to come.
+    /// The time since then; zero if it is in the future.
     pub(super) fn age(self, now: Instant) -> Duration {
         now.saturating_duration_since(self.into())
     }

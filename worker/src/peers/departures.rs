@@ -1,4 +1,4 @@
-//! How peers go: stale ones, those that others need the place or the address of, those that are denied.
+//! Removal of peers: stale ones, those whose slot or address others need, those that are denied.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -12,11 +12,11 @@ use super::policy::{PeerState, Policy};
 use super::table::{Handshake, PeerEntry};
 use crate::profiles::Sweep;
 
-/// What has no peer goes when it had none for this long: somebody may be making one.
+/// How long a route or flood entry has to be without a peer before it is removed: another program may be about to set
+/// the peer.
 pub(crate) const ORPHANED: Duration = Duration::from_secs(30);
 
-/// The peers that a drain may remove, those first that had no handshake for longest: their routers are gone already, most
-/// likely.
+/// The peers that a drain may remove, the longest silent first: most likely their routers are gone already.
 #[derive(Debug, Default)]
 pub struct Drainable {
     connected: Vec<(Option<CompactInstant>, PublicKey)>,
@@ -30,7 +30,7 @@ impl Drainable {
         self.connected.iter().map(|(_, key)| *key)
     }
 
-    /// The other ones.
+    /// The peers whose routers are not connected.
     #[must_use]
     pub fn silent(&self) -> impl ExactSizeIterator<Item = PublicKey> {
         self.silent.iter().map(|(_, key)| *key)
@@ -44,8 +44,8 @@ impl KnownPeers {
         !self.owners.to_evict().is_empty()
     }
 
-    /// Peers of ours that are to go so that others have room: those that lost their address, and, where pending keys
-    /// have no room, of those that never had a handshake the oldest, and more of them than that. Judged by the last read.
+    /// Peers of ours to be evicted: those that lost their address, and, where pending keys have no room, the oldest
+    /// ones without a handshake, plus some in advance. Judged by the last read.
     #[must_use]
     pub fn eviction_candidates(&self) -> BTreeSet<PublicKey> {
         let mut candidates = self.owners.to_evict().clone();
@@ -61,19 +61,20 @@ impl KnownPeers {
         candidates
     }
 
-    /// Whether pending keys have no room.
+    /// Whether a pending key has neither a peer nor a slot for one.
     #[must_use]
     pub fn lacks_room(&self) -> bool {
         self.pending.keys().any(|key| self.lacks_slot(key))
     }
 
-    /// Whether the peer of `key`, one of the [`eviction_candidates`](Self::eviction_candidates), is still to go.
+    /// Whether the peer of `key`, one of the [`eviction_candidates`](Self::eviction_candidates), still has to be
+    /// evicted.
     #[must_use]
     pub fn is_eviction_candidate(&self, key: &PublicKey) -> bool {
         self.owners.to_evict().contains(key) || self.table.get(key).is_some_and(|entry| self.is_evictable(key, entry))
     }
 
-    /// Peers that may make room for others, and when each key came.
+    /// Peers that may be evicted for others, with the arrival times of their keys.
     pub(super) fn evictable(&self) -> impl Iterator<Item = (CompactInstant, PublicKey)> {
         let evictable = self.table.iter().filter(|(key, entry)| self.is_evictable(key, entry));
         evictable.map(|(key, entry)| (entry.arrived, *key))
@@ -89,7 +90,7 @@ impl KnownPeers {
         self.stale_by(&self.policy, now)
     }
 
-    /// The same, whenever their keys came.
+    /// The stale peers without regard to the arrival times of their keys.
     #[must_use]
     pub fn stale_without_grace(&self, now: Instant) -> BTreeSet<PublicKey> {
         self.stale_by(&Policy { grace: Duration::ZERO, ..self.policy }, now)
@@ -103,9 +104,9 @@ impl KnownPeers {
         stale.map(|(key, _)| *key).collect()
     }
 
-    /// The peers of ours that a drain removes past its deadline, judged by the last read. `requested` has when routers sent
-    /// their keys past the deadline: such a peer stays for its grace, and while its router is connected since then, as it got
-    /// no other gateway.
+    /// The peers of ours that a drain removes past its deadline, judged by the last read. `requested` has the times at
+    /// which routers sent their keys past the deadline: such a peer stays for its grace, and as long as its router is
+    /// connected after that time, since the router got no other gateway.
     #[must_use]
     pub fn drainable(&self, requested: &BTreeMap<PublicKey, Instant>, now: Instant) -> Drainable {
         let mut drainable = Drainable::default();
@@ -130,7 +131,8 @@ impl KnownPeers {
         drainable
     }
 
-    /// Forgets pending keys that no router sent to this run of the program, apart from those that have peers, or whose peers vanished.
+    /// Forgets pending keys that did not arrive over MQTT in this run of the program, apart from those that have peers,
+    /// or whose peers vanished.
     pub fn forget_unrequested(&mut self) {
         let is_unrequested = |key: &&PublicKey| !self.is_announced(key) && self.table.known(key).is_none();
         for key in self.pending.keys().filter(is_unrequested).copied().collect::<Vec<_>>() {
@@ -138,7 +140,7 @@ impl KnownPeers {
         }
     }
 
-    /// Forgets the keys of peers that vanished, were put back, vanished again, and are stale: a sweep never saw them.
+    /// Forgets the keys of peers that vanished repeatedly and are stale: no sweep has found them.
     pub fn forget_stale(&mut self, now: Instant) {
         let is_stale = |entry: &PeerEntry| {
             entry.renewed && entry.sweep == Sweep::WhenStale && entry.state(&self.policy, now) == PeerState::Stale
@@ -152,7 +154,8 @@ impl KnownPeers {
         }
     }
 
-    /// At most so many of the peers of ours that are silent for longer than the kernel is to know of them.
+    /// At most so many of the peers of ours that have been silent for [`Policy::forget`](super::Policy::forget): their
+    /// endpoints are to be forgotten.
     #[must_use]
     pub fn idle(&self, most: usize, now: Instant) -> Vec<PublicKey> {
         let Some(forget) = self.policy.forget else { return Vec::new() };
@@ -161,12 +164,12 @@ impl KnownPeers {
         self.table.iter().filter(|(_, entry)| is_idle(entry)).map(|(key, _)| *key).take(most).collect()
     }
 
-    /// The kernel does not know any more of the handshakes of `key`; here they count on.
+    /// The peer of `key` was created again without a handshake in the kernel; the handshake remembered here is kept.
     pub fn mark_renewed(&mut self, key: &PublicKey) {
         self.table.update(key, |entry| entry.renewed = true);
     }
 
-    /// Forgets the pending keys that `is_removed` names; returns the peers that it names, and whether each is ours.
+    /// Forgets the pending keys that `is_removed` selects; returns the peers that it selects, and whether each is ours.
     pub fn remove_denied(&mut self, is_removed: impl Fn(&PublicKey) -> bool) -> BTreeMap<PublicKey, bool> {
         let pending: Vec<_> = self.pending.keys().filter(|key| is_removed(key)).copied().collect();
         for key in &pending {
@@ -175,7 +178,8 @@ impl KnownPeers {
         self.table.iter().filter(|(key, _)| is_removed(key)).map(|(key, entry)| (*key, entry.ours)).collect()
     }
 
-    /// The peer of `key` could not be removed whole. If the next read does not show it, it is gone.
+    /// The peer of `key` could not be removed completely: it is no longer ours. If the next read does not show it, it
+    /// is gone.
     pub fn disown(&mut self, key: &PublicKey) {
         if self.table.update(key, |entry| entry.ours = false) {
             self.changed.insert(*key);
@@ -189,14 +193,14 @@ impl KnownPeers {
         self.release_address(key);
     }
 
-    /// `key` is pending no longer, and what was known of a peer that vanished is forgotten.
+    /// `key` is no longer pending, and the entry of its vanished peer is forgotten.
     pub(super) fn forget_pending(&mut self, key: &PublicKey) {
         self.pending.remove(key);
         self.table.forget_vanished(key);
         self.release_address(key);
     }
 
-    /// `key` is not what it was, and has no address any more unless it has a peer.
+    /// The record of `key` has changed, and it has no address any more unless it has a peer.
     fn release_address(&mut self, key: &PublicKey) {
         self.changed.insert(*key);
         if !self.table.contains(key)

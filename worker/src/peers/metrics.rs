@@ -8,22 +8,22 @@ use wgkex_common::runtime::metrics::Registry;
 
 use super::PeerCounts;
 
-/// Clones count into the same ones.
+/// Clones share the metrics.
 #[derive(Debug, Clone)]
 pub struct Metrics {
     /// Peers, by domain and state.
     pub by_state: IntGaugeVec,
-    /// Looks for stale peers, by domain.
+    /// Sweeps for stale peers, by domain.
     pub sweeps: IntCounterVec,
     /// Stale peers removed, by domain.
     pub stale: IntCounterVec,
-    /// Peers removed because others needed their place or have their address, by domain.
+    /// Peers evicted because others needed their slot or have their address, by domain.
     pub evicted: IntCounterVec,
     /// Peers removed because their keys are not admitted, by domain.
     pub denied: IntCounterVec,
     /// Peers removed by a drain past its deadline, by domain.
     pub drained: IntCounterVec,
-    /// Idle peers whose endpoint the kernel was made to forget, by domain.
+    /// Idle peers whose endpoint was removed from the kernel, by domain.
     pub renewed: IntCounterVec,
     /// Routes and flood entries without a peer that were removed, by domain.
     pub orphans: IntCounterVec,
@@ -55,7 +55,7 @@ impl Metrics {
         Ok(metrics)
     }
 
-    /// So many peers of `domain` are new since they were counted.
+    /// Counts new peers of `domain`.
     pub fn add_new(&self, domain: &Domain, peers: u64) {
         let peers = i64::try_from(peers).unwrap_or(i64::MAX);
         self.by_state.with_label_values(&[domain.name(), "pending"]).add(peers);

@@ -1,4 +1,4 @@
-//! Which key has which network, of all that have a peer or are pending.
+//! The owners of networks, of all keys that have a peer or are pending.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -30,15 +30,15 @@ impl Claimant {
 #[derive(Debug, Default)]
 pub(super) struct AddressOwners {
     owners: BTreeMap<IpNet, PublicKey>,
-    /// Networks of peers that others made, and which peers.
+    /// Networks of peers that other programs made, with the keys of these peers.
     foreign: BTreeMap<IpNet, PublicKey>,
-    /// Peers of ours whose network another key has: the next read takes them.
+    /// Peers of ours whose network another key has: the next read evicts them.
     to_evict: BTreeSet<PublicKey>,
 }
 
 impl AddressOwners {
     /// Starts again with the first of each network's claimants, which are in the order of the networks; returns the
-    /// others, which have to claim theirs.
+    /// others, whose claims have to be compared.
     pub(super) fn rebuild(&mut self, claimants: &[Claimant]) -> Vec<PublicKey> {
         self.to_evict.clear();
         let claims = || claimants.iter().filter(|claimant| claimant.claims);
@@ -49,7 +49,7 @@ impl AddressOwners {
                 rivals.push(claimant.key);
             }
         }
-        // Made at once a map has full nodes.
+        // A map that is collected at once has full nodes, and takes less memory.
         let mut last = None;
         let first = claims().filter(|claimant| last.replace(claimant.network) != Some(claimant.network));
         self.owners = first.map(|claimant| (claimant.network, claimant.key)).collect();
@@ -95,13 +95,13 @@ impl AddressOwners {
         self.foreign.extend(networks.into_iter().map(|network| (network, key)));
     }
 
-    /// Whether a peer that somebody else made, and not of `key`, has one of `networks`.
+    /// Whether a peer that another program made, other than that of `key`, has one of `networks`.
     pub(super) fn is_taken_by_foreign(&self, key: &PublicKey, networks: &[IpNet]) -> bool {
         !self.foreign.is_empty()
             && networks.iter().any(|network| self.foreign.get(network).is_some_and(|holder| holder != key))
     }
 
-    /// The peer of `key` has to go.
+    /// The peer of `key` has to be evicted.
     pub(super) fn evict(&mut self, key: PublicKey) {
         self.to_evict.insert(key);
     }

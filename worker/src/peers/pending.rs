@@ -1,4 +1,4 @@
-//! Keys that came and are not whole in the kernel yet.
+//! Arrived keys that are not completely in the kernel yet.
 
 use std::collections::BTreeMap;
 
@@ -6,14 +6,14 @@ use wgkex_common::PublicKey;
 
 use super::compact_instant::CompactInstant;
 
-/// How often a key that the kernel refuses is tried: with the schedule's growing pauses, for some minutes.
+/// How often a key that the kernel refuses is tried: some minutes, with the growing pauses of the schedule.
 pub(super) const MAX_TRIES: u8 = 8;
 
-/// Keys that are pending. One may have a peer, too. It counts those for which a place is reserved.
+/// Pending keys. One may have a peer, too. The number of reserved slots is counted.
 #[derive(Debug, Default)]
 pub(super) struct Pending {
     keys: BTreeMap<PublicKey, PendingKey>,
-    /// How many of `keys` have a place.
+    /// How many of `keys` have a slot.
     slots: usize,
 }
 
@@ -25,9 +25,9 @@ pub(super) struct PendingKey {
     pub tries: u8,
     /// It arrived over MQTT, not from the state file or a snapshot.
     pub announced: bool,
-    /// When it had a handshake at another gateway, by a broker's snapshot.
+    /// When it had a handshake at another gateway, as reported by a broker.
     pub elsewhere: Option<CompactInstant>,
-    /// A place is kept for its peer.
+    /// A slot is reserved for its peer.
     pub has_slot: bool,
     /// A broker admitted it since this program started.
     pub came: bool,
@@ -38,7 +38,7 @@ impl Pending {
         self.keys.len()
     }
 
-    /// For how many keys a place is reserved.
+    /// The number of reserved slots.
     pub(super) fn slots(&self) -> usize {
         self.slots
     }
@@ -55,12 +55,12 @@ impl Pending {
         self.keys.keys()
     }
 
-    /// Whether a place is reserved for `key`.
+    /// Whether a slot is reserved for `key`.
     pub(super) fn has_slot(&self, key: &PublicKey) -> bool {
         self.keys.get(key).is_some_and(|pending| pending.has_slot)
     }
 
-    /// How many keys somebody may wait for, and when the oldest of them arrived.
+    /// The number of keys whose outcome a broker may wait for, and the arrival of the oldest.
     pub(super) fn announced(&self) -> (usize, Option<CompactInstant>) {
         let arrivals = self.keys.values().filter(|pending| pending.announced).map(|pending| pending.arrived);
         arrivals.fold((0, None), |(number, oldest), arrived| (number + 1, oldest.into_iter().chain([arrived]).min()))
@@ -72,7 +72,7 @@ impl Pending {
         keys.into_iter().map(|(_, key)| key).collect()
     }
 
-    /// `key` is pending as it is given, without a place.
+    /// Inserts a pending key as given, without a slot.
     pub(super) fn insert(&mut self, key: PublicKey, pending: PendingKey) {
         self.remove(&key);
         self.keys.insert(key, pending);
@@ -82,14 +82,14 @@ impl Pending {
         self.keys.entry(key).or_insert(pending);
     }
 
-    /// `key` came at `now`, once more if it is pending already, and keeps its place.
+    /// `key` arrived at `now`, perhaps again while it is pending; it keeps its slot.
     pub(super) fn announce(&mut self, key: PublicKey, now: CompactInstant) {
         let new = PendingKey { announced: true, came: true, ..PendingKey::from_elsewhere(now, false) };
         let pending = self.keys.entry(key).or_insert(new);
         *pending = PendingKey { first: pending.first, elsewhere: pending.elsewhere, has_slot: pending.has_slot, ..new };
     }
 
-    /// Takes in when a pending key had a handshake elsewhere; false if it is not pending.
+    /// Notes the time of a pending key's handshake at another gateway; false if it is not pending.
     pub(super) fn note_elsewhere(&mut self, key: &PublicKey, shaken: Option<CompactInstant>) -> bool {
         let Some(pending) = self.keys.get_mut(key) else { return false };
         pending.elsewhere = pending.elsewhere.max(shaken);
@@ -97,7 +97,7 @@ impl Pending {
         true
     }
 
-    /// Keeps a place for `key`, if it is pending.
+    /// Reserves a slot for `key`, if it is pending.
     pub(super) fn take_slot(&mut self, key: &PublicKey) {
         if let Some(pending) = self.keys.get_mut(key).filter(|pending| !pending.has_slot) {
             pending.has_slot = true;
@@ -105,20 +105,20 @@ impl Pending {
         }
     }
 
-    /// Keeps no place for any key.
+    /// Releases all slots.
     pub(super) fn release_slots(&mut self) {
         self.keys.values_mut().for_each(|pending| pending.has_slot = false);
         self.slots = 0;
     }
 
-    /// `key` is pending no longer.
+    /// `key` is no longer pending.
     pub(super) fn remove(&mut self, key: &PublicKey) -> Option<PendingKey> {
         let pending = self.keys.remove(key);
         self.slots -= usize::from(pending.is_some_and(|pending| pending.has_slot));
         pending
     }
 
-    /// Keeps only the keys that `keeps` names.
+    /// Keeps only the keys that `keeps` selects.
     pub(super) fn retain(&mut self, mut keeps: impl FnMut(&PublicKey, &PendingKey) -> bool) {
         let slots = &mut self.slots;
         self.keys.retain(|key, pending| {
@@ -128,14 +128,14 @@ impl Pending {
         });
     }
 
-    /// The kernel refused `key` once more; true if that was too often.
+    /// The kernel refused `key` once more; true after too many refusals.
     pub(super) fn count_refusal(&mut self, key: &PublicKey) -> bool {
         let Some(pending) = self.keys.get_mut(key) else { return false };
         pending.tries += 1;
         pending.tries >= MAX_TRIES
     }
 
-    /// What is counted, counted again.
+    /// The counters, computed again.
     #[cfg(test)]
     pub(super) fn recount(&self) -> usize {
         self.keys.values().filter(|pending| pending.has_slot).count()
@@ -143,7 +143,7 @@ impl Pending {
 }
 
 impl PendingKey {
-    /// Of a key that did not come to this program itself.
+    /// A key that did not arrive over MQTT in this run of the program.
     pub(super) fn from_elsewhere(arrived: CompactInstant, established: bool) -> Self {
         let elsewhere = established.then_some(arrived);
         Self { arrived, first: arrived, tries: 0, announced: false, elsewhere, has_slot: false, came: false }

@@ -1,4 +1,4 @@
-//! When peers are stale, how many there may be, and in which state one is.
+//! When peers are stale, how many there may be, and the states of peers.
 
 use std::time::Duration;
 
@@ -6,33 +6,34 @@ use wgkex_common::Config;
 use wgkex_common::address::claim::handshake_report_interval;
 use wgkex_common::config::{Cleanup, Peers};
 
-/// When peers are stale, and how often that is looked for (contract sections 4 and 7).
+/// When peers are stale, and how often they are swept (contract sections 4 and 7).
 #[derive(Debug, Clone, Copy)]
 pub struct Policy {
     /// A peer is stale without a handshake for this long.
     pub stale: Duration,
-    /// It is not stale this long after its key came, or was found in the kernel, or was put back into it.
+    /// For this long after its key arrived, or was found in the kernel, or was put back into it, a peer is not stale.
     pub grace: Duration,
-    /// Stale peers are looked for this often.
+    /// The interval of sweeps for stale peers.
     pub interval: Duration,
     /// A peer is connected if its last handshake is younger than this.
     pub connected: Duration,
-    /// Tables are read, peers counted, and what is missing is restored, this often.
+    /// The interval in which tables are read, peers counted, and missing objects restored.
     pub count: Duration,
     /// The handshakes of a peer are reported again after this long.
     pub report: Duration,
-    /// So many keys are pending at most; the oldest go first.
+    /// The most pending keys; the oldest are dropped first.
     pub pending: usize,
-    /// So many peers that never had a handshake an interface has at most; the oldest go first.
+    /// The most peers of an interface that never had a handshake; the oldest are evicted first.
     pub unestablished: usize,
-    /// A peer that was silent for this long forgets where its router was; none never do.
+    /// The endpoint of a peer that was silent for this long is forgotten; none means never.
     pub forget: Option<Duration>,
-    /// So many peers of any kind an interface has at most; no new one is set beyond.
+    /// The most peers of an interface of any kind; no new one is set beyond that.
     pub peers: usize,
 }
 
 impl Policy {
-    /// How long a handshake at another gateway counts: what has a handshake there is reported every so often.
+    /// How long a handshake at another gateway counts: connected peers there are reported at intervals of
+    /// [`Self::report`].
     pub(super) fn established_elsewhere(&self) -> Duration {
         self.report + self.stale
     }
@@ -45,7 +46,8 @@ impl Default for Policy {
             grace: Duration::from_secs(600),
             interval: Duration::from_secs(3_600),
             connected: Duration::from_secs(180),
-            // What vanished is to be back within a minute, and takes seconds with very many peers.
+            // A vanished peer must be back within a minute, which includes the seconds that a read of very many peers
+            // takes.
             count: Duration::from_secs(45),
             report: Duration::from_secs(21_600),
             pending: 200_000,
@@ -66,16 +68,16 @@ impl From<&Config> for Policy {
     }
 }
 
-/// What a peer does. Every peer is in one of these states, also those that wgkex did not make.
+/// The activity of a peer. Every peer is in one of these states, also those that wgkex did not make.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum PeerState {
     /// It had a handshake in the last [`Policy::connected`].
     Connected,
     /// It had a handshake, longer ago than that, but within [`Policy::stale`].
     Idle,
-    /// It did not, but is within its grace.
+    /// It had none within [`Policy::stale`], but is within its grace.
     New,
-    /// It did not, and its grace is over: if wgkex made it, the next sweep takes it.
+    /// It had none within [`Policy::stale`], and its grace is over: if wgkex made it, the next sweep removes it.
     Stale,
 }
 

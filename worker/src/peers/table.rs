@@ -1,4 +1,4 @@
-//! The peers of an interface, as last read and with what was applied since.
+//! The peers of an interface, as last read and updated by changes since.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant, SystemTime};
@@ -13,19 +13,19 @@ use super::policy::{PeerCounts, PeerState, Policy};
 use crate::plan::SortedCursor;
 use crate::profiles::{DesiredPeer, Ownership, Sweep};
 
-/// Observed peers, and those of ours that vanished. It counts those that never had a handshake.
+/// Observed peers, and those of ours that vanished. The number of unestablished ones is counted.
 #[derive(Debug, Default)]
 pub(super) struct PeerTable {
     peers: BTreeMap<PublicKey, PeerEntry>,
-    /// What was known of peers of ours that vanished. Their keys are pending.
+    /// The entries of peers of ours that vanished. Their keys are pending.
     vanished: BTreeMap<PublicKey, PeerEntry>,
-    /// Those that as last read lacked some of their allowed-ips, their keepalive or their preshared key.
+    /// Peers that by the last read lack an allowed-ip, their keepalive or their preshared key.
     incomplete: Vec<PublicKey>,
     /// How many of `peers` are unestablished.
     unestablished: usize,
 }
 
-/// What is known of a peer.
+/// The remembered state of a peer.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct PeerEntry {
     /// When the key arrived.
@@ -33,25 +33,25 @@ pub(super) struct PeerEntry {
     /// When it first arrived.
     pub first: CompactInstant,
     pub handshake: Option<Handshake>,
-    /// When it had a handshake at another gateway, by a broker's snapshot.
+    /// When it had a handshake at another gateway, as reported by a broker.
     pub elsewhere: Option<CompactInstant>,
     /// When its handshakes were last reported.
     pub reported: Option<CompactInstant>,
-    /// The peer was created again since its last handshake, which the kernel therefore does not know.
+    /// The peer was created again since its last handshake, which the kernel therefore does not show.
     pub renewed: bool,
     pub ours: bool,
     /// A broker admitted it since this program started.
     pub came: bool,
-    /// Whether the sweep removes it; what it never removes is not evicted either.
+    /// Whether the sweep removes it; a peer that is never swept is not evicted either.
     pub sweep: Sweep,
 }
 
 /// The last handshake that the kernel showed.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Handshake {
-    /// As the kernel has it, in nanoseconds of its clock; only ever compared with what it was before.
+    /// The kernel's timestamp in nanoseconds; only compared for equality with later ones.
     at: u64,
-    /// When that was by the monotonic clock.
+    /// The time of the handshake by the monotonic clock.
     pub quiet_since: CompactInstant,
 }
 
@@ -82,7 +82,7 @@ impl PeerTable {
         self.vanished.get(key)
     }
 
-    /// What is known of the peer of `key`, also if it vanished.
+    /// The entry of the peer of `key`, also if it vanished.
     pub(super) fn known(&self, key: &PublicKey) -> Option<&PeerEntry> {
         self.peers.get(key).or_else(|| self.vanished.get(key))
     }
@@ -91,7 +91,7 @@ impl PeerTable {
         self.peers.iter()
     }
 
-    /// Those that as last read lacked something.
+    /// Peers that by the last read lack something.
     pub(super) fn incomplete(&self) -> &[PublicKey] {
         &self.incomplete
     }
@@ -100,8 +100,8 @@ impl PeerTable {
         self.vanished.iter()
     }
 
-    /// Has an entry for each peer of `device`, and for no other; returns how many vanished. Their keys are pending, and
-    /// they are among the `changed`.
+    /// Makes the entries those of the peers of `device`; returns how many of ours vanished. Their keys become pending,
+    /// and are added to `changed`.
     pub(super) fn take_over(
         &mut self,
         device: &Device,
@@ -132,7 +132,7 @@ impl PeerTable {
             (None, None) => PeerEntry::new(now, false),
         };
         if peers.is_empty() {
-            // Made at once a map has full nodes; filled in order, one by one, it takes twice the memory.
+            // A map that is collected at once has full nodes; filled one by one in order, it takes twice the memory.
             *peers = device.peers.keys().map(|key| (*key, found(key))).collect();
         } else if peers.len() < device.peers.len() {
             for key in device.peers.keys() {
@@ -142,8 +142,8 @@ impl PeerTable {
         gone
     }
 
-    /// Has `observe` look at each peer of `device` and its entry, which are those of the same keys; it returns whether the
-    /// peer lacks something. Keys of which something else is remembered than before are among the `changed`.
+    /// Calls `observe` for each peer of `device` and its entry; it returns whether the peer lacks something. Keys whose
+    /// record changes are added to `changed`.
     pub(super) fn observe(
         &mut self,
         device: &Device,
@@ -172,8 +172,8 @@ impl PeerTable {
         true
     }
 
-    /// There is a peer of `key` from now on, with what was known of it when it vanished, or else `new`. Returns whether
-    /// there was one before.
+    /// Adds the peer of `key`, with its entry from before it vanished, or else `new`. Returns whether there was one
+    /// before.
     pub(super) fn seat(&mut self, key: PublicKey, new: impl FnOnce() -> PeerEntry, now: Instant) -> bool {
         let vanished = self.vanished.remove(&key).map(|entry| entry.made_anew(now));
         let before = self.peers.len();
@@ -184,7 +184,7 @@ impl PeerTable {
         known
     }
 
-    /// There is no peer of `key` any more.
+    /// Removes the peer of `key`.
     pub(super) fn remove(&mut self, key: &PublicKey) {
         let unestablished = self.peers.remove(key).is_some_and(|entry| entry.is_unestablished());
         self.unestablished -= usize::from(unestablished);
@@ -194,7 +194,7 @@ impl PeerTable {
         self.vanished.remove(key);
     }
 
-    /// The peers that are to be reported, which count as reported from now on.
+    /// The peers that are due to be reported; they count as reported from now on.
     pub(super) fn take_unreported(&mut self, policy: &Policy, now: Instant) -> Vec<PublicKey> {
         let due = |entry: &PeerEntry| {
             let long_ago = |at: CompactInstant| at.age(now) >= policy.report;
@@ -208,7 +208,7 @@ impl PeerTable {
         .collect()
     }
 
-    /// No peer counts as reported.
+    /// Marks all peers as not reported.
     pub(super) fn report_all(&mut self) {
         self.peers.values_mut().chain(self.vanished.values_mut()).for_each(|entry| entry.reported = None);
     }
@@ -227,7 +227,7 @@ impl PeerTable {
         counts
     }
 
-    /// What is counted, counted again.
+    /// The counter, computed again.
     #[cfg(test)]
     pub(super) fn recount(&self) -> usize {
         self.peers.values().filter(|entry| entry.is_unestablished()).count()
@@ -250,8 +250,8 @@ impl PeerEntry {
         }
     }
 
-    /// Its peer was created again. That gives it a new grace once per handshake, so that a peer that is removed repeatedly
-    /// still expires.
+    /// The entry of a peer that was created again. It gets a new grace once per handshake, so that a peer that is
+    /// removed repeatedly still expires.
     fn made_anew(mut self, now: Instant) -> Self {
         if !std::mem::replace(&mut self.renewed, true) {
             self.arrived = now.into();
@@ -259,22 +259,22 @@ impl PeerEntry {
         self
     }
 
-    /// It had a handshake, here or elsewhere, and is no peer that somebody else made.
+    /// Whether it had a handshake, here or elsewhere, and its key came from a broker.
     pub(super) fn is_routers(&self) -> bool {
         self.came && self.is_established()
     }
 
-    /// It had a handshake, here or elsewhere.
+    /// Whether it had a handshake, here or elsewhere.
     pub(super) fn is_established(&self) -> bool {
         self.handshake.is_some() || self.elsewhere.is_some()
     }
 
-    /// It is ours, and had a handshake neither here nor elsewhere.
+    /// Whether it is ours, and had a handshake neither here nor elsewhere.
     pub(super) fn is_unestablished(&self) -> bool {
         self.ours && !self.is_established()
     }
 
-    /// Takes in what the kernel shows of its handshakes.
+    /// Updates the handshake from the kernel's peer.
     pub(super) fn observe(&mut self, peer: &Peer, now: Clocks, since_last_read: Option<Duration>) {
         match (peer.last_handshake, self.handshake) {
             (Some(at), Some(known)) if nanoseconds(at) == known.at => {}
@@ -287,7 +287,8 @@ impl PeerEntry {
         }
     }
 
-    /// Takes in what its profile makes of the peer, and returns whose it is; `may_be_ours` unless somebody reserves it.
+    /// Compares the peer with its desired state, and returns whose it is; `may_be_ours` is false if a gateway reserves
+    /// its key or address.
     pub(super) fn judge(&mut self, desired: Option<&DesiredPeer>, peer: &Peer, may_be_ours: bool) -> Ownership {
         let ownership = desired.map_or(Ownership::Foreign, |desired| desired.ownership(peer));
         self.sweep = desired.map_or(self.sweep, |desired| desired.sweep);
@@ -319,7 +320,7 @@ impl From<&PeerEntry> for PendingKey {
 }
 
 impl Handshake {
-    /// A handshake that the last read did not show is no older than that read, however the wall clock was stepped.
+    /// A handshake that is first shown by this read happened after the last read, however the wall clock was stepped.
     fn first_seen(at: SystemTime, now: Clocks, since_last_read: Option<Duration>) -> Self {
         let by_wall = now.wall.duration_since(at).unwrap_or_default();
         let ago = since_last_read.map_or(by_wall, |longest| by_wall.min(longest));
@@ -328,7 +329,7 @@ impl Handshake {
     }
 }
 
-/// A time of the kernel's, whose seconds are 64 bits and whose years before 1970 are none.
+/// A kernel's timestamp in nanoseconds; wraps around, and times before 1970 are 0.
 fn nanoseconds(at: SystemTime) -> u64 {
     let since = at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     since.as_secs().wrapping_mul(1_000_000_000).wrapping_add(since.subsec_nanos().into())

@@ -130,7 +130,7 @@ fn peers_that_wgkex_did_not_make_are_counted_and_never_stale_for_the_sweep() {
     assert_eq!(world.stale(), [key(3)]);
 }
 
-/// Seen to fail where such a peer was taken for one that somebody removed by hand.
+/// Failed when such a peer was taken for one that an operator removed.
 #[test]
 fn a_peer_that_vanished_is_owed_and_stays_in_the_state_file() {
     let mut world = World::with(&[key(1), key(2), key(3), key(4)]);
@@ -155,7 +155,7 @@ fn a_peer_that_vanished_is_owed_and_stays_in_the_state_file() {
     assert_eq!((world.owed(), world.known.table.len()), (vec![], 3));
 }
 
-/// Seen to fail where its past was forgotten: it was as one that has just come.
+/// Failed when its past was forgotten, and it was taken for a new one.
 #[test]
 fn a_vanished_peer_keeps_its_claim_and_its_stale_time() {
     let (first, second) = collision();
@@ -179,7 +179,7 @@ fn a_vanished_peer_keeps_its_claim_and_its_stale_time() {
         assert_eq!(world.states(), [PeerState::New, PeerState::Idle]);
         assert_eq!(world.known.unreported(world.now.monotonic), []);
     }
-    // It is not one of those that make room for others.
+    // They cannot be evicted for others.
     world.come(&[key(3)]);
     assert_eq!(world.known.eviction_candidates(), [key(2)].into());
     world.pass(2 * HOUR);
@@ -424,7 +424,7 @@ fn reserved_keys_are_refused_and_their_peers_never_swept_or_altered() {
     assert_eq!(world.stale(), [first], "what is a gateway's no longer is a peer like others");
 }
 
-/// Fails where a worker's word reserves whatever it names.
+/// Failed when the data of a worker reserved whatever key it named.
 #[test]
 fn an_established_key_cannot_be_reserved_by_worker_data() {
     let (first, second) = collision();
@@ -679,7 +679,7 @@ fn of_many_live_keys_as_many_wait_as_are_newer_than_the_peers_that_go_for_them()
     let mut world = World::with(&[]);
     world.known.policy = Policy { unestablished: 4, ..Policy::default() };
     world.read();
-    // They came 200, 100, 100 and 100 s ago.
+    // They arrived 200, 100, 100 and 100 s ago.
     world.install(&[key(0)]);
     world.pass(Duration::from_secs(100));
     world.install(&[key(1), key(2), key(3)]);
@@ -760,7 +760,7 @@ fn an_orphan_is_removed_after_a_while_without_a_peer() {
     world.install(&[key(2)]);
     world.read();
     assert_eq!(orphaned(&world), []);
-    // What loses its peer later has its while from then on.
+    // The time without a peer counts from the loss of the peer.
     world.vanish(&[key(2)]);
     world.known.removed(&key(2));
     world.read();
@@ -902,12 +902,12 @@ impl World {
         self.known.observe(&self.memory.device(&domain()).unwrap(), &self.reserved, self.now)
     }
 
-    /// Somebody else removes these peers, and nothing but them.
+    /// Another program removes these peers.
     fn vanish(&self, keys: &[PublicKey]) {
         self.memory.alter(&domain(), |device| device.peers.retain(|key, _| !keys.contains(key)));
     }
 
-    /// What vanished is put back.
+    /// Vanished peers are put back.
     fn put_back(&mut self) {
         let steps = self.owed();
         self.apply(&steps);
@@ -916,7 +916,7 @@ impl World {
         }
     }
 
-    /// Keys come and are installed as far as they may; says which may not.
+    /// Keys arrive and are installed as far as there is room; returns the rejected ones.
     fn come(&mut self, keys: &[PublicKey]) -> Vec<(PublicKey, RejectReason)> {
         let own = self.memory.device(&domain()).unwrap().public_key;
         let admission = self.known.admit(keys.iter().copied(), own, &self.reserved, self.now.monotonic);
@@ -994,11 +994,11 @@ impl World {
     }
 }
 
-/// Something that happens to what is known of peers.
+/// An event that changes the known peers.
 #[derive(Debug, Clone)]
 enum Happening {
     Come(Vec<u32>),
-    /// They come, and the kernel does not take them.
+    /// They arrive, and the kernel refuses them.
     Fail(u32),
     TakeSlot(u32),
     GiveSlots,
@@ -1089,7 +1089,7 @@ impl World {
         }
     }
 
-    /// Fails where something that is counted, or kept beside what it follows from, is not what it is again.
+    /// Fails where a counter or an index differs from its computation from scratch.
     fn assert_counted(&self) {
         let KnownPeers { table, pending, owners, .. } = &self.known;
         assert_eq!(table.unestablished(), table.recount());

@@ -1,10 +1,10 @@
-//! Changes with the reason for them, for a worker's operator.
+//! Changes with their reason, for a worker's operator.
 
 use wgkex_kernel::Change;
 
 use super::{Step, changes};
 
-/// Why something of the tables would change.
+/// The reason of a change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Reason {
     /// A list excludes the key.
@@ -13,13 +13,13 @@ pub enum Reason {
     Stale,
     /// The deadline of a drain is over: the peer is in the next portion.
     Drained,
-    /// The peer makes room for others, or its address is another key's.
+    /// The peer is evicted for others, or its address is another key's.
     InTheWay,
-    /// The peer is silent for so long that its endpoint is forgotten.
+    /// The peer has been silent for so long that its endpoint is forgotten.
     Silent,
     /// The route or flood entry has no peer.
     Orphaned,
-    /// The key is to be here, and is not, or not whole.
+    /// The key has to be in the kernel, and is not, or not completely.
     Missing,
     /// The peer's lease is gone.
     Unleased,
@@ -28,14 +28,14 @@ pub enum Reason {
 /// Changes that belong together.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Planned {
-    /// Why.
+    /// The reason.
     pub reason: Reason,
-    /// What, in this order.
+    /// The changes, in this order.
     pub changes: Vec<Change>,
 }
 
 impl Reason {
-    /// In a few words.
+    /// The reason in a few words.
     #[must_use]
     pub fn text(self) -> &'static str {
         match self {

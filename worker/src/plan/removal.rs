@@ -1,4 +1,4 @@
-//! Which routes and flood entries go with a peer that is removed, and which are left over without a peer.
+//! Which routes and flood entries are removed with a peer, and which are left over without a peer.
 
 use std::collections::BTreeSet;
 
@@ -29,7 +29,7 @@ pub fn remove(profile: &dyn Profile, device: &Device, removed: &BTreeSet<PublicK
     removed.iter().filter(|key| device.peers.contains_key(key)).filter_map(step).collect()
 }
 
-/// Removes the peers `removed` as [`remove`] does, and of the keys `denied` also what is left without a peer.
+/// Removes the peers `removed` as [`remove`] does, and routes and flood entries of the keys `denied` that have no peer.
 #[must_use]
 pub fn remove_denied(
     profile: &dyn Profile,
@@ -53,9 +53,9 @@ pub fn remove_denied(
     steps
 }
 
-/// Destinations that have a route or a flood entry, and no peer: what a crash, or somebody who removed only the peer,
-/// left behind. What the profile would never make is somebody else's, and so is what some peer may send from.
-/// `claimed` are the destinations of the peers that there are to be, in order.
+/// Destinations that have a route or a flood entry, and no peer: left over after a crash, or after another program
+/// removed only the peer. Destinations that the profile never makes, or that are within some peer's allowed-ips, are
+/// not orphans. `claimed` are the destinations of the desired peers, in order.
 #[must_use]
 pub fn orphans(profile: &dyn Profile, device: &Device, claimed: &[IpNet]) -> BTreeSet<IpNet> {
     let (mut by_route, mut by_flood) = (SortedCursor::new(claimed), SortedCursor::new(claimed));
@@ -71,7 +71,7 @@ pub fn orphans(profile: &dyn Profile, device: &Device, claimed: &[IpNet]) -> BTr
     orphans
 }
 
-/// The destinations of what the peers of `device` are to be, in order.
+/// The destinations of the desired peers of `device`, in order.
 pub(super) fn claimed(profile: &dyn Profile, device: &Device) -> Vec<IpNet> {
     let mut claimed = Vec::with_capacity(device.peers.len());
     for peer in device.peers.keys().filter_map(|key| profile.desired(key)) {

@@ -1,4 +1,4 @@
-//! What is missing of peers that are in the kernel.
+//! Missing objects of peers that are in the kernel.
 
 use std::cell::LazyCell;
 use std::collections::BTreeMap;
@@ -10,10 +10,10 @@ use wgkex_kernel::Device;
 use super::{Action, Objects, Step};
 use crate::profiles::{DesiredPeer, Ownership};
 
-/// Sets what is missing of the objects of `ours`, as far as they have a peer in `device`.
+/// Sets the missing objects of `ours`, as far as they have a peer in `device`.
 ///
-/// A peer to which somebody gave other allowed-ips is left alone, and so is one that lacks a network which another peer
-/// has: to give it back would take it from that one.
+/// A peer to which another program gave other allowed-ips is left alone, and so is one that lacks a network which
+/// another peer has: setting it would take it from that peer.
 #[must_use]
 pub fn repair(device: &Device, ours: impl IntoIterator<Item = DesiredPeer>) -> Vec<Step> {
     let holders = LazyCell::new(|| holders(device));
@@ -33,7 +33,7 @@ pub fn repair(device: &Device, ours: impl IntoIterator<Item = DesiredPeer>) -> V
     ours.into_iter().filter_map(missing).collect()
 }
 
-/// Which peer has which allowed-ip.
+/// The peer that has each allowed-ip.
 fn holders(device: &Device) -> BTreeMap<IpNet, PublicKey> {
     let peers = device.peers.iter();
     peers.flat_map(|(key, peer)| peer.allowed_ips.iter().map(|network| (*network, *key))).collect()

@@ -10,7 +10,7 @@ use wgkex_kernel::PeerConfig;
 
 use super::{DesiredPeer, Sweep};
 
-/// What a key is to be that leases these addresses.
+/// The desired peer of a key that leases these addresses.
 #[must_use]
 pub fn desired(key: PublicKey, addresses: impl IntoIterator<Item = IpAddr>) -> DesiredPeer {
     let peer = PeerConfig::new(key, addresses.into_iter().map(IpNet::from));

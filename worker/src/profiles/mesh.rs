@@ -17,7 +17,7 @@ pub fn interface(domain: &Domain) -> Interface {
     Interface { name: domain.wireguard(), vxlan: Some(domain.vxlan()) }
 }
 
-/// What a key of a router is to be.
+/// The desired peer of a router's key.
 #[must_use]
 pub fn desired(key: PublicKey) -> DesiredPeer {
     let address = key.link_local();
@@ -33,7 +33,7 @@ impl Profile for Mesh {
         Some(desired(*key))
     }
 
-    /// Addresses that no key can have are somebody else's.
+    /// An address that cannot be derived from a key belongs to another program.
     fn is_left_over(&self, destination: &IpNet) -> bool {
         match destination {
             IpNet::V6(network) => network.prefix_len() == 128 && Derived::of(network.addr()).is_some(),

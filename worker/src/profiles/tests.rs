@@ -1,5 +1,5 @@
-//! A second profile, which needs nothing below this room to be another: leased addresses, a keepalive and a preshared
-//! key, no flood entry, and never swept.
+//! A second profile, which works without changes of the lower rooms: leased addresses, a keepalive and a preshared key,
+//! no flood entry, and never swept.
 
 use std::num::NonZeroU16;
 use std::sync::Arc;
@@ -140,7 +140,7 @@ impl World {
         world
     }
 
-    /// Returns what is to be set.
+    /// Returns the changes to be made.
     fn read(&mut self) -> Vec<Step> {
         let (device, reserved) = (self.device(), Reserved::default());
         self.known.observe(&device, &reserved, self.now);

@@ -1,11 +1,11 @@
-//! The state of one domain: what is known of its interface, and what is to be done there next. Pure: what happened comes
-//! in with the time, what is to be applied and counted goes out; no kernel, no log, no metrics.
+//! The state of one domain: its interface and peers, and the next steps there. Pure: events are passed in with the
+//! time, steps and counts are returned; no kernel, no log, no metrics.
 //!
-//! Keys that come are in [`installs`], peers that go in [`removals`], and in [`drain`] past its deadline; here is what a read of the tables and the backlog lead
-//! to.
+//! Arriving keys are handled in [`installs`], removals in [`removals`] and, past the deadline of a drain, in [`drain`];
+//! this file handles reads of the tables and the backlog.
 //!
-//! Owner: the reconciler's task. Previous stop of a key: [`super::driver`], which carries out what this decides; next
-//! stops: [`crate::peers`] and [`crate::plan`].
+//! Owner: the reconciler's task. Previous stop of a key: [`super::driver`], which executes the steps; next stops:
+//! [`crate::peers`] and [`crate::plan`].
 
 mod drain;
 mod installs;
@@ -30,10 +30,10 @@ use crate::peers::{Clocks, KnownPeers, PeerCounts, Policy};
 use crate::plan::Step;
 use crate::profiles::Profile;
 
-/// Steps of the backlog, or of a sweep, at once: new keys wait no longer than for these.
+/// Steps of the backlog, or of a sweep, that are applied at once: new keys wait for no more than these.
 const SLICE: usize = 512;
 
-/// What became of keys in the kernel.
+/// The outcomes of keys in the kernel.
 pub(super) type KeyOutcomes = Vec<(PublicKey, Result<(), KernelError>)>;
 
 pub(super) struct DomainReconciler {
@@ -41,34 +41,34 @@ pub(super) struct DomainReconciler {
     interface: Interface,
     peers: KnownPeers,
     schedule: Schedule,
-    /// The interface's own key, or why there are no tables to apply anything to.
+    /// The interface's own key, or why there are no usable tables.
     interface_key: Result<Option<PublicKey>, RejectReason>,
-    /// What the last read showed to be missing, as far as it is not done.
+    /// Missing objects by the last read that are not set yet, and other waiting steps.
     backlog: VecDeque<Step>,
     evictions: Evictions,
-    /// What a drain past its deadline removes.
+    /// The removals of a drain past its deadline.
     drain: Removals,
     admission: Arc<Admission>,
-    /// Reads fail for another reason than a missing interface, and that is known.
+    /// The last read failed for another reason than a missing interface, and that is logged.
     unreadable: bool,
 }
 
-/// What became of keys, to be counted.
+/// The outcomes of keys, to be counted.
 #[derive(Default)]
 pub(super) struct Recorded {
     /// Keys that are newly in the kernel.
     pub installed: u64,
-    /// Keys that came again.
+    /// Keys that arrived again.
     pub refreshed: u64,
-    /// Keys of which something lost was restored.
+    /// Keys whose lost objects were restored.
     pub restored: u64,
-    /// Why others failed.
+    /// The reasons of the failed ones.
     pub failed: Vec<RejectReason>,
-    /// Pending keys that were too many.
+    /// Pending keys that were dropped because there were too many.
     pub dropped: usize,
 }
 
-/// What a read of the tables changed.
+/// The changes that a read of the tables showed.
 pub(super) struct ReadChange {
     /// How many peers of ours vanished from an interface that stayed.
     pub vanished: usize,
@@ -76,13 +76,13 @@ pub(super) struct ReadChange {
     pub is_readable_again: bool,
 }
 
-/// What a failure of the kernel means.
+/// The kind of a failure of the kernel.
 pub(super) enum Failure {
     /// The interface is not there or not usable.
     Lost(KernelError),
     /// Other changes failed.
     Changes {
-        /// The first key of which one failed.
+        /// The first key with a failed change.
         key: PublicKey,
         /// Its error.
         error: KernelError,
@@ -120,7 +120,7 @@ impl DomainReconciler {
         self.peers.remember(key, record);
     }
 
-    /// The keys to be written down, and what of each, or all of them.
+    /// The keys whose record has to be stored, each with that record; all keys if `all`.
     pub(super) fn take_changed(&mut self, all: bool) -> Vec<(PublicKey, Option<KeyRecord>)> {
         if all {
             self.peers.change_all();
@@ -128,7 +128,7 @@ impl DomainReconciler {
         self.peers.take_changed()
     }
 
-    /// Takes over which keys are admitted; those that no longer are go at the next read.
+    /// Applies a new admission; peers that are no longer admitted are removed at the next read.
     pub(super) fn apply_admission(&mut self, admission: Arc<Admission>) {
         self.backlog.retain(|step| !admission.must_remove(self.name.name(), &step.key()));
         self.peers.apply_admission(admission.clone());
@@ -140,7 +140,7 @@ impl DomainReconciler {
         keys.iter().filter(|key| self.peers.contains(key)).copied().collect()
     }
 
-    /// What was reported of handshakes may not have arrived.
+    /// Earlier handshake reports may be lost: all are to be sent again.
     pub(super) fn report_all(&mut self) {
         self.peers.report_all();
     }
@@ -154,7 +154,7 @@ impl DomainReconciler {
         self.backlog.len()
     }
 
-    /// How many keys came that are not whole in the kernel, and when the oldest of them did.
+    /// The number of keys that arrived and are not completely in the kernel, and the arrival of the oldest.
     pub(super) fn waiting(&self) -> (usize, Option<Instant>) {
         self.peers.waiting()
     }
@@ -163,27 +163,27 @@ impl DomainReconciler {
         !self.backlog.is_empty() || !self.evictions.steps.is_empty()
     }
 
-    /// When the tables are to be read.
+    /// When the next read of the tables is due.
     pub(super) fn read_at(&self) -> Instant {
         self.schedule.read_at()
     }
 
-    /// The tables are read as soon as that may be.
+    /// Schedules the next read as early as possible.
     pub(super) fn expedite(&mut self, now: Instant) {
         self.schedule.expedite(now);
     }
 
-    /// A read took so long, well or not.
+    /// A read has ended, with or without success, after this time.
     pub(super) fn on_read_ended(&mut self, now: Instant, took: Duration) {
         self.schedule.read(now, took);
     }
 
-    /// A part of the backlog.
+    /// Takes the next steps of the backlog.
     pub(super) fn take_backlog(&mut self) -> Vec<Step> {
         self.backlog.drain(..SLICE.min(self.backlog.len())).collect()
     }
 
-    /// A part of the backlog was applied; returns also what is to be published of it.
+    /// Steps of the backlog were applied; returns also the outcomes to be published.
     pub(super) fn on_backlog(&mut self, outcomes: &KeyOutcomes, now: Instant) -> (Recorded, Report) {
         let (mut recorded, mut report) = (Recorded::default(), Report::new());
         for (key, outcome) in outcomes {
@@ -213,12 +213,12 @@ impl DomainReconciler {
         ReadChange { vanished, is_readable_again: std::mem::take(&mut self.unreadable) }
     }
 
-    /// Whether there are tables to apply anything to.
+    /// Whether there are usable tables.
     pub(super) fn has_tables(&self) -> bool {
         self.interface_key.is_ok()
     }
 
-    /// What the read showed to be missing is the backlog; returns how many peers are in which state.
+    /// Fills the backlog with the missing objects by the last read; returns how many peers are in which state.
     pub(super) fn plan_backlog(&mut self, device: &Device, reserved: &Reserved, now: Instant) -> PeerCounts {
         self.backlog = self.peers.pending_steps(device, reserved).into();
         self.make_more_room(now);
@@ -229,7 +229,7 @@ impl DomainReconciler {
         self.peers.counts(now)
     }
 
-    /// The tables could not be read; returns whether that is news.
+    /// A read of the tables failed; returns whether that has to be logged.
     pub(super) fn on_read_failure(&mut self, error: &KernelError, now: Instant) -> bool {
         if let KernelError::Interface { .. } = error {
             self.mark_down(error);
@@ -242,7 +242,7 @@ impl DomainReconciler {
         !std::mem::replace(&mut self.unreadable, true)
     }
 
-    /// Changes were applied; returns what failed, if anything did.
+    /// Changes were applied; returns the failure, if one failed.
     pub(super) fn on_applied(&mut self, outcomes: &KeyOutcomes, now: Instant) -> Option<Failure> {
         let errors = || outcomes.iter().filter_map(|(key, outcome)| Some((key, outcome.as_ref().err()?)));
         let (key, first) = errors().next()?;
@@ -262,7 +262,7 @@ impl DomainReconciler {
     }
 }
 
-/// What is published of keys that the kernel was asked for.
+/// The outcomes to be published for these outcomes of the kernel.
 pub(super) fn to_report(outcomes: KeyOutcomes) -> Report {
     outcomes.into_iter().map(|(key, outcome)| (key, outcome.map_err(|error| reject_reason(&error)))).collect()
 }

@@ -1,5 +1,5 @@
-//! One piece of work at one domain: it carries out what the state of the domain decides. It asks the kernel, and it
-//! publishes, counts and logs what comes of that.
+//! One event at one domain: executes the decisions of the domain's state. It calls the kernel, and publishes, counts
+//! and logs the outcomes.
 //!
 //! Previous stop of a key: [`super::task`]; next stops: [`super::domain`], the kernel, [`super::reports`].
 
@@ -19,7 +19,7 @@ use super::{Metrics, clock};
 use crate::peers::Clocks;
 use crate::plan::{self, Step};
 
-/// A domain at work, at one time.
+/// A domain with everything that its work needs, at one time.
 pub(super) struct Driver<'a, K> {
     pub kernel: &'a mut K,
     pub domain: &'a mut DomainReconciler,
@@ -32,7 +32,7 @@ pub(super) struct Driver<'a, K> {
 }
 
 impl<K: Kernel> Driver<'_, K> {
-    /// Puts keys that arrived into the kernel and publishes what became of each.
+    /// Installs keys that arrived and publishes the outcome of each.
     pub(super) async fn install(&mut self, keys: Vec<PublicKey>) {
         let arrivals = self.domain.on_keys(keys, &self.reserved.borrow(), self.now());
         let mut rejected = self.reject(arrivals.rejected);
@@ -51,7 +51,7 @@ impl<K: Kernel> Driver<'_, K> {
         self.count_dropped(dropped);
     }
 
-    /// Counts what is rejected. What a broker of ours would not have let pass is logged, once for a batch.
+    /// Counts rejected keys. Reasons that a broker of ours would have refused are logged, once for a batch.
     fn reject(&self, rejected: Vec<(PublicKey, RejectReason)>) -> Report {
         let domain = self.domain.name();
         for wrong in [RejectReason::Reserved, RejectReason::AddressTaken] {
@@ -68,7 +68,7 @@ impl<K: Kernel> Driver<'_, K> {
         rejected.into_iter().map(reject).collect()
     }
 
-    /// Records what became of keys that arrived, and publishes it in one message with what was `rejected` before.
+    /// Records the outcomes of keys that arrived, and publishes them in one message with those `rejected` before.
     fn settle(&mut self, mut report: Report, rejected: &mut Report) {
         let recorded = self.domain.on_installed(&report, self.now());
         self.count(&recorded);
@@ -76,7 +76,7 @@ impl<K: Kernel> Driver<'_, K> {
         self.reports.confirm(self.domain.name(), &report);
     }
 
-    /// Does a part of the backlog; if there is none, of the evictions.
+    /// Applies a part of the backlog; if it is empty, of the evictions.
     pub(super) async fn catch_up(&mut self) {
         let steps = self.domain.take_backlog();
         if steps.is_empty() {
@@ -90,18 +90,18 @@ impl<K: Kernel> Driver<'_, K> {
         self.reports.confirm(self.domain.name(), &report);
     }
 
-    /// Takes the keys `denied` out of the kernel, and returns what became of each.
+    /// Removes the keys `denied` from the kernel, and returns the outcome of each.
     pub(super) async fn remove_denied(&mut self, denied: &BTreeSet<PublicKey>) -> Report {
         let known = self.domain.known_of(denied);
         match self.read(denied).await {
             Ok(report) => report,
-            // What cannot be read now is looked at when it can.
+            // If the tables cannot be read, all known keys fail for that reason; the next successful read removes them.
             Err(reason) => known.into_iter().map(|key| (key, Err(reason.clone()))).collect(),
         }
     }
 
-    /// Reads the tables and draws every conclusion from them; returns what became of keys that are not admitted. What
-    /// cannot be done now is done at the next read.
+    /// Reads the tables and does everything that follows from them; returns the outcomes of keys that are not admitted.
+    /// Failed changes are tried again after the next read.
     pub(super) async fn read(&mut self, denied: &BTreeSet<PublicKey>) -> Result<Report, RejectReason> {
         let begun = tokio::time::Instant::now();
         let read = self.kernel.read(self.domain.interface()).await;
@@ -123,7 +123,7 @@ impl<K: Kernel> Driver<'_, K> {
         }
     }
 
-    /// Each step is long with many peers; it yields between them, so that MQTT and the shutdown can run.
+    /// Each step takes long with many peers; it yields between them, so that MQTT and the shutdown can run.
     async fn conclude(&mut self, device: &Device, denied: &BTreeSet<PublicKey>) -> Report {
         yield_now().await;
         let ReadChange { vanished, is_readable_again } = self.domain.on_read(device, &self.reserved.borrow(), self.now);
@@ -188,7 +188,7 @@ impl<K: Kernel> Driver<'_, K> {
         }
     }
 
-    /// Removes some of the peers that are in the way of others: keys wait meanwhile.
+    /// Evicts some peers: keys wait for their slots.
     async fn evict(&mut self) {
         if !self.domain.has_evictions() {
             return;
@@ -212,7 +212,7 @@ impl<K: Kernel> Driver<'_, K> {
         self.count_dropped(dropped);
     }
 
-    /// Removes what has no peer, reports handshakes, and begins to set what is missing.
+    /// Removes orphans, reports handshakes, and fills the backlog with missing objects.
     async fn restore(&mut self, device: &Device) {
         self.remove_orphans(device).await;
         let unreported = self.domain.unreported(self.now());
@@ -259,7 +259,7 @@ impl<K: Kernel> Driver<'_, K> {
         outcomes
     }
 
-    /// Publishes that keys are not in the kernel any more, also those that could not be removed whole.
+    /// Publishes that keys are no longer in the kernel, also those that could not be removed completely.
     fn publish_gone(&self, outcomes: &KeyOutcomes, reason: &RejectReason) {
         let gone: Report = outcomes.iter().map(|(key, _)| (*key, Err(reason.clone()))).collect();
         self.reports.confirm(self.domain.name(), &gone);

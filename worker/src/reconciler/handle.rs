@@ -1,4 +1,4 @@
-//! How others reach the reconciler's task, without waiting for the kernel.
+//! The handle by which other tasks reach the reconciler's task, without waiting for the kernel.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -13,26 +13,26 @@ use wgkex_common::{Domain, KeyId, PublicKey};
 
 use super::{DomainStates, Metrics, Snapshot};
 
-/// Keys that wait at most for a batch; a full retained fleet fits.
+/// Keys that wait for a batch at most; all retained keys of a large fleet fit.
 const MAX_QUEUED_KEYS: usize = 65_536;
 
-/// Which keys are admitted from now on, and which were denied just now, by which records.
+/// A new admission, and the keys that were denied just now, each with the time of its record.
 #[derive(Debug, Default)]
 pub(super) struct AdmissionUpdate {
     pub admission: Option<Arc<Admission>>,
     pub denied: BTreeMap<PublicKey, u64>,
 }
 
-/// Keys that came and are not in the kernel, those of the queue apart.
+/// Keys that arrived and are not in the kernel, without those in the queue.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Waiting {
-    /// How many.
+    /// Their number.
     pub keys: usize,
-    /// When the oldest of them came.
+    /// The arrival of the oldest.
     pub since: Option<Instant>,
 }
 
-/// What others hand over, at the task's end.
+/// The task's end of the queues.
 pub(super) struct Inbox {
     pub keys: mpsc::Receiver<KeyId>,
     pub live: mpsc::Receiver<(Domain, Snapshot)>,
@@ -43,7 +43,7 @@ pub(super) struct Inbox {
     pub waiting: watch::Sender<Waiting>,
 }
 
-/// By which others reach the [`Reconciler`](super::Reconciler). It ends when all of them are gone.
+/// The handle of the [`Reconciler`](super::Reconciler), which ends when all handles are dropped.
 #[derive(Debug, Clone)]
 pub struct ReconcilerHandle {
     keys: mpsc::Sender<KeyId>,
@@ -57,7 +57,7 @@ pub struct ReconcilerHandle {
     pub(super) metrics: Metrics,
 }
 
-/// A handle, by which `state` is read, and its other end.
+/// A handle, which gives access to `state`, and the task's end of its queues.
 pub(super) fn channel(state: watch::Receiver<DomainStates>, metrics: Metrics) -> (ReconcilerHandle, Inbox) {
     let (keys, keys_receiver) = mpsc::channel(MAX_QUEUED_KEYS);
     let (live, live_receiver) = mpsc::channel(1);
@@ -86,14 +86,14 @@ pub(super) fn channel(state: watch::Receiver<DomainStates>, metrics: Metrics) ->
 }
 
 impl Inbox {
-    /// Which keys are admitted from now on, and which were denied since this was last taken.
+    /// The new admission, and the keys denied since the last call.
     pub(super) fn take_admission_update(&self) -> AdmissionUpdate {
         std::mem::take(&mut *self.admission_update.lock())
     }
 }
 
 impl ReconcilerHandle {
-    /// Hands over a key that arrived, without waiting. One too many is dropped and counted.
+    /// Queues a key that arrived, without waiting. A key for a full queue is dropped and counted.
     pub fn enqueue(&self, key: KeyId) {
         self.metrics.keys_received.with_label_values(&[key.domain.name()]).inc();
         if self.keys.try_send(key).is_err() {
@@ -103,14 +103,14 @@ impl ReconcilerHandle {
         set(&self.metrics.queue_length, length);
     }
 
-    /// Hands over live keys that this gateway may lack; waits while it has enough to do.
+    /// Passes live keys that this gateway may lack; waits while the task is busy.
     pub async fn learn(&self, domain: Domain, keys: BTreeMap<PublicKey, Age>) {
-        // A task that has ended needs none.
+        // An error means that the task has ended.
         let _ = self.live.send((domain, keys)).await;
     }
 
-    /// Which keys are admitted from now on, and those that were denied just now, each with the time of its record: what
-    /// became of these is published. Never waits.
+    /// Sets the new admission, and the keys that were denied just now, each with the time of its record: their outcomes
+    /// are published. Never waits.
     pub fn set_admission(&self, admission: Arc<Admission>, denied: impl IntoIterator<Item = (PublicKey, u64)>) {
         let mut update = self.admission_update.lock();
         update.admission = Some(admission);
@@ -119,12 +119,12 @@ impl ReconcilerHandle {
         self.admission_changed.notify_one();
     }
 
-    /// MQTT was lost, or a broker is new, and what was reported may not have arrived.
+    /// MQTT was disconnected, or a broker is new: earlier reports may be lost.
     pub fn reconnected(&self) {
         self.reconnected.notify_one();
     }
 
-    /// Asks for all tables to be read again, soon; what comes of it is in the state.
+    /// Requests an early read of all tables; the result is published in the state.
     pub fn refresh(&self) {
         self.refresh.notify_one();
     }
@@ -135,7 +135,7 @@ impl ReconcilerHandle {
         self.state.clone()
     }
 
-    /// Which keys wait for the kernel.
+    /// The number of keys that wait for the kernel.
     #[must_use]
     pub fn waiting(&self) -> watch::Receiver<Waiting> {
         self.waiting.clone()

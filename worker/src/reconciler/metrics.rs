@@ -1,4 +1,4 @@
-//! The metrics of the reconciler: keys that arrive, batches, what becomes of keys, and domains.
+//! The metrics of the reconciler: keys that arrive, batches, outcomes of keys, and domains.
 
 use std::collections::BTreeSet;
 
@@ -8,17 +8,17 @@ use wgkex_common::{Domain, RejectReason};
 
 use crate::peers;
 
-/// The place that was full when a key was dropped.
+/// The label of a queue that was full when a key was dropped.
 pub const DROPPED: [&str; 2] = ["queue", "waiting"];
 
-/// Clones count into the same ones.
+/// Clones share the metrics.
 #[derive(Debug, Clone)]
 pub struct Metrics {
     /// Keys that arrived over MQTT, by domain.
     pub keys_received: IntCounterVec,
     /// Keys that are in the kernel and were not before, by domain.
     pub keys_installed: IntCounterVec,
-    /// Keys that came again and are in the kernel, by domain.
+    /// Keys that arrived again and are in the kernel, by domain.
     pub keys_refreshed: IntCounterVec,
     /// Keys that are not in the kernel, by domain and reason.
     pub keys_failed: IntCounterVec,
@@ -26,7 +26,7 @@ pub struct Metrics {
     pub keys_restored: IntCounterVec,
     /// Live keys that brokers know and this gateway lacked, by domain.
     pub keys_learnt: IntCounterVec,
-    /// Keys dropped because too many came, by the place that was full: `queue` or `waiting`.
+    /// Keys dropped because a queue was full, by queue: `queue` or `waiting`.
     pub keys_dropped: IntCounterVec,
     /// Keys that wait to be taken into a batch.
     pub queue_length: IntGauge,
@@ -34,15 +34,15 @@ pub struct Metrics {
     pub batch_keys: Histogram,
     /// Seconds that the kernel took per batch.
     pub batch_duration: Histogram,
-    /// Confirmations dropped because MQTT did not take them.
+    /// Confirmations dropped because the queue to MQTT was full.
     pub confirmations_dropped: IntCounter,
     /// Whether the keys are kept on disk.
     pub state_kept: IntGauge,
     /// Failed reads of the tables, by domain.
     pub read_failures: IntCounterVec,
-    /// Whether a domain's interfaces are there and fit for routers, by domain.
+    /// Whether a domain's interfaces exist and can be used by routers, by domain.
     pub domain_up: IntGaugeVec,
-    /// Those of peers.
+    /// The metrics of peers.
     pub peers: peers::Metrics,
 }
 

@@ -7,14 +7,14 @@ use wgkex_common::wire::drain::Percent;
 
 const MINUTE: Duration = Duration::from_secs(60);
 
-/// Some percent of a number of peers, at most, in any minute. Where that is less than one peer, it is one peer in so much
-/// more than a minute.
+/// At most some percent of a number of peers in any minute. If that is less than one peer, one peer in a
+/// correspondingly longer period.
 #[derive(Debug, Default)]
 pub struct Portions {
     percent: Percent,
-    /// The peers that there were when the first portion was due.
+    /// The number of peers when the first portion was due.
     peers: usize,
-    /// The removals that count against the next ones.
+    /// The removals of the last period.
     removals: VecDeque<Removal>,
 }
 
@@ -25,17 +25,17 @@ struct Removal {
 }
 
 impl Portions {
-    /// Portions of so many peers from now on. What was removed before counts on.
+    /// Sets the size of portions to this percentage of so many peers. Earlier removals still count.
     pub fn restart(&mut self, percent: Percent, peers: usize) {
         (self.percent, self.peers) = (percent, peers);
     }
 
-    /// Any number of peers may have been removed just before `now`, by an earlier run of the program.
+    /// Assumes that an earlier run of the program used up the portion just before `now`.
     pub fn assume_removed(&mut self, now: Instant) {
         self.on_removed(usize::MAX, now);
     }
 
-    /// So many peers were removed.
+    /// Counts removed peers.
     pub fn on_removed(&mut self, peers: usize, now: Instant) {
         self.forget_old(now);
         if peers > 0 {
@@ -50,13 +50,13 @@ impl Portions {
         self.most().saturating_sub(removed)
     }
 
-    /// When the next peers may be removed: now, or later.
+    /// When further peers may be removed: now, or later.
     pub fn due(&mut self, now: Instant) -> Instant {
         let oldest = if self.allowed(now) > 0 { None } else { self.removals.front() };
         oldest.map_or(now, |removal| removal.at + self.period())
     }
 
-    /// A hundredth of it is a minute's part of the peers.
+    /// A hundred times the number of peers of a minute's portion.
     fn hundredths(&self) -> usize {
         self.peers.max(1).saturating_mul(usize::from(u8::from(self.percent)))
     }
@@ -65,7 +65,7 @@ impl Portions {
         (self.hundredths() / 100).max(1)
     }
 
-    /// In which time so many may go.
+    /// The period in which that many peers may be removed.
     fn period(&self) -> Duration {
         let hundredths = u32::try_from(self.hundredths()).unwrap_or(u32::MAX);
         MINUTE.max(100 * MINUTE / hundredths)
@@ -134,9 +134,9 @@ mod tests {
     enum Act {
         Pass(u64),
         Remove(usize),
-        /// The program is started again, and finds the peers that are left.
+        /// The program is restarted, and finds the remaining peers.
         Restart,
-        /// The operator gives another deadline, which is over at once.
+        /// The operator sets another deadline, which is over at once.
         Again(u8),
     }
 

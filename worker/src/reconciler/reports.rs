@@ -1,7 +1,7 @@
-//! What the reconciler publishes: what became of keys, and in what state each domain is.
+//! The reports that the reconciler publishes: the outcomes of keys, and the state of each domain.
 //!
-//! No task of its own: [`ReportSender`] is the reconciler's, which never waits for it, [`Reports`] the publisher's. Next
-//! stop of a key: [`crate::bus`].
+//! No task: the reconciler has a [`ReportSender`], which never waits, and the publisher [`Reports`]. Next stop of a
+//! key: [`crate::bus`].
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -30,7 +30,7 @@ pub type DomainStates = BTreeMap<Domain, DomainState>;
 /// Whether routers can use a domain at this gateway, as last read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum DomainState {
-    /// They can; this is what they must know.
+    /// They can, with these parameters.
     Up {
         /// The UDP port that WireGuard listens on.
         port: u16,
@@ -43,7 +43,7 @@ pub enum DomainState {
     },
     /// They cannot.
     Down {
-        /// Why, in a few words.
+        /// The reason in a few words.
         reason: String,
     },
 }
@@ -60,10 +60,10 @@ impl DomainState {
     }
 }
 
-/// What became of each key of a batch: it stands, or the reason why not.
+/// The outcome of each key of a batch: installed, or the reason why not.
 pub(super) type Report = Vec<(PublicKey, Result<(), RejectReason>)>;
 
-/// Why keys are not installed after this error of the kernel.
+/// The reason why keys are not installed after this error of the kernel.
 pub(super) fn reject_reason(error: &KernelError) -> RejectReason {
     match error {
         KernelError::Interface { .. } => RejectReason::Interface,
@@ -80,15 +80,15 @@ pub(super) struct RevokedKey {
     pub outcome: RevokeOutcome,
 }
 
-/// What becomes of keys, at the publisher's end.
+/// The publisher's end of the queues of reports.
 pub struct Reports {
-    /// What became of keys that came.
+    /// The outcomes of keys that arrived.
     pub applied: mpsc::Receiver<Applied>,
-    /// Which keys have handshakes.
+    /// Keys with handshakes.
     pub handshakes: mpsc::Receiver<Handshakes>,
-    /// What became of keys that were denied.
+    /// The outcomes of denied keys.
     pub revoked: mpsc::Receiver<Revoked>,
-    /// How many of these MQTT did not take.
+    /// How many messages were dropped because the queue to MQTT was full.
     pub dropped: IntCounter,
 }
 
@@ -114,7 +114,7 @@ impl ReportSender {
         (Self { applied, handshakes, revoked, state, metrics }, reports)
     }
 
-    /// Confirms a batch. Messages without a place in the queue are dropped: the routers ask again.
+    /// Publishes the outcomes of a batch. Messages for a full queue are dropped: the routers send their keys again.
     pub fn confirm(&self, domain: &Domain, report: &Report) {
         for part in report.chunks(KEYS_PER_MESSAGE) {
             if self.applied.try_send(applied(domain, part)).is_err() {
@@ -123,13 +123,13 @@ impl ReportSender {
         }
     }
 
-    /// Reports keys that have handshakes; false if there was no place for all.
+    /// Reports keys that have handshakes; false if the queue was full.
     pub fn report(&self, domain: &Domain, keys: &[PublicKey]) -> bool {
         let message = |part: &[PublicKey]| Handshakes { domain: domain.name().to_owned(), keys: part.to_vec() };
         keys.chunks(KEYS_PER_MESSAGE).all(|part| self.handshakes.try_send(message(part)).is_ok())
     }
 
-    /// Reports the outcomes of denied keys. What MQTT cannot take is dropped.
+    /// Reports the outcomes of denied keys. Messages for a full queue are dropped.
     pub(super) fn revoked(&self, keys: impl IntoIterator<Item = RevokedKey>) {
         let mut by_record = BTreeMap::<u64, BTreeMap<PublicKey, RevokeOutcome>>::new();
         for RevokedKey { at, key, outcome } in keys {
@@ -152,7 +152,7 @@ impl ReportSender {
         self.set_state(domain, DomainState::Down { reason: error.to_string() });
     }
 
-    /// Logs up and down transitions of a domain, each once.
+    /// Logs transitions of a domain between up and down, each once.
     fn set_state(&mut self, domain: &Domain, state: DomainState) {
         let up = matches!(state, DomainState::Up { .. });
         self.metrics.domain_up.with_label_values(&[domain.name()]).set(i64::from(up));

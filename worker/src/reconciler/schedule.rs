@@ -10,14 +10,14 @@ const READ_INTERVAL_MIN: Duration = Duration::from_millis(100);
 /// The first pause after a failure; each further one doubles it.
 const RETRY_MIN: Duration = Duration::from_secs(1);
 
-/// When one domain is read, and when its stale peers are looked for.
+/// When one domain is read, and when its stale peers are swept.
 #[derive(Debug)]
 pub struct Schedule {
     count: Duration,
     interval: Duration,
     read_at: Instant,
     sweep_at: Instant,
-    /// Until then a link event waits: at most half of the time goes into reading.
+    /// The earliest read after a link event: at most half of the time is spent on reading.
     settled_at: Instant,
     failures: u32,
 }
@@ -42,34 +42,35 @@ impl Schedule {
         self.read_at
     }
 
-    /// Something about the links changed: reads at once, or when the last read has settled.
+    /// The links may have changed: reads at once, or at the end of the pause after the last read.
     pub fn expedite(&mut self, now: Instant) {
         self.read_at = self.read_at.min(now.max(self.settled_at));
     }
 
-    /// A read that was begun at `now` has ended, well or not, after `took`.
+    /// A read that began at `now` has ended, with or without success, after `took`.
     pub fn read(&mut self, now: Instant, took: Duration) {
         self.read_at = now + took + self.count;
         self.settled_at = now + took + took.max(READ_INTERVAL_MIN);
     }
 
-    /// Whether the stale peers are to be looked for.
+    /// Whether a sweep of the stale peers is due.
     #[must_use]
     pub fn is_sweep_due(&self, now: Instant) -> bool {
         now >= self.sweep_at
     }
 
-    /// The stale peers are gone; or there were `more` than one batch takes.
+    /// A sweep is done; if it left `more` stale peers, the next one is due at once.
     pub fn swept(&mut self, now: Instant, more: bool) {
         self.sweep_at = if more { now } else { now + self.interval };
     }
 
-    /// The read was good, and so nothing keeps the next sweep from its time.
+    /// A read succeeded: the next one is no later than the next sweep.
     pub fn on_success(&mut self) {
         self.read_at = self.read_at.min(self.sweep_at);
     }
 
-    /// A read or a change failed: the next read follows after a pause that doubles, at most one count interval later.
+    /// A read or a change failed: the next read follows after a pause that doubles with each failure, at the latest at
+    /// its regular time.
     pub fn on_failure(&mut self, now: Instant) {
         let pause = RETRY_MIN * 2_u32.pow(self.failures.min(6));
         self.failures = self.failures.saturating_add(1);

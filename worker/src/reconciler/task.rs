@@ -1,5 +1,5 @@
-//! The one task that owns the kernel: what arrived goes in as one batch, and while the kernel is busy the next batch is
-//! collected. It also reads the tables when that is due, restores what is lost and sweeps what is stale.
+//! The task that owns the kernel: keys that arrived are applied as one batch, and while the kernel is busy the next
+//! batch is collected. It also reads the tables when that is due, restores lost objects and sweeps stale peers.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::pending;
@@ -28,20 +28,20 @@ use crate::profiles::Profile;
 /// Keys in a batch at most.
 const BATCH: usize = 4_096;
 
-/// After a batch that took longer than this, keys are collected for as long as it took: where a batch is slow, each key
-/// of a storm must cost less than one alone.
+/// After a batch that took longer than this, keys are collected for as long as it took: with a slow kernel each key of
+/// a burst must cost less than a single one.
 const SLOW: Duration = Duration::from_millis(3);
 
-/// The longest that keys are collected.
+/// The longest time that keys are collected.
 const BATCH_WINDOW: Duration = Duration::from_millis(50);
 
-/// Where so many keys wait after a batch, the next one is not collected any longer.
+/// If so many keys wait after a batch, the next one is applied without further collecting.
 const BATCH_FULL_ENOUGH: usize = 64;
 
-/// Where many keys wait, they are counted this often.
+/// With a backlog, waiting keys are counted this often.
 const COUNT_WAITING: Duration = Duration::from_millis(500);
 
-/// While the backlog is longer than this, live keys that may be lacking are not looked at: they wait with their sender.
+/// While the backlog is longer than this, live keys that may be lacking are not taken in: their sender waits.
 const MAX_BACKLOG: usize = 2_048;
 
 /// Owns the kernel of a gateway.
@@ -51,71 +51,71 @@ pub struct Reconciler<K> {
     inbox: Inbox,
     batch: Vec<KeyId>,
     reserved: watch::Receiver<Reserved>,
-    /// Since when keys have to wait, if they have to.
+    /// Since when the gate is closed, so that keys wait; none if it is open.
     gate: watch::Receiver<Option<std::time::Instant>>,
     /// Whether the gateway drains.
     drain: watch::Receiver<Option<Drain>>,
     buffer: WriteBuffer,
     /// The last event was a batch of keys.
     other_work_first: bool,
-    /// The next batch is collected until then.
+    /// The next batch is collected until this time.
     collects_until: Option<Instant>,
-    /// When it was last counted how many keys wait.
+    /// When the waiting keys were last counted.
     counted_at: Option<std::time::Instant>,
     reports: ReportSender,
     heartbeat: Heartbeat,
     metrics: Metrics,
 }
 
-/// What a reconciler starts with.
+/// The parts from which a reconciler is made.
 pub struct ReconcilerParts<K> {
-    /// The kernel, which is its own from now on.
+    /// The kernel, which the reconciler owns from now on.
     pub kernel: K,
-    /// What it serves.
+    /// The domains that it serves.
     pub domains: BTreeSet<Domain>,
-    /// What keys of these domains are to be.
+    /// The profile of the domains' keys.
     pub profile: Arc<dyn Profile>,
     /// When peers are stale, and how many there may be.
     pub policy: Policy,
-    /// Where it writes down which keys are in the kernel.
+    /// The buffer of records that are to be stored.
     pub buffer: WriteBuffer,
-    /// The keys that the last run of this program wrote down: the kernel is to have them.
+    /// The records of the last run of this program: these keys are to be in the kernel.
     pub remembered: Keys,
-    /// What is left alone.
+    /// Reserved keys and addresses.
     pub reserved: watch::Receiver<Reserved>,
-    /// Since when keys have to wait, those that arrive and those that are missing, if they have to.
+    /// Since when the gate is closed, so that arriving and missing keys wait; none if it is open.
     pub gate: watch::Receiver<Option<std::time::Instant>>,
     /// Whether the gateway drains: past the deadline peers are removed.
     pub drain: watch::Receiver<Option<Drain>>,
-    /// What it counts in.
+    /// Its metrics.
     pub metrics: Metrics,
 }
 
-/// What can happen to a reconciler.
+/// An event that the reconciler handles.
 #[derive(Debug)]
 pub(super) enum TaskEvent {
     /// Keys arrived, in this order.
     Keys(Vec<KeyId>),
     /// These keys are live, and this gateway may lack some of them.
     Snapshot(Domain, Snapshot),
-    /// What was published before may not have arrived.
+    /// Earlier reports may be lost.
     Reconnected,
-    /// Other keys are admitted than before.
+    /// The admission has changed.
     AdmissionChanged,
-    /// Keys have to wait from now on, or no longer.
+    /// The gate was closed or opened.
     GateChanged,
-    /// The gateway begins to drain, is past the deadline of that, or drains no longer.
+    /// The drain has begun, passed its deadline, or ended.
     DrainChanged,
-    /// Links or addresses may have changed, or somebody wants to know.
+    /// Links or addresses may have changed, or a read was requested.
     LinkChanged,
-    /// It is time to read this domain's tables.
+    /// A read of this domain's tables is due.
     ReadDue(Domain),
-    /// This domain has a backlog, and there is nothing better to do.
+    /// This domain has a backlog, and no other event is waiting.
     BacklogReady(Domain),
 }
 
 impl<K: Kernel> Reconciler<K> {
-    /// A reconciler whose domains are read at once, how others reach it, and what it reports.
+    /// A reconciler that reads its domains at once, its handle, and its reports.
     pub fn new(parts: ReconcilerParts<K>) -> (Self, ReconcilerHandle, Reports) {
         let ReconcilerParts { kernel, domains, profile, policy, buffer, remembered, reserved, gate, drain, metrics } =
             parts;
@@ -161,8 +161,8 @@ impl<K: Kernel> Reconciler<K> {
         self.heartbeat.clone()
     }
 
-    /// Works until `stop`, or until every [`ReconcilerHandle`] is gone. What the kernel is doing at that moment is not
-    /// waited for: it can be repeated without harm.
+    /// Works until `stop`, or until every [`ReconcilerHandle`] is dropped. A running call of the kernel is not waited
+    /// for: its changes are idempotent.
     pub async fn run(self, stop: impl Future<Output = ()>) {
         let mut stop = pin!(stop);
         let mut work = pin!(self.work());
@@ -231,7 +231,7 @@ impl<K: Kernel> Reconciler<K> {
             TaskEvent::LinkChanged => self.domains.values_mut().for_each(|domain| domain.expedite(now.monotonic)),
             TaskEvent::ReadDue(domain) => {
                 if let Some(mut driver) = self.driver(&domain, now) {
-                    // What it could not do is done at the next read.
+                    // Failed changes are tried again after the next read.
                     let _ = driver.read(&BTreeSet::new()).await;
                 }
             }
@@ -245,7 +245,7 @@ impl<K: Kernel> Reconciler<K> {
         self.count_waiting(now.monotonic);
     }
 
-    /// Publishes how many keys wait, not more often than that is worth its time.
+    /// Publishes the number of waiting keys; with a backlog not at every event.
     fn count_waiting(&mut self, now: std::time::Instant) {
         let is_recent = self.counted_at.is_some_and(|at| now.saturating_duration_since(at) < COUNT_WAITING);
         if is_recent && self.domains.values().any(DomainReconciler::has_backlog) {
@@ -291,7 +291,7 @@ impl<K: Kernel> Reconciler<K> {
         }
     }
 
-    /// Begins to remove peers where a deadline is over, and ends that where the gateway drains no longer.
+    /// Applies the drain: peers are removed once its deadline is over, until it ends.
     fn apply_drain(&mut self, now: Clocks) {
         let deadline = passed_deadline(self.drain.borrow().as_ref());
         for domain in self.domains.values_mut() {
@@ -299,7 +299,8 @@ impl<K: Kernel> Reconciler<K> {
         }
     }
 
-    /// Takes over which keys are admitted, removes others, and publishes what became of keys that were denied just now.
+    /// Applies the new admission, removes peers that are no longer admitted, and publishes the outcomes of keys that
+    /// were denied just now.
     async fn apply_admission(&mut self, now: Clocks) {
         let AdmissionUpdate { admission, denied } = self.inbox.take_admission_update();
         let Some(admission) = admission else { return };
@@ -324,7 +325,7 @@ impl<K: Kernel> Reconciler<K> {
         }));
     }
 
-    /// Has what changed written down, or everything where that is needed.
+    /// Buffers the changed records, or all if a full write is needed.
     fn write_changes(&mut self) {
         let all = self.buffer.needs_full_write();
         for (domain, state) in &mut self.domains {
@@ -338,7 +339,8 @@ impl<K: Kernel> Reconciler<K> {
     }
 }
 
-/// Takes the keys that wait, and that come until then; how many there are, none if no more will come. Cancel-safe.
+/// Receives the waiting keys, and those that arrive until then; returns their number, 0 if the queue is closed.
+/// Cancel-safe.
 async fn collect_batch(until: Option<Instant>, keys: &mut mpsc::Receiver<KeyId>, batch: &mut Vec<KeyId>) -> usize {
     if let Some(until) = until {
         tokio::time::sleep_until(until).await;
@@ -351,14 +353,14 @@ fn passed_deadline(drain: Option<&Drain>) -> Option<Deadline> {
     drain.and_then(Drain::passed_deadline)
 }
 
-/// Returns when the value is another one than last looked at.
+/// Returns when the value has changed since it was last read.
 async fn changed<T>(receiver: &mut watch::Receiver<T>) {
     if receiver.changed().await.is_err() {
         pending::<()>().await;
     }
 }
 
-/// What is due at its time, else the backlog, at once.
+/// The due event at its time, or else the backlog, at once.
 async fn other(due: Option<(Instant, TaskEvent)>, ready: Option<TaskEvent>) -> TaskEvent {
     match (due, ready) {
         (Some((time, event)), _) if time <= Instant::now() => event,

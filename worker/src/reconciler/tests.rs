@@ -71,7 +71,7 @@ async fn keys_of_a_storm_are_batched_and_a_single_later_key_is_not_delayed() {
     }
     sleep(MINUTE / 2).await;
     assert!(gateway.all_stand(0..100));
-    // One by one would take a second for 100; they come in 600 ms.
+    // Applied one by one 100 keys would take a second; as batches they take 600 ms.
     let batches = gateway.applies().len();
     assert!((25..=35).contains(&batches), "{batches}");
 
@@ -342,7 +342,7 @@ async fn a_flood_never_makes_more_peers_without_a_handshake_than_are_allowed_and
     assert!(said.iter().eq(gateway.device().peers.keys()), "whoever was told that it stands was told when it went");
 }
 
-/// Seen to fail where room was made for one key at a time, with a read for each.
+/// Failed when room was made for one key at a time, with a read for each.
 #[tokio::test(start_paused = true)]
 async fn at_the_bound_room_is_made_in_portions_and_not_by_a_read_for_each_key() {
     let policy = Policy { unestablished: 1_600, ..Policy::default() };
@@ -366,7 +366,7 @@ async fn at_the_bound_room_is_made_in_portions_and_not_by_a_read_for_each_key() 
     assert!(gateway.all_stand((0..10).chain(10_000..11_000)), "who shook hands meanwhile stays, and the newest");
 }
 
-/// Seen to fail without an end to how long what a read showed is used against peers.
+/// Failed when the result of a read was used against peers without a time limit.
 #[tokio::test(start_paused = true)]
 async fn a_peer_that_shakes_hands_during_a_slow_eviction_stays() {
     let policy = Policy { unestablished: 8_000, ..Policy::default() };
@@ -391,7 +391,7 @@ async fn a_peer_that_shakes_hands_during_a_slow_eviction_stays() {
     assert!(gateway.stands(key(10_000)));
 }
 
-/// Notes which keys stand by what is said of them, and returns those that do from now on.
+/// Updates the set of installed keys by a report, and returns those newly installed.
 fn hear(standing: &mut BTreeSet<PublicKey>, Applied { installed, failed, .. }: Applied) -> BTreeSet<PublicKey> {
     standing.retain(|key| !failed.contains_key(key));
     standing.extend(&installed);
@@ -448,7 +448,7 @@ async fn foreign_peers_count_as_connected_too() {
     }
 }
 
-/// Seen to fail where a peer that vanished from an interface that stays was forgotten.
+/// Failed when a peer that vanished from an interface that stays was forgotten.
 #[tokio::test(start_paused = true)]
 async fn vanished_peers_are_back_within_a_minute_with_route_and_flood_entry() {
     let vanishing: [fn(&mut Device); 5] = [
@@ -701,7 +701,7 @@ async fn missing_live_keys_are_installed_and_the_others_left_as_they_are() {
     assert_eq!(gateway.metrics.keys_learnt.with_label_values(&["ffmuc_welt"]).get(), 50);
     assert!(gateway.said.applied.try_recv().is_err(), "nobody waits for a word on them");
 
-    // Its own key is none that it lacks.
+    // Its own key is not one that it lacks.
     let own = gateway.device().public_key.unwrap();
     gateway.handle.learn(domain(), [(own, Age { age_secs: 0, has_handshake: false })].into()).await;
     gateway.settle().await;
@@ -821,7 +821,7 @@ async fn a_failed_removal_is_tried_again() {
     sleep(2 * MINUTE).await;
     assert!(!gateway.device().peers.contains_key(&key(1)));
 
-    // An interface that is gone and comes back has no place for it either.
+    // An interface that was deleted and created again has no slot for it either.
     gateway.memory.remove(&domain());
     sleep(MINUTE).await;
     gateway.handle.set_admission(denying([1, 2]), [(key(2), 8)]);
@@ -1078,7 +1078,7 @@ impl Gateway {
         timeout(MINUTE, self.handle.state().wait_for(is_up)).await.unwrap().unwrap();
     }
 
-    /// Time enough for all that follows from what was just done, and less than until the next count.
+    /// Long enough for everything that follows from the last event, and shorter than the count interval.
     async fn settle(&mut self) {
         sleep(Duration::from_secs(20)).await;
         while self.said.applied.try_recv().is_ok() {}
@@ -1106,7 +1106,7 @@ impl Gateway {
     }
 }
 
-/// A reconciler that is handed its events and both clocks.
+/// A reconciler to which events and both clocks are passed.
 struct Still {
     memory: MemoryKernel,
     reconciler: Reconciler<MemoryKernel>,
@@ -1132,7 +1132,7 @@ impl Still {
         self.reconciler.handle(TaskEvent::Keys(keys), self.now).await;
     }
 
-    /// A minute passes and all is done that is due after it.
+    /// A minute passes, and everything that is due after it is done.
     async fn minute(&mut self) {
         self.now.monotonic += MINUTE;
         self.now.wall += MINUTE;

@@ -1,4 +1,4 @@
-//! The steps from a domain's interfaces as they are to what the config wants. No IO.
+//! The steps from a domain's actual interfaces to those in the config. No IO.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -10,7 +10,7 @@ use wgkex_kernel::links::VxlanAttributes;
 /// The address of every gateway on its `vx-REST`, a /64.
 pub const VXLAN_ADDRESS: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
 
-/// A domain's interfaces as they stand.
+/// A domain's actual interfaces.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Actual {
     /// `wg-REST`.
@@ -19,7 +19,7 @@ pub struct Actual {
     pub vxlan: Option<Vxlan>,
 }
 
-/// What matters of a WireGuard interface.
+/// The attributes of a WireGuard interface that setup compares.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Wireguard {
     /// Its own key; `None` while it has none.
@@ -28,17 +28,17 @@ pub struct Wireguard {
     pub listen_port: u16,
     /// Its IPv6 addresses.
     pub addresses: BTreeSet<Ipv6Addr>,
-    /// Whether the kernel gives it a link-local address of its own when it comes up. That one would come before
-    /// the derived one, and would be the address that routers get.
+    /// Whether the kernel adds a link-local address when the interface is set up. It would come before the derived one,
+    /// and would be the address that routers get.
     pub auto_address: bool,
     /// Whether it is set up.
     pub up: bool,
 }
 
-/// What matters of a VXLAN interface.
+/// The attributes of a VXLAN interface that setup compares.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Vxlan {
-    /// What is fixed when it is made.
+    /// The attributes that are fixed when it is created.
     pub shape: Shape,
     /// Its IPv6 addresses.
     pub addresses: BTreeSet<Ipv6Addr>,
@@ -46,7 +46,7 @@ pub struct Vxlan {
     pub up: bool,
 }
 
-/// What of a VXLAN interface could only change by making it again, with an empty flood list.
+/// The attributes of a VXLAN interface that can only be changed by creating it again, with an empty flood list.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
     /// The VXLAN network identifier.
@@ -59,7 +59,7 @@ pub struct Shape {
     pub over_wireguard: bool,
 }
 
-/// A domain's interfaces as they shall be.
+/// A domain's desired interfaces.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Desired {
     /// The key of `wg-REST`; its address follows from it.
@@ -72,12 +72,12 @@ pub struct Desired {
     pub vxlan_port: u16,
 }
 
-/// One thing to do, in the order in which it must be done.
+/// One step, in the order in which they must be applied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SetupStep {
     /// `wg-REST` is made.
     AddWireguard,
-    /// `wg-REST` gets no address but those that are set.
+    /// The kernel adds no link-local address to `wg-REST`.
     NoAutoAddress,
     /// `wg-REST` gets the key.
     SetKey,
@@ -102,11 +102,11 @@ pub enum SetupStep {
     UpVxlan,
 }
 
-/// What of an existing VXLAN interface is not as desired and cannot be changed, such as `id 1 instead of 99`.
+/// An attribute of an existing VXLAN interface that differs and cannot be changed, such as `id 1 instead of 99`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Incompatible(pub String);
 
-/// The steps from `actual` to `desired`. None when all is as desired: what has been done is not done again.
+/// The steps from `actual` to `desired`; none if they are equal.
 pub fn differences(actual: &Actual, desired: &Desired) -> Result<Vec<SetupStep>, Incompatible> {
     let shape = desired.shape();
     if let Some(incompatible) = actual.vxlan.as_ref().and_then(|vxlan| vxlan.shape.incompatible(&shape)) {
@@ -158,7 +158,7 @@ impl Desired {
 }
 
 impl Shape {
-    /// That of an existing interface, seen from the interface of index `wireguard`.
+    /// The VXLAN attributes of an existing interface; `wireguard` is the index of `wg-REST`.
     pub fn of(vxlan: &VxlanAttributes, wireguard: Option<u32>) -> Self {
         let VxlanAttributes { id, port, local, under } = *vxlan;
         Self { id, port, local, over_wireguard: under.is_some() && under == wireguard }

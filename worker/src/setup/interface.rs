@@ -1,5 +1,6 @@
-//! The interface of a server of the registry, or of the hub of tenants: a WireGuard interface with a key and a port, and an
-//! address or forwarding between its peers. What is there stays, its peers included; only what differs is set.
+//! The interface of a server of the registry, or of the hub of tenants: a WireGuard interface with a key and a port,
+//! and an address or forwarding between its peers. Existing attributes stay, peers included; only differing ones are
+//! set.
 
 use std::io::ErrorKind;
 use std::path::Path;
@@ -13,13 +14,13 @@ use wgkex_kernel::{Key, forwarding, wireguard};
 use super::link::WireguardLink;
 use super::{Error, made_keys, refused};
 
-/// What an interface is to have.
+/// The desired state of an interface.
 struct Wanted<'a> {
     key_file: &'a Path,
     listen_port: u16,
-    /// With the length of its network.
+    /// The address, with the prefix length of its network.
     address: Option<IpNet>,
-    /// What its peers are to reach each other within, before it is set up.
+    /// The pool within whose groups peers reach each other; prepared before the interface is set up.
     pool: Option<&'a [(IpNet, u8)]>,
 }
 

@@ -13,12 +13,12 @@ use super::{Error, other_kind, refused, refused_step};
 pub(super) struct WireguardLink<'a> {
     pub links: &'a Links,
     pub name: &'a str,
-    /// What a new one is of.
+    /// The implementation of a new one.
     pub backend: Backend,
 }
 
 impl WireguardLink<'_> {
-    /// It, if it is there.
+    /// The interface, if it exists.
     pub async fn find(&self) -> Result<Option<(Link, Backend)>, Error> {
         let link = self.links.find(self.name).await.map_err(|error| refused(self.name, "look it up", error))?;
         match link {
@@ -31,7 +31,7 @@ impl WireguardLink<'_> {
         }
     }
 
-    /// Makes it.
+    /// Creates it.
     pub async fn add(&self) -> Result<(), Error> {
         if self.backend == Backend::Kernel {
             match self.links.add_wireguard(self.name).await {
@@ -52,7 +52,7 @@ impl WireguardLink<'_> {
         })
     }
 
-    /// What it is of.
+    /// Its implementation.
     pub async fn backend(&self) -> Result<Backend, Error> {
         let missing = || refused(self.name, "look it up", ErrorKind::NotFound.into());
         Ok(self.find().await?.ok_or_else(missing)?.1)

@@ -1,5 +1,5 @@
-//! The private key of an interface, and the note of the keys that were made here: purging the package removes those, and no
-//! other key beside them.
+//! The private key of an interface, and the file that lists the keys made by setup: purging the package removes these,
+//! and no other keys.
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write as _};
@@ -10,11 +10,11 @@ use wgkex_common::storage::state_file;
 use wgkex_kernel::Key;
 use wgkex_kernel::key_file::{self, KeyFileError};
 
-/// In the directory of the keys, with a line for each, as `sha256sum` prints it. The packages' postrm reads it.
+/// A file in the directory of the keys, with a line for each, as printed by `sha256sum`. The packages' postrm reads it.
 const NOTE: &str = "made-by-setup.sha256";
 
-/// The key in the file at `path`, as by [`key_file::load_or_make`]. A new key is noted; `current` is not: it may be somebody
-/// else's, too.
+/// The key in the file at `path`, as by [`key_file::load_or_make`]. A new key is listed; `current` is not, as another
+/// program may use it, too.
 pub(super) fn load_or_make(path: &Path, current: Option<&Key>) -> Result<Key, KeyFileError> {
     let is_new = current.is_none() && !path.exists();
     let key = key_file::load_or_make(path, current)?;

@@ -1,4 +1,5 @@
-//! What a scenario needs besides the kernel under test: interfaces that come and go, and tables seen from outside.
+//! The environment of a scenario beside the kernel under test: interfaces that are created and deleted, and tables read
+//! by other tools.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -24,14 +25,14 @@ pub trait Lab {
     fn kernel(&self) -> Self::Kernel;
     /// A domain of this name, of no other test.
     fn domain(&self, name: &str) -> Domain;
-    /// Makes both interfaces, up and empty, in place of older ones.
+    /// Creates both interfaces, up and empty, in place of older ones.
     fn make(&self, domain: &Domain);
     fn remove(&self, domain: &Domain);
     fn remove_vxlan(&self, domain: &Domain);
     fn set_up(&self, domain: &Domain, up: bool);
     /// Fails if `wg-REST` is there.
     fn assert_absent(&self, domain: &Domain);
-    /// Key, port and address that `wg-REST` was made with.
+    /// The key, the port and the address of `wg-REST`.
     fn own(&self, domain: &Domain) -> (Option<PublicKey>, u16, Option<IpAddr>);
     /// Peers, routes and FDB entries that wgkex would not make.
     fn add_foreign(&self, domain: &Domain);

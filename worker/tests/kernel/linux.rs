@@ -1,4 +1,4 @@
-//! Linux in a network namespace of the test's own, handled by the C tools. What is missing fails the test.
+//! Linux in a network namespace of each test, controlled by the C tools. A missing tool fails the test.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -19,7 +19,7 @@ use wgkex_kernel::netlink::Netlink;
 use crate::SOON;
 use crate::lab::{Lab, Shown, key};
 
-/// Who does WireGuard: it is a matter of how the interface is made.
+/// The WireGuard implementation: it depends on how the interface is created.
 #[derive(Debug, Clone, Copy)]
 pub enum WireGuard {
     Kernel,
@@ -48,20 +48,20 @@ const GATEWAY: &str = "EBESExQVFhcYGRobHB0eHyAhIiMkJSYnKCkqKywtLm8=";
 const NODE: &str = "MDEyMzQ1Njc4OTo7PD0+P0BBQkNERUZHSElKS0xNTk8=";
 
 impl Linux {
-    /// Lets the userspace process of a domain hang, or go on.
+    /// Stops the userspace process of a domain, or continues it.
     pub fn freeze(&self, domain: &Domain, frozen: bool) {
         let processes = self.processes.borrow();
         let Process(child) = &processes[&domain.wireguard()];
         let pid = Pid::from_raw(child.id().try_into().unwrap());
         kill(pid, if frozen { Signal::SIGSTOP } else { Signal::SIGCONT }).unwrap();
-        // Threads that run stop a moment later.
+        // Running threads stop a moment later.
         while frozen && !is_stopped(pid) {
             std::thread::sleep(Duration::from_millis(1));
         }
     }
 
-    /// Runs a scenario on a thread of its own in fresh namespaces: no other test and nothing of the host is there.
-    /// `/run` is its own too, as the sockets of a userspace WireGuard are found by the interface's name alone.
+    /// Runs a scenario on a separate thread in fresh namespaces, isolated from other tests and the host. `/run` is
+    /// separate too, as the control sockets of a userspace WireGuard are found by the interface's name alone.
     pub fn run(wireguard: WireGuard, scenario: impl AsyncFnOnce(Linux) + Send + 'static) {
         let thread = std::thread::spawn(move || {
             unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).expect("root may unshare");
@@ -78,7 +78,7 @@ impl Linux {
         }
     }
 
-    /// Makes a node beside the gateway that knows it as a peer, and gives its key. It does not call yet.
+    /// Makes a node beside the gateway that has it as a peer, and returns its key. It does not start a handshake yet.
     pub fn make_node(&self, domain: &Domain) -> PublicKey {
         let gateway = public_key(GATEWAY);
         self.make_wireguard("wg-node", NODE);
@@ -88,7 +88,7 @@ impl Linux {
         public_key(NODE)
     }
 
-    /// Has the node call until the gateway knows it, and then be silent.
+    /// Makes the node start handshakes until the gateway shows one, and then be silent.
     pub async fn shake_hands(&self, domain: &Domain, node: PublicKey) {
         let gateway = public_key(GATEWAY);
         run(&format!("wg set wg-node peer {gateway} persistent-keepalive 1"));
@@ -120,7 +120,7 @@ impl Lab for Linux {
     type Kernel = Netlink;
 
     fn kernel(&self) -> Netlink {
-        // A machine that is busy with other things is no process that hangs.
+        // On a busy machine a slow process must not count as a hanging one.
         Netlink::open().unwrap().with_patience(4 * SOON)
     }
 
@@ -277,7 +277,7 @@ pub struct ShownPeer {
     pub rest: Vec<String>,
 }
 
-/// A peer with all that WireGuard tells of it.
+/// A peer with all fields that WireGuard reports.
 pub fn shown_peer(domain: &Domain, peer: PublicKey) -> ShownPeer {
     let dump = run(&format!("wg show {} dump", domain.wireguard()));
     let line = dump.lines().find(|line| line.starts_with(&peer.to_string())).expect("the peer");
@@ -286,7 +286,7 @@ pub fn shown_peer(domain: &Domain, peer: PublicKey) -> ShownPeer {
     ShownPeer { counters, rest }
 }
 
-/// Runs a command that must succeed, and gives what it prints.
+/// Runs a command that must succeed, and returns its output.
 pub fn run(command: &str) -> String {
     run_with(command, "")
 }
@@ -311,7 +311,7 @@ fn output(command: &str, input: &str) -> (bool, String) {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap_or_else(|error| panic!("{command}: {error}"));
-    // A command that fails before it has read all says why.
+    // A command that fails before it has read all of its input reports the reason on stderr.
     drop(child.stdin.take().unwrap().write_all(input.as_bytes()));
     let output = child.wait_with_output().unwrap();
     let text = if output.status.success() { output.stdout } else { output.stderr };

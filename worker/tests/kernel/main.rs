@@ -1,5 +1,5 @@
 //! One suite for every kernel: in memory (`memory`), Linux with a userspace WireGuard (`netns`), Linux with its own
-//! (`vm`). The Linux lanes look at the tables with wg, ip and bridge as well as with the code under test.
+//! (`vm`). The Linux lanes read the tables with wg, ip and bridge as well as with the code under test.
 
 #![expect(clippy::unwrap_used, reason = "the lint knows test functions, not what they call")]
 
@@ -21,10 +21,10 @@ use wgkex_kernel::{Change, Device, Errno, Interface, Kernel, KernelError, Peer, 
 use lab::{Lab, MemoryLab, key};
 use linux::{Linux, WireGuard};
 
-/// For what must happen, on the slowest machine.
+/// The timeout for expected events, on the slowest machine.
 const SOON: Duration = Duration::from_secs(30);
 
-/// For what must not happen.
+/// How long to wait for events that must not happen.
 const A_WHILE: Duration = Duration::from_millis(500);
 
 macro_rules! lane {
@@ -102,7 +102,7 @@ async fn apply(kernel: &mut impl Kernel, domain: &Domain, changes: &[Change]) {
     }
 }
 
-/// What became of each change, which the kernel gives back in the same order.
+/// The result of each change, after a check that the kernel returns them in the same order.
 async fn results(kernel: &mut impl Kernel, domain: &Domain, changes: &[Change]) -> Vec<Result<(), KernelError>> {
     let outcomes = kernel.apply(&Interface::from(domain), changes.to_vec()).await;
     assert!(outcomes.iter().map(|(change, _)| change).eq(changes));
@@ -209,7 +209,7 @@ async fn a_missing_or_downed_interface_is_named_and_nothing_is_applied<L: Lab>(l
     lab.assert_absent(&domain);
 }
 
-/// Waits for the end of what making interfaces brings with it, such as the check for duplicate addresses.
+/// Waits until the effects of creating interfaces, such as the check for duplicate addresses, are over.
 async fn settle(kernel: &mut impl Kernel) {
     while timeout(A_WHILE * 4, kernel.changed()).await.is_ok() {}
 }
@@ -286,7 +286,7 @@ async fn a_peer_may_have_many_networks_a_keepalive_and_a_preshared_key<L: Lab>(l
     assert_eq!(read(&device), (networks.into(), keepalive, preshared.clone()));
     assert_eq!((device.routes, device.fdb.len()), (networks.into(), 0));
 
-    // What is not asked for stays, and so does what is there already.
+    // Objects that are not named by the changes stay, and so do existing ones.
     apply(&mut kernel, &domain, &install(key(1))).await;
     let device = kernel.read(&Interface::from(&domain)).await.unwrap();
     let more = networks.into_iter().chain([host(key(1).link_local())]).collect();
@@ -348,12 +348,12 @@ async fn a_key_that_comes_again_keeps_handshake_endpoint_counters_and_other_addr
     }
     let after = linux::shown_peer(&domain, node);
     assert_eq!(after.rest, before.rest);
-    // WireGuard itself may send something meanwhile.
+    // WireGuard itself may send packets meanwhile.
     assert!(after.counters.iter().zip(&before.counters).all(|(after, before)| after >= before), "{after:?} {before:?}");
     assert_eq!(kernel.read(&Interface::from(&domain)).await.unwrap(), read);
     assert_eq!(read.peers[&node].allowed_ips.len(), 2);
 
-    // The comparison would also hold if WireGuard kept all this for a peer that goes and comes.
+    // The comparison would also hold if WireGuard kept all this for a peer that is removed and added again.
     apply(&mut kernel, &domain, &[Change::RemovePeer(node), install(node)[0].clone()]).await;
     assert_ne!(linux::shown_peer(&domain, node).rest, before.rest);
 }
@@ -361,7 +361,7 @@ async fn a_key_that_comes_again_keeps_handshake_endpoint_counters_and_other_addr
 async fn a_peer_with_many_addresses_is_read_as_one(lab: &Linux) {
     let (domain, mut kernel, _) = start(lab).await;
     let keys: Vec<_> = (0..500).map(key).collect();
-    // One has more than a message of a dump can hold.
+    // One peer has more than a message of a dump can hold.
     let others = |n: usize| if n == 250 { 2000 } else { 1 + n % 7 };
     let peer = |(n, key): (usize, &PublicKey)| {
         let ips: Vec<_> = (0..others(n)).map(|ip| format!("fd00::{n}:{ip}/128")).collect();
@@ -407,7 +407,7 @@ async fn an_error_is_reported_for_its_own_change(lab: &Linux) {
     assert_eq!((device.peers.len(), device.routes.len(), device.fdb.len()), (300, 300, 0));
 }
 
-/// wireguard-go has a limit that can be reached. Linux refuses no peer for its own sake.
+/// wireguard-go has a limit that can be reached. Linux itself has no limit of peers.
 async fn one_peer_too_many_holds_up_no_other(lab: &Linux) {
     const LIMIT: u32 = 1 << 16;
     let (domain, mut kernel, _) = start(lab).await;
@@ -455,7 +455,7 @@ async fn a_dump_among_changes_is_whole_or_none(lab: &Linux) {
 
     let done = Arc::new(AtomicBool::new(false));
     let (mut other, others_domain, others_done) = (lab.kernel(), domain.clone(), Arc::clone(&done));
-    // Every second peer comes and goes, among them those at which a dump is to be continued.
+    // Every second peer is removed and added again, among them those at which a dump is continued.
     let task = tokio::spawn(async move {
         let keys = || (0..1000).step_by(2).map(key);
         while !others_done.load(Ordering::Relaxed) {

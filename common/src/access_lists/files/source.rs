@@ -1,4 +1,4 @@
-//! One file or directory of a list: what it looks like, what was last read of it, and what is wrong with it.
+//! One file or directory of a list: its stamps, its entries as last read, and why it cannot be read.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -26,21 +26,21 @@ pub struct Source {
     pub name: &'static str,
     path: PathBuf,
     kind: FileKind,
-    /// At the last look.
+    /// The stamps at the last check.
     last_seen: Option<FileStamps>,
-    /// When it was last read.
+    /// The stamps when it was last read.
     read: Option<FileStamps>,
-    /// It looked the same before and after it was read, or once more after that.
+    /// The stamps were the same before and after reading, or at a later check.
     is_settled: bool,
-    /// What was last read of it without a mistake.
+    /// The entries of the last valid content.
     good: Option<Arc<[Entry]>>,
-    /// The directory, with device and inode, from which that was read.
+    /// The directory, by device and inode, of that content.
     good_dir: Option<[u64; 2]>,
-    /// What is wrong with it now.
+    /// Why it cannot be read now.
     damage: Option<String>,
 }
 
-/// What a source has.
+/// The kind of a source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FileKind {
     /// A file of keys of this list.
@@ -53,7 +53,7 @@ pub enum FileKind {
 
 /// The stamps of its files, or why there are none.
 type FileStamps = Result<Vec<FileStamp>, String>;
-/// What changes when a file does.
+/// The attributes of a file that show a change.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct FileStamp {
     path: PathBuf,
@@ -87,17 +87,17 @@ impl Source {
         }
     }
 
-    /// Whether the next look should be soon.
+    /// Whether the next check should be soon.
     pub fn is_unsettled(&self) -> bool {
         !self.is_settled || self.last_seen != self.read
     }
 
-    /// Whether only keys on it may come, and it could not be read so far.
+    /// Whether only keys on it are admitted, and it has no content that was confirmed by a second check.
     pub fn is_unread_allow_list(&self) -> bool {
         self.kind.allows() && (self.good.is_none() || !self.is_settled)
     }
 
-    /// Whether only keys on it may come, and no look at it so far could be used.
+    /// Whether only keys on it are admitted, and it had no valid content so far.
     pub fn was_never_read_to_allow(&self) -> bool {
         self.kind.allows() && self.good.is_none()
     }
@@ -107,17 +107,17 @@ impl Source {
         self.damage.is_some()
     }
 
-    /// What is wrong with it now; none if it can be read.
+    /// Why it cannot be read now; none if it can be read.
     pub fn damage(&self) -> Option<&str> {
         self.damage.as_deref()
     }
 
-    /// Whether it has, or lacks, something else than `other`.
+    /// Whether its entries or its readability differ from those of `other`.
     pub fn differs(&self, other: &Self) -> bool {
         self.good != other.good || self.is_damaged() != other.is_damaged()
     }
 
-    /// What was last read of it without a mistake.
+    /// The entries of the last valid content.
     pub fn entries(&self) -> &[Entry] {
         self.good.as_deref().unwrap_or_default()
     }
@@ -136,7 +136,7 @@ impl Source {
         (may_read && self.read_now()) || (self.kind.allows() && !was_settled && self.is_settled)
     }
 
-    /// Reads what was seen just now, unless it changes meanwhile: then it looks another way the next time.
+    /// Reads the source as it was just checked, unless it changes meanwhile: then the next check finds other stamps.
     fn read_now(&mut self) -> bool {
         let listed = match &self.last_seen {
             Some(Err(reason)) => Err(reason.clone()),
@@ -188,7 +188,7 @@ impl Source {
         }
     }
 
-    /// The directory that is there now, if this is one.
+    /// The identity of the directory, if the source is an existing one.
     fn dir(&self) -> Option<[u64; 2]> {
         let data = matches!(self.kind, FileKind::Dir(_)).then(|| fs::metadata(&self.path).ok()).flatten()?;
         Some([data.dev(), data.ino()])
@@ -222,11 +222,11 @@ impl Source {
         }
     }
 
-    /// What `parse` makes of the text of the file, if that is not what a copy that broke off leaves.
+    /// Applies `parse` to the text of the file, unless it looks like an interrupted copy.
     fn whole(&self, parse: impl FnOnce(&str) -> Result<Listed, String>) -> Result<Listed, String> {
         let text = text(&self.path, FILE_MAX)?;
         let had = self.entries();
-        // A file without a byte is what a power cut leaves; one of comments may be one that nobody has added to yet.
+        // A power failure may leave an empty file; a file with comments only may be one without entries yet.
         let must_speak = self.kind.allows() || !had.is_empty() || text.trim().is_empty();
         let listed = parse(&text)?;
         if listed.is_blank && must_speak {
@@ -275,7 +275,7 @@ fn key_files(dir: &Path, list: List) -> Result<Vec<(Option<String>, PathBuf)>, S
     Ok(files)
 }
 
-/// What is in a directory, but for hidden files and the backups of editors.
+/// The entries of a directory, without hidden files and the backups of editors.
 fn children(dir: &Path) -> Result<Vec<PathBuf>, String> {
     let paths = fs::read_dir(dir).and_then(|entries| {
         let paths = entries.take(2 * FILES_MAX).map(|entry| entry.map(|entry| entry.path()));

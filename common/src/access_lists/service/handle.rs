@@ -1,4 +1,4 @@
-//! How the rest of a program reaches the [`ListService`](super::ListService), and what that notifies it of.
+//! The handle of the [`ListService`](super::ListService), and the notifications that it sends.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -11,19 +11,19 @@ use crate::access_lists::records::{Record, RecordsFull, Refused};
 use crate::access_lists::{Admission, Entry};
 use crate::wire::message::{Hello, Requester};
 
-/// Commands that wait at most. What brokers publish they publish again, so one too many is dropped.
+/// Queued commands at most. Brokers publish their records again, so further commands are dropped.
 pub const COMMANDS: usize = 1024;
 
-/// What the lists are now.
+/// The current state of the lists.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ListSnapshot {
     /// Which keys are admitted.
     pub admission: Arc<Admission>,
-    /// The same for all programs with the same records.
+    /// The digest of the records, equal in all programs with the same ones.
     pub digest: String,
     /// The lists that cannot be read now, of [`SOURCES`](crate::access_lists::files::SOURCES).
     pub damaged: Vec<&'static str>,
-    /// Those of allowed keys that could not be read since the start.
+    /// The sources of allowed keys that could not be read since the start.
     pub unread: Vec<&'static str>,
     /// Whether all records are on the disk, or about to be.
     pub is_kept: bool,
@@ -36,26 +36,26 @@ pub struct ListUpdate<'a> {
     pub admission: &'a Arc<Admission>,
     /// Records that were made, or received for the first time.
     pub records: &'a [Record],
-    /// The lists that are damaged, of [`SOURCES`](crate::access_lists::files::SOURCES).
+    /// The lists that cannot be read, of [`SOURCES`](crate::access_lists::files::SOURCES).
     pub damaged: &'a [&'static str],
     /// Whether all records are on the disk, or about to be.
     pub is_kept: bool,
-    /// Records of others that were not taken in since the start; up to a minute behind.
+    /// Records of other programs that were rejected since the start; up to a minute behind.
     pub refused: Refused,
 }
 
-/// What the sessions receive that concerns the lists.
+/// A message or state change of the sessions that concerns the lists.
 #[derive(Debug)]
 pub enum ListEvent {
-    /// Connected: everything that is published from now on is received, and what is retained.
+    /// Connected: messages published from now on are received, and retained ones.
     Up,
     /// Not connected.
     Down,
-    /// The program's other session is connected or not, so that this one will be or will not.
+    /// Whether the program's other session is connected, so that this one probably can connect, too.
     ServerReachable(bool),
-    /// What a broker can do; none if it goes.
+    /// The hello of a broker; none if it is cleared.
     Broker(BrokerName, Option<Box<Hello>>),
-    /// Records that somebody made.
+    /// Records of another program.
     Records(Vec<Record>),
     /// A request for all records.
     Asked(Requester),
@@ -68,7 +68,7 @@ pub struct Changed {
     pub record: Record,
     /// Whether the key was on the list by another record.
     pub was_present: bool,
-    /// Comes when it is on the disk; an error if it cannot be written now.
+    /// Resolves when it is on the disk; an error if it cannot be written now.
     pub persisted: oneshot::Receiver<()>,
 }
 
@@ -78,7 +78,7 @@ pub struct ListedEntry {
     /// The entry.
     #[serde(flatten)]
     pub entry: Entry,
-    /// The key of the config that it comes by; `admin` for an admin call.
+    /// The key of the config that names its source; `admin` for an admin call.
     pub source: &'static str,
     /// When the admin call was, in seconds of Unix time.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -88,18 +88,18 @@ pub struct ListedEntry {
 /// The [`ListedEntry::source`] of entries that were made by an admin call.
 pub const BY_CALL: &str = "admin";
 
-/// What others hand over to the service.
+/// A command to the service.
 #[derive(Debug)]
 pub enum ListCommand {
     /// Puts the key of an entry on its list, or takes it off.
     Change { entry: Entry, present: bool, answer: oneshot::Sender<Result<Changed, RecordsFull>> },
-    /// Asks for every entry that counts now.
+    /// Requests every entry in effect.
     List(oneshot::Sender<Vec<ListedEntry>>),
-    /// Something was received.
+    /// An event of the sessions.
     Event(ListEvent),
 }
 
-/// How the rest of the program reaches the [`ListService`].
+/// The handle of the [`ListService`].
 #[derive(Debug, Clone)]
 pub struct Handle {
     commands: mpsc::Sender<ListCommand>,
@@ -107,7 +107,7 @@ pub struct Handle {
     gate: Arc<watch::Sender<Option<Instant>>>,
 }
 
-/// A handle by which `snapshot` is read, and the commands that come by it.
+/// A handle, which gives access to `snapshot`, and the receiver of its commands.
 pub fn channel(
     snapshot: watch::Receiver<ListSnapshot>,
     gate: Arc<watch::Sender<Option<Instant>>>,
@@ -117,9 +117,9 @@ pub fn channel(
 }
 
 impl Handle {
-    /// Passes on what was received, without waiting.
+    /// Passes on an event, without waiting.
     pub fn on_event(&self, event: ListEvent) {
-        // What finds no place is published again.
+        // Dropped records and hellos are published again.
         let _ = self.commands.try_send(ListCommand::Event(event));
     }
 
@@ -134,7 +134,7 @@ impl Handle {
         self.gate.subscribe()
     }
 
-    /// What the lists are, now and whenever they change.
+    /// The state of the lists, now and whenever it changes.
     #[must_use]
     pub fn snapshot(&self) -> watch::Receiver<ListSnapshot> {
         self.snapshot.clone()
@@ -153,7 +153,7 @@ impl Handle {
         answer.await.ok()
     }
 
-    /// Every entry that counts now.
+    /// Every entry that is in effect.
     pub async fn list(&self) -> Vec<ListedEntry> {
         let (sender, answer) = oneshot::channel();
         let _ = self.commands.send(ListCommand::List(sender)).await;

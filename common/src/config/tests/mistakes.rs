@@ -1,8 +1,8 @@
-//! Tables of what operators get wrong, with the exact lines that tell them.
+//! Tables of operators' mistakes, with the exact lines that report them.
 
 use super::*;
 
-/// What stands below [`LEAST`], and the lines that it is refused with.
+/// The text after [`LEAST`], and the lines that reject it.
 const MISTAKES: &[(&str, &[&str])] = &[
     (
         "tenants: {pool: 10.0.0.1}",
@@ -412,7 +412,7 @@ fn odd_but_harmless_settings_are_warnings() {
                 "users: is not a known key and is ignored, did you mean mqtt_listen.users? It belongs below mqtt_listen, with spaces before it",
             ],
         ),
-        // Several blocks have such a key: the one that is empty is meant, or none is named.
+        // Several blocks have such a key: the empty one is suggested, or none.
         (
             "registry:\nenabled: false",
             &[
@@ -540,7 +540,7 @@ fn text_of_any_size_and_depth_is_parsed_or_refused() {
     assert_eq!(parse(&wrong).unwrap_err().mistakes.len(), 50);
 }
 
-/// The lines that `yaml`, after [`LEAST`], is refused with, without the file's name.
+/// The errors of `yaml`, after [`LEAST`], without the file's name.
 fn mistakes(yaml: &str) -> Vec<String> {
     lines(parse(&format!("{LEAST}{yaml}")).unwrap_err())
 }

@@ -1,47 +1,47 @@
-//! How many connections there is room for, by the files that may be open.
+//! The limits of connections, by the limit of open files.
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tracing::warn;
 
-/// The most open connections: twice what 3,300 routers need; an idle one takes about 12 KiB.
+/// The most open connections: twice the need of 3,300 routers; an idle one takes about 12 KiB.
 const MAX_OPEN: usize = 8_192;
-/// The most of one client: more than routers behind one address have at the same time.
+/// The most connections of one client: more than routers behind one address have at the same time.
 pub(super) const MAX_OF_CLIENT: usize = 1_024;
-/// The most upgraded ones: twice as many as 500 tenants of ten members need.
+/// The most upgraded connections: twice the need of 500 tenants of ten members.
 const MAX_UPGRADED: usize = 10_000;
-/// What all of them may hold beyond that, in bytes: answers that are not read, and heads that do not end.
+/// The most memory that all of them may hold beyond that, in bytes: unread responses, and heads without an end.
 const MAX_HELD: usize = 16 << 20;
-/// The most connections of a server that are not in the table yet, TLS handshakes among them.
+/// The most connections of a server without an entry in the table, such as TLS handshakes.
 const MAX_PENDING: usize = 1_024;
-/// Files that the rest of the program has open.
+/// Files that the rest of the program opens.
 const FILES: usize = 256;
 
-/// How many connections there is room for.
+/// The limits of connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Capacity {
-    /// Open ones.
+    /// Open connections that are not upgraded.
     pub open: usize,
-    /// Of them, those of one client.
+    /// Those of one client.
     pub of_client: usize,
-    /// Those of a server that are not in the table yet.
+    /// Connections of a server without an entry in the table.
     pub pending: usize,
-    /// Upgraded ones, beside those.
+    /// Upgraded connections, in addition.
     pub upgraded: usize,
-    /// What all may hold, in bytes.
+    /// The memory that all may hold, in bytes.
     pub held: usize,
 }
 
 impl Capacity {
-    /// Of a listener for a few clients.
+    /// For a listener for a few clients.
     pub const FEW: Self = Self { open: 32, of_client: 16, pending: 16, upgraded: 0, held: 4 << 20 };
 
-    /// Of a listener for a fleet. As many files may be open from now on as the system lets this program have.
+    /// For a listener for a fleet. Raises the limit of open files to the hard limit.
     #[must_use]
     pub fn of_fleet() -> Self {
         Self::of_files(open_files())
     }
 
-    /// The same, of a listener that has upgraded connections, too.
+    /// The same for a listener with upgraded connections.
     #[must_use]
     pub fn of_fleet_and_upgraded() -> Self {
         let files = open_files();
@@ -49,8 +49,8 @@ impl Capacity {
         of_files.and_upgraded(files)
     }
 
-    /// Of a listener for a fleet where so many files may be open. Each connection has two files, and a quarter of them may
-    /// come by HTTPS beside that; and both servers have some that arrive.
+    /// For a listener for a fleet with this limit of open files. Each connection needs two files; a quarter of them may
+    /// use HTTPS in addition; and both servers have pending ones.
     #[must_use]
     pub fn of_files(files: usize) -> Self {
         let pending = (files / 8).clamp(16, MAX_PENDING);
@@ -58,8 +58,8 @@ impl Capacity {
         Self { open, of_client: MAX_OF_CLIENT, pending, upgraded: 0, held: MAX_HELD }
     }
 
-    /// With upgraded connections, of two files each. Where files are few, HTTP keeps three of seven: at 20,000 that is enough
-    /// for 3,300 routers and 5,000 members of tenants.
+    /// Adds upgraded connections, of two files each. If there are few files, HTTP gets three of seven: with 20,000
+    /// files that is enough for 3,300 routers and 5,000 members of tenants.
     fn and_upgraded(self, files: usize) -> Self {
         let files = files.saturating_sub(FILES + 2 * self.pending);
         let open = self.open.min(files / 7 * 3 / 9 * 4).max(64);
@@ -68,10 +68,10 @@ impl Capacity {
     }
 }
 
-/// Raises the number of files that may be open to what the system allows; returns that number.
+/// Raises the limit of open files to the hard limit; returns the limit.
 fn open_files() -> usize {
     let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
-        // A unit may forbid the call.
+        // A unit may forbid the system call.
         if soft < hard {
             setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
         }

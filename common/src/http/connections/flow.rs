@@ -1,4 +1,4 @@
-//! Whose turn it is on a connection, since when, and what it holds.
+//! The activity of a connection: whether its client is waited for, since when, and the memory that it holds.
 
 use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use futures_util::task::AtomicWaker;
 
-/// In place of a time: a request is being served.
+/// The idle time of a connection whose request is being served.
 pub const BUSY: u64 = u64::MAX;
 
 /// The state that a connection's entry in the table, its stream and its request share.
@@ -15,32 +15,32 @@ pub struct Flow {
     began: Instant,
     /// Milliseconds on the table's clock since when its client is waited for, or [`BUSY`].
     idle: AtomicU64,
-    /// What it holds, in bytes.
+    /// The memory that it holds, in bytes.
     held: AtomicUsize,
-    /// The task that waits until the next request may come.
+    /// The task that waits until the next request may be read.
     next: AtomicWaker,
     /// Its number in the table.
     id: OnceLock<u64>,
-    /// What became of it after its upgrade, as one of the constants below.
+    /// The state of its upgrade, as one of the constants below.
     upgrade: AtomicU8,
     /// Bytes that were sent since the upgrade.
     sent: AtomicU64,
-    /// How many of them the session waits for.
+    /// The number of bytes that the session waits for.
     awaited: AtomicU64,
-    /// The task that waits until the client has sent too much, or was sent so many bytes.
+    /// The task that waits for a message that is too large, or for so many bytes to be sent.
     session: AtomicWaker,
 }
 
-/// In place of bytes: nobody waits for them.
+/// The number of awaited bytes if no task waits.
 const NONE: u64 = u64::MAX;
 
-/// It is HTTP's.
+/// The connection is not upgraded.
 const HTTP: u8 = 0;
-/// It is no longer HTTP's.
+/// The connection is upgraded.
 const UPGRADED: u8 = 1;
-/// And its client has sent a message that is too large.
+/// It is upgraded, and its client has sent a message that is too large.
 const TOO_LARGE: u8 = 2;
-/// The last answer is sent: the connection ends when its client has closed its side.
+/// The session has sent everything: the connection ends when its client has closed its side.
 const ENDING: u8 = 3;
 
 /// A request that is being served, until this is dropped.
@@ -58,20 +58,20 @@ impl Flow {
         Arc::new(Self { began, idle, held, next, id, upgrade, sent, awaited, session })
     }
 
-    /// A request is being served.
+    /// Marks the connection as busy until the result is dropped.
     pub fn begin(self: &Arc<Self>) -> ActiveRequest {
         self.set_busy();
         ActiveRequest { flow: self.clone(), since: since(self.began) }
     }
 
-    /// It is this program's turn.
+    /// Marks the connection as busy.
     pub fn set_busy(&self) {
         if !self.is_upgraded() {
             self.idle.store(BUSY, Ordering::Relaxed);
         }
     }
 
-    /// It is the client's turn, since then.
+    /// Marks the client as waited for, since then.
     pub fn wait_for_client(&self, since: u64) {
         if !self.is_upgraded() {
             self.idle.store(since, Ordering::Relaxed);
@@ -88,7 +88,7 @@ impl Flow {
         let _ = self.id.set(id);
     }
 
-    /// It is no longer HTTP's. From now on it is idle until it is settled, and again when it ends.
+    /// Marks the connection as upgraded. It is idle until it is settled, and again when it ends.
     pub fn upgrade(&self) {
         self.upgrade.store(UPGRADED, Ordering::Relaxed);
         self.idle.store(since(self.began), Ordering::Relaxed);
@@ -98,7 +98,7 @@ impl Flow {
         self.idle.store(BUSY, Ordering::Relaxed);
     }
 
-    /// The last answer is sent.
+    /// The session has sent everything.
     pub fn end(&self) {
         if self.upgrade.swap(ENDING, Ordering::Relaxed) != ENDING {
             self.idle.store(since(self.began), Ordering::Relaxed);
@@ -126,7 +126,7 @@ impl Flow {
         if self.upgrade.load(Ordering::Relaxed) == TOO_LARGE { Poll::Ready(()) } else { Poll::Pending }
     }
 
-    /// After an upgrade: so many bytes more were sent.
+    /// Counts bytes sent after an upgrade.
     pub fn add_sent(&self, bytes: usize) {
         let sent = self.sent.fetch_add(bytes as u64, Ordering::Relaxed) + bytes as u64;
         if sent >= self.awaited.load(Ordering::Relaxed) {
@@ -139,7 +139,7 @@ impl Flow {
         self.sent.load(Ordering::Relaxed)
     }
 
-    /// Ready when so many bytes were sent since the upgrade. It is the task of [`Self::poll_too_large`] that waits.
+    /// Ready when so many bytes were sent since the upgrade. Only the task of [`Self::poll_too_large`] may wait for it.
     pub fn poll_sent(&self, bytes: u64, cx: &Context<'_>) -> Poll<()> {
         self.session.register(cx.waker());
         let is_sent = self.sent() >= bytes;
@@ -161,12 +161,12 @@ impl Flow {
         self.idle.load(Ordering::Relaxed)
     }
 
-    /// What it holds, in bytes.
+    /// The memory that it holds, in bytes.
     pub fn held(&self) -> usize {
         self.held.load(Ordering::Relaxed)
     }
 
-    /// It holds so many bytes from now on; returns how many it held before.
+    /// Sets the memory that it holds, in bytes; returns the former value.
     pub fn hold(&self, bytes: usize) -> usize {
         self.held.swap(bytes, Ordering::Relaxed)
     }

@@ -1,4 +1,4 @@
-//! The table of open connections, which decides which ones go. It knows neither sockets nor a clock.
+//! The table of open connections, which decides which are closed. It has neither sockets nor a clock.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
@@ -8,9 +8,9 @@ use std::time::Duration;
 use super::flow::{BUSY, Flow};
 use super::{Capacity, Closed, IDLE, PeerKind};
 
-/// The same when half of all are open.
+/// The idle timeout when half of all are open.
 const IDLE_CROWDED: Duration = Duration::from_secs(5);
-/// How long an upgraded connection may take to end when all is said.
+/// How long an upgraded connection may take to end after its session has sent everything.
 const ENDING: Duration = Duration::from_secs(3);
 
 /// The open connections; `S` is the socket by which one is closed.
@@ -18,7 +18,7 @@ pub struct ConnectionTable<S> {
     capacity: Capacity,
     last: u64,
     open: BTreeMap<u64, OpenConnection<S>>,
-    /// How many of them are upgraded; these take no place of the others.
+    /// How many of them are upgraded; these are limited separately.
     upgraded: usize,
     clients: HashMap<IpAddr, usize>,
 }
@@ -51,7 +51,7 @@ impl<S> ConnectionTable<S> {
         Self { capacity, last: 0, open: BTreeMap::new(), upgraded: 0, clients: HashMap::new() }
     }
 
-    /// How many are HTTP's.
+    /// How many are not upgraded.
     pub fn len(&self) -> usize {
         self.open.len() - self.upgraded
     }
@@ -61,8 +61,8 @@ impl<S> ConnectionTable<S> {
         self.upgraded
     }
 
-    /// Takes in a connection. In a full table those go whose client is waited for the longest, be it for a request or for
-    /// the body of one: a sixteenth at once, so that a flood does not cost a search each.
+    /// Adds a connection. If the table is full, those are evicted whose client has been waited for the longest, be it
+    /// for a request or for the body of one: a sixteenth at once, so that a flood does not cost a search each.
     pub fn admit(&mut self, peer: PeerKind, socket: S, flow: Arc<Flow>) -> Result<AdmittedConnection<S>, (Closed, S)> {
         if let PeerKind::Client(client) = peer
             && self.clients.get(&client).is_some_and(|open| *open >= self.capacity.of_client)
@@ -88,8 +88,8 @@ impl<S> ConnectionTable<S> {
         idle.into_iter().take(room).filter_map(|id| self.remove(id)).collect()
     }
 
-    /// A connection is no longer HTTP's. Where too many are not, those go that are not settled, as above. None if there is
-    /// no room all the same, or no such connection.
+    /// Marks a connection as upgraded. If too many are, those that are not settled are evicted in the same way. None if
+    /// that makes no room, or there is no such connection.
     pub fn upgrade(&mut self, id: u64) -> Option<Vec<S>> {
         if self.open.get(&id).is_none_or(|open| open.is_upgraded) {
             return None;
@@ -107,7 +107,7 @@ impl<S> ConnectionTable<S> {
         Some(evicted)
     }
 
-    /// Takes out connections until the others hold a quarter less than they may, if they hold more.
+    /// If all hold more memory than they may, removes connections until they hold a quarter less than that.
     pub fn free_memory(&mut self) -> Vec<S> {
         let most = self.capacity.held;
         let mut held: usize = self.open.values().map(OpenConnection::held).sum();
@@ -125,8 +125,8 @@ impl<S> ConnectionTable<S> {
         evicted
     }
 
-    /// Which ones these are: upgraded ones first, of these and of the others the longest idle first, and those with a request
-    /// under way last.
+    /// The selected connections in the order of eviction: upgraded ones first, of these and of the others the longest
+    /// idle first, and those with a running request last.
     fn longest_idle(&self, is_meant: impl Fn(&OpenConnection<S>) -> bool) -> Vec<u64> {
         let meant = self.open.iter().filter(|(_, open)| is_meant(open));
         let mut meant: Vec<_> = meant.map(|(id, open)| (!open.is_upgraded, open.idle(), *id)).collect();
@@ -148,7 +148,7 @@ impl<S> ConnectionTable<S> {
         Some(socket)
     }
 
-    /// Takes out those on which no request came for too long, and upgraded ones that do not end.
+    /// Removes connections that were idle for too long, and upgraded ones that take too long to end.
     pub fn expire(&mut self, now: u64) -> Vec<S> {
         let is_crowded = self.len() * 2 > self.capacity.open;
         let limit = |open: &OpenConnection<S>| match open {
@@ -181,7 +181,7 @@ mod tests {
         ConnectionTable::new(Capacity { open, of_client: MAX_OF_CLIENT, pending: 0, upgraded: 4, held })
     }
 
-    /// Lets in a connection that is idle since then.
+    /// Adds a connection that is idle since then.
     fn admit(
         table: &mut ConnectionTable<u64>,
         peer: PeerKind,
@@ -219,7 +219,7 @@ mod tests {
             let (flow, _) = admit(&mut table, client(u8::try_from(n).unwrap()), n, 100 + n).unwrap();
             match n {
                 0..4 => busy.push(flow.begin()),
-                // The head of a request has come, and its body has not.
+                // The head of a request was received, and its body was not.
                 4 => flow.wait_for_client(900),
                 _ => {}
             }

@@ -1,4 +1,4 @@
-//! What a session does about each event of rumqttc: it is connected, it has received something, it has lost the connection.
+//! The handling of rumqttc's events: the session is connected, has received a message, or has lost the connection.
 
 use std::io;
 use std::mem::take;
@@ -18,7 +18,8 @@ const SAID_MAX: usize = 16;
 impl Session {
     pub(super) fn handle(&mut self, event: rumqttc::Event, on_event: &mut impl FnMut(Event)) {
         if matches!(event, rumqttc::Event::Incoming(_)) {
-            // Behind a long queue a pong comes late. rumqttc would take a server for dead that sends all the time.
+            // Behind a long queue a pong is late. rumqttc would close the connection to a server that sends all the
+            // time.
             self.eventloop.state.await_pingresp = false;
         }
         match event {
@@ -75,10 +76,10 @@ impl Session {
         self.echo_topic.as_ref().is_some_and(|(_, topic)| *topic == publish.topic)
     }
 
-    /// The other connection of this program has the same topic, and what is retained there is of neither.
+    /// The program's other connection has the same topic; and a retained message there is from neither.
     fn echo_came(&mut self, publish: &Publish) {
         if publish.payload == self.id.as_bytes() && !publish.retain && self.echo.received(Instant::now()) {
-            // The server sends what is retained once more.
+            // The server sends the retained messages again.
             self.subscriptions.reset();
         }
     }
@@ -105,8 +106,9 @@ impl Session {
         }
     }
 
-    /// What rumqttc still holds to be sent is in the outbox too, and is published again from there. What it has received is
-    /// handed on; it would do so on the next connection, and take the answer to a SUBSCRIBE of this one for that of the next.
+    /// Messages queued in rumqttc are in the outbox too, and are sent again from there. Its received events are handled
+    /// now; otherwise it would return them on the next connection, and the answer to a SUBSCRIBE of this connection
+    /// would be taken for one of the next.
     pub(super) fn on_disconnect(&mut self, error: &ConnectionError, on_event: &mut impl FnMut(Event)) {
         self.eventloop.clean();
         self.eventloop.pending.clear();
@@ -138,7 +140,7 @@ impl Session {
         }
         let is_dot_suspect = self.reconnect.is_closed_early() && !self.attempt.lacks_tls(accepted);
         let hint = self.dotted.as_ref().filter(|_| is_dot_suspect).map(|name| dot_hint(name));
-        // Where nobody listens, no program with the same name is the cause.
+        // If the server does not listen, another program with the same name is not the cause.
         let is_answered =
             !matches!(error, ConnectionError::Io(error) if error.kind() == io::ErrorKind::ConnectionRefused);
         let is_in_use = is_answered && *self.name_suspect.borrow();
@@ -153,7 +155,7 @@ impl Session {
         if before == ConnectionState::Up || self.said.len() >= SAID_MAX {
             self.said.clear();
         }
-        // The name may be in filters of the second alone.
+        // The name may only be in filters of the second session.
         let is_new = hint.is_some() && self.reconnect.is_closed_early_first();
         if let ConnectionState::Down(reason) = &down
             && (!self.is_secondary || is_new)

@@ -1,4 +1,4 @@
-//! What the second session of a program does where the server allows one connection only.
+//! The second session of a program if the server allows one connection only.
 
 use std::pin::Pin;
 
@@ -12,7 +12,7 @@ use crate::mqtt::{ConnectionState, Event};
 use crate::runtime::heartbeat;
 
 impl Session {
-    /// Goes on through the program's first session, until `stop` returns.
+    /// Works through the program's first session, until `stop` returns.
     pub(super) async fn join(self, on_event: &mut impl FnMut(Event), mut stop: Pin<&mut impl Future<Output = ()>>) {
         let Self { client, eventloop, mut queue, mut outbox, state, name_suspect, .. } = self;
         let Self { subscriptions, server, heartbeat, pair, .. } = self;
@@ -33,7 +33,7 @@ impl Session {
             tokio::select! {
                 event = events.recv() => {
                     let Some(event) = event else { return };
-                    // From now on the first session, which has it from the guest, publishes it.
+                    // From now on the first session reports a suspect name; the guest passed that on.
                     set(&name_suspect, false);
                     match &event {
                         Event::Up => drop(state.send_replace(ConnectionState::Up)),

@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::*;
 use crate::Config;
 
-/// A server that answers no ping, and says something all the time if it is `talkative`, until its client goes.
+/// A server that answers no ping, and sends messages all the time if it is `talkative`, until its client disconnects.
 fn start_deaf_server(talkative: bool) -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -44,8 +44,8 @@ async fn losses(talkative: bool) -> usize {
     counted.len()
 }
 
-/// A server that delivers a message, grants a subscription and breaks the connection, all at once; then it lets the
-/// client in, and answers no more.
+/// A server that delivers a message, grants a subscription and closes the connection, all at once; then it accepts the
+/// client again, and answers no more.
 fn start_leaving_server() -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -56,7 +56,7 @@ fn start_leaving_server() -> u16 {
         client.write_all(&[0x20, 2, 0, 0]).unwrap();
         let _subscribe = client.read(&mut packet).unwrap();
         let (publish, granted) = ([0x30, 4, 0, 1, b'a', b'x'], [0x90, 3, packet[2], packet[3], 0]);
-        // There is no packet of type 0: with it the connection is over for the client.
+        // There is no packet of type 0: the client closes the connection after it.
         client.write_all(&[&publish[..], &granted, &[0, 0]].concat()).unwrap();
         let (mut again, _) = listener.accept().unwrap();
         let _connect = again.read(&mut packet).unwrap();

@@ -90,7 +90,7 @@ fn keys_expire_while_the_program_is_down_and_a_stepped_clock_ages_none() {
     for (down, wall, age) in [
         (HOUR, HOUR as Duration, Some(3600)),
         (DAY + HOUR, DAY + HOUR, None),
-        // The clock jumped while it was down.
+        // The clock was stepped while it was down.
         (HOUR, year, Some(0)),
     ] {
         let (dir, now) = (tempdir().unwrap(), Clocks::read());
@@ -105,7 +105,7 @@ fn keys_expire_while_the_program_is_down_and_a_stepped_clock_ages_none() {
         let (dir, now) = (tempdir().unwrap(), Clocks::read());
         let (store, buffer, _) = open(&dir, now);
         buffer.put(&domain("ff_a"), key(1), kept(now.monotonic));
-        // It jumped back while the program ran, and forth again.
+        // It was stepped back while the program ran, and forth again.
         let store = store.flush(Clocks { wall: now.wall - step, ..now });
         buffer.put(&domain("ff_a"), key(2), kept(now.monotonic));
         drop(store.flush(now));
@@ -160,7 +160,7 @@ fn an_impossible_row_is_damage_too() {
     }
 }
 
-/// It was taken for damage, and all keys were forgotten.
+/// Failed when it was taken for corruption, and all keys were forgotten.
 #[test]
 fn another_layout_is_no_damage() {
     for change in ["PRAGMA user_version = 2", "PRAGMA user_version = 0", "PRAGMA user_version = -1"] {
@@ -186,7 +186,7 @@ fn another_layout_is_no_damage() {
 fn failed_writes_are_kept_and_tried_again() {
     let (dir, now) = (tempdir().unwrap(), Clocks::read());
     drop(open(&dir, now));
-    // Somebody reads the database; a directory stands in its place; a file in that of its directory.
+    // Another process reads the database; a directory is in its place; a file is in that of its directory.
     let reader = Connection::open(dir.path().join("test.sqlite")).unwrap();
     reader.execute_batch("PRAGMA locking_mode = EXCLUSIVE; BEGIN IMMEDIATE").unwrap();
     let (store, buffer, _) = open(&dir, now);
@@ -221,7 +221,7 @@ fn a_read_only_file_is_still_read() {
     buffer.put(&domain("ff_a"), key(1), kept(now.monotonic));
     drop(store.flush(now));
     let path = dir.path().join("test.sqlite");
-    // As on a read-only file system, also for root: nothing can be made beside it, and it is not opened for writing.
+    // As on a read-only file system, also for root: no file can be created beside it, and it is not opened for writing.
     let mut database = sqlite::open_to_read(&path, KeyTable::SCHEMA).unwrap();
     let mut table = KeyTable::new(WriteBuffer::default(), domains(), None, now);
     assert_eq!(table.load(&database, now).unwrap().len(), 1);
@@ -287,7 +287,7 @@ fn requeued_changes_do_not_replace_newer_ones() {
     assert_eq!(changes, [None, Some(kept(now))]);
 }
 
-/// As the version before migrations wrote it, by its own SQL.
+/// A database of the version before migrations, written by its SQL.
 #[test]
 fn keys_of_the_first_release_are_taken_over() {
     let (dir, now) = (tempdir().unwrap(), Clocks::read());

@@ -1,42 +1,42 @@
-//! Which program a topic belongs to, and which way its messages go: the access rules of the MQTT server follow from that.
+//! The owner of a topic, and the direction of its messages: the access rules of the MQTT server follow from these.
 
 use super::Topic;
 use crate::wire::name::{BrokerName, Participant, WorkerName};
 
-/// Whose name is in a topic.
+/// The owner of a topic, by the name in it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Owner<'a> {
     /// A worker.
     Worker(&'a WorkerName),
     /// A broker.
     Broker(&'a BrokerName),
-    /// A domain, which no program has for itself.
+    /// A domain, which belongs to no single program.
     Domain(&'a str),
-    /// There is no name in it.
+    /// It contains no name.
     Nobody,
 }
 
 /// Which programs publish on a topic, and which subscribe to it. Brokers may subscribe to every topic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Direction {
-    /// The owner publishes, everybody subscribes; retained.
+    /// The owner publishes, all programs subscribe; retained.
     StateForAll,
-    /// The owner publishes, brokers subscribe, and the owner to see what is retained there; retained.
+    /// The owner publishes, brokers subscribe, and so does the owner to check the retained message; retained.
     StateForBrokers,
     /// The owner publishes, brokers subscribe.
     ToBrokers,
     /// Brokers publish, the owner subscribes.
     FromBrokers,
-    /// Everybody publishes, the owner subscribes.
+    /// All programs publish, the owner subscribes.
     FromAll,
     /// The owner publishes and subscribes.
     Echo,
-    /// Brokers publish, everybody subscribes.
+    /// Brokers publish, all programs subscribe.
     Broadcast,
 }
 
 impl Topic {
-    /// Whose it is.
+    /// Its owner.
     #[must_use]
     pub fn owner(&self) -> Owner<'_> {
         match self {
@@ -64,7 +64,7 @@ impl Topic {
         }
     }
 
-    /// Which way it goes.
+    /// The direction of its messages.
     #[must_use]
     pub fn direction(&self) -> Direction {
         match self {
@@ -106,7 +106,7 @@ impl Topic {
         matches!(self.direction(), Direction::StateForAll | Direction::StateForBrokers)
     }
 
-    /// The broker or worker whose retained state it has; none if it has no state.
+    /// The broker or worker whose retained state is on it; none if it has no state.
     #[must_use]
     pub fn state_of(&self) -> Option<Participant> {
         if !self.is_retained() {
@@ -121,8 +121,8 @@ impl Topic {
 }
 
 impl Participant {
-    /// The topic for its requests to `broker`, on which no other program can send them in its name: only a worker itself
-    /// may publish on its requests, and only brokers on the chunks of brokers.
+    /// The topic for its requests to `broker`, on which no other program can send them in its name: only a worker
+    /// itself may publish on its requests, and only brokers on the chunks of brokers.
     #[must_use]
     pub fn requests(&self, broker: &BrokerName) -> Topic {
         match self {

@@ -1,5 +1,5 @@
-//! The program by which the kernel drops what does not stay within a group of peers: classic BPF (`linux/bpf_common.h`), whose result is
-//! an action of `linux/pkt_cls.h`. No IO.
+//! The filter program of the kernel that drops packets which do not stay within a group of peers: classic BPF
+//! (`linux/bpf_common.h`), whose result is an action of `linux/pkt_cls.h`. No IO.
 
 use std::net::IpAddr;
 
@@ -20,11 +20,11 @@ pub(super) struct Instruction {
 const LOAD_BYTE: u16 = 0x30;
 /// `BPF_LD` of a word.
 const LOAD_WORD: u16 = 0x20;
-/// `BPF_MISC | BPF_TAX`: keeps what is loaded.
+/// `BPF_MISC | BPF_TAX`: copies the accumulator to the index register.
 const KEEP: u16 = 0x07;
 /// `BPF_ALU | BPF_AND`.
 const AND: u16 = 0x54;
-/// `BPF_ALU | BPF_XOR | BPF_X`: with what is kept.
+/// `BPF_ALU | BPF_XOR | BPF_X`: with the index register.
 const XOR_KEPT: u16 = 0xac;
 /// `BPF_ALU | BPF_RSH`.
 const SHIFT_RIGHT: u16 = 0x74;
@@ -131,7 +131,7 @@ mod tests {
 
     use super::*;
 
-    /// What the kernel does with a packet.
+    /// The kernel's action for a packet.
     fn run(program: &[Instruction], packet: &[u8]) -> u32 {
         let (mut at, mut accumulator, mut kept) = (0, 0_u32, 0_u32);
         loop {

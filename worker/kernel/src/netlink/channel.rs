@@ -1,4 +1,4 @@
-//! A blocking netlink socket for the length of one call: requests, dumps, and batches of changes.
+//! A blocking netlink socket that is open for one call: requests, dumps, and batches of changes.
 
 #![expect(clippy::wildcard_enum_match_arm, reason = "netlink may say more than is asked")]
 
@@ -18,13 +18,13 @@ const RECEIVE_BYTES: usize = 64 * 1024;
 /// Orders sent at once. Even if each is refused, the answers fit the socket's default receive buffer.
 const ORDERS_AT_ONCE: usize = 64;
 
-/// How often a dump is tried before it counts as impossible.
+/// How often a dump is tried before it fails.
 const DUMPS: usize = 10;
 
-/// Why a dump has no result.
+/// Why a dump failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum DumpError {
-    /// Other changes got into each of so many tries.
+    /// Each of so many tries was interrupted by concurrent changes.
     Interrupted(usize),
     Refused(Errno),
 }
@@ -40,18 +40,18 @@ impl Channel {
     pub(super) fn open(protocol: isize) -> Result<Self, Errno> {
         let socket = Socket::new(protocol).map_err(errno)?;
         socket.connect(&SocketAddr::new(0, 0)).map_err(errno)?;
-        // A refusal repeats the order unless it is asked not to.
+        // An error answer repeats the request unless this is switched off.
         socket.set_cap_ack(true).map_err(errno)?;
         Ok(Self { socket, received: vec![0; RECEIVE_BYTES], sequence: 0 })
     }
 
-    /// Has the kernel heed the filters of a dump (Linux 4.20), so that only a domain's part crosses over.
+    /// Makes the kernel apply the filters of a dump (Linux 4.20), so that only a domain's entries are transferred.
     pub(super) fn filtered(self) -> Result<Self, Errno> {
         self.socket.set_netlink_get_strict_chk(true).map_err(errno)?;
         Ok(self)
     }
 
-    /// Asks for one thing.
+    /// Requests one object.
     pub(super) fn get<I>(&mut self, question: I) -> Result<I, Errno>
     where
         I: NetlinkSerializable + NetlinkDeserializable + Into<NetlinkPayload<I>>,
@@ -68,8 +68,8 @@ impl Channel {
         }
     }
 
-    /// Asks for all of a table, and has `take` put each of its entries into the result as it comes: the entries
-    /// themselves are ten times as large. The table is as it was at one time, or there is none.
+    /// Requests a dump of a table, and calls `take` to add each entry to the result as it is received: the raw entries
+    /// are ten times as large. The result is a consistent snapshot, or an error.
     pub(super) fn dump<Q, A, T: Default>(&mut self, question: &Q, take: impl Fn(&mut T, A)) -> Result<T, DumpError>
     where
         Q: NetlinkSerializable + Into<NetlinkPayload<Q>> + Clone,
@@ -83,8 +83,8 @@ impl Channel {
         Err(DumpError::Interrupted(DUMPS))
     }
 
-    /// `None` if the table changed meanwhile. Reads on to the end then, too: what is left would be taken for the
-    /// answer to the next question.
+    /// `None` if the table changed meanwhile. Reads to the end then, too: remaining messages would be taken for the
+    /// answer to the next request.
     fn dump_once<Q, A, T: Default>(&mut self, question: Q, take: impl Fn(&mut T, A)) -> Result<Option<T>, Errno>
     where
         Q: NetlinkSerializable + Into<NetlinkPayload<Q>>,
@@ -123,8 +123,8 @@ impl Channel {
         }
     }
 
-    /// The kernel carries out all orders of one send before it returns, and always answers a refused one; so the
-    /// acknowledgement of the last stands for all that were not refused.
+    /// The kernel executes all requests of one send before it returns, and always answers a refused one; so the
+    /// acknowledgement of the last request stands for all that were not refused.
     fn order_chunk<I>(&mut self, mut orders: Vec<(I, u16)>) -> Result<Vec<Result<(), Errno>>, Errno>
     where
         I: NetlinkSerializable + NetlinkDeserializable + Into<NetlinkPayload<I>>,

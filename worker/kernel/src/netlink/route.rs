@@ -1,5 +1,5 @@
-//! The kernel's links, addresses, routes and flood lists (rtnetlink): which messages ask for them and change
-//! them, and what the answers mean.
+//! The kernel's links, addresses, routes and flood lists (rtnetlink): the messages that read and change them, and the
+//! meaning of the answers.
 
 #![expect(clippy::wildcard_enum_match_arm, reason = "netlink has more attributes than matter, and new ones come")]
 
@@ -24,7 +24,7 @@ use crate::{Change, Errno, Indexes};
 /// The all-zero MAC address: its destinations receive broadcast and unknown-unicast frames.
 const FLOOD: [u8; 6] = [0; 6];
 
-/// What is to be known of a link.
+/// The attributes of a link that are used here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct LinkStatus {
     pub(super) index: u32,
@@ -74,7 +74,7 @@ pub(super) fn find_address(first: &mut Option<IpAddr>, answer: &Message, index: 
     }
 }
 
-/// An address of a point-to-point link comes with that of the other end, which only `IFA_LOCAL` is not.
+/// An address of a point-to-point link also lists the peer's address; only `IFA_LOCAL` is the interface's own.
 fn local(message: &AddressMessage) -> Option<IpAddr> {
     let attributes = &message.attributes;
     let local = attributes.iter().find_map(|attribute| match attribute {
@@ -146,7 +146,8 @@ fn flood_destination(entry: &NeighbourMessage, wireguard: u32) -> Option<Ipv6Add
             NeighbourAttribute::LinkLayerAddress(mac) => flood = mac[..] == FLOOD,
             NeighbourAttribute::IfIndex(index) => by = *index == wireguard,
             NeighbourAttribute::Destination(address) => destination = ipv6(address),
-            // Named only where it is not the interface's own: not the entry that ours would be.
+            // Port and network are listed only where they differ from the interface's own: this is not the entry that
+            // we would make.
             NeighbourAttribute::Port(_) | NeighbourAttribute::Vni(_) => return None,
             _ => {}
         }
@@ -154,7 +155,7 @@ fn flood_destination(entry: &NeighbourMessage, wireguard: u32) -> Option<Ipv6Add
     destination.filter(|_| flood && by)
 }
 
-/// The address of an entry of a bridge has no family of its own: 16 bytes are IPv6.
+/// The address attribute of a bridge entry has no family: 16 bytes are IPv6.
 fn ipv6(address: &NeighbourAddress) -> Option<Ipv6Addr> {
     match address {
         NeighbourAddress::Inet6(address) => Some(*address),
@@ -163,11 +164,11 @@ fn ipv6(address: &NeighbourAddress) -> Option<Ipv6Addr> {
     }
 }
 
-/// The message and its flags that make a change so; `None` for peers, which are not rtnetlink's.
+/// The message and flags for a change; `None` for changes of peers, which are not made by rtnetlink.
 ///
-/// A route is appended, not replaced: "replace" takes any route to the destination, also another domain's by
-/// another interface, as the same key may be in two domains. A flood entry is deleted by its whole name: without
-/// the destination Linux deletes them all.
+/// A route is appended, not replaced: "replace" takes any route to the destination, also another domain's by another
+/// interface, as the same key may be in two domains. A flood entry is deleted with its destination: without one Linux
+/// deletes all of them.
 pub(super) fn message(change: &Change, indexes: Indexes) -> Option<(Message, u16)> {
     const ADD: u16 = NLM_F_CREATE | NLM_F_APPEND;
     let Indexes { wireguard, vxlan } = indexes;
@@ -180,7 +181,7 @@ pub(super) fn message(change: &Change, indexes: Indexes) -> Option<(Message, u16
     }
 }
 
-/// What the kernel's answer means for a change: "already there" and "already gone" are as good as done.
+/// Interprets the kernel's answer to a change: "already there" and "already gone" are success.
 pub(super) fn outcome(change: &Change, answer: Result<(), Errno>) -> Result<(), Errno> {
     match (change, answer) {
         (Change::SetRoute(_) | Change::AddFdb(_), Err(Errno::EEXIST))
@@ -195,7 +196,7 @@ fn route(destination: IpNet, wireguard: u32) -> RouteMessage {
         IpAddr::V4(address) => (AddressFamily::Inet, RouteAddress::Inet(address)),
     };
     let mut route = static_routes(family);
-    // A route of IPv4 without a gateway is one of the link (`fib_check_nh` in net/ipv4); IPv6 knows no such scope.
+    // A route of IPv4 without a gateway needs the scope link (`fib_check_nh` in net/ipv4); IPv6 has no such scope.
     route.header.scope = if destination.addr().is_ipv4() { RouteScope::Link } else { RouteScope::Universe };
     route.header.destination_prefix_length = destination.prefix_len();
     route.attributes = vec![RouteAttribute::Destination(address), RouteAttribute::Oif(wireguard)];
@@ -216,7 +217,7 @@ fn static_routes(family: AddressFamily) -> RouteMessage {
 fn flood_entry(destination: Ipv6Addr, wireguard: u32, vxlan: Option<u32>) -> NeighbourMessage {
     let mut entry = NeighbourMessage::default();
     entry.header.family = AddressFamily::Bridge;
-    // No interface has the index 0, so Linux refuses an entry of an interface that carries no VXLAN.
+    // No interface has the index 0, so Linux refuses an entry for an interface without a VXLAN.
     entry.header.ifindex = vxlan.unwrap_or_default();
     entry.header.state = NeighbourState::Permanent;
     entry.header.flags = NeighbourFlags::Own;

@@ -28,7 +28,7 @@ pub(super) use self::dump::DumpMessage;
 use super::channel::{Channel, DumpError, errno};
 use crate::{Errno, PeerConfig};
 
-/// Errors of the interface, or of the caller, that every peer of a batch meets.
+/// Errors of the interface, or of the caller: every peer of a batch would get the same one.
 const BATCH_WIDE: [Errno; 6] =
     [Errno::EPERM, Errno::ENOENT, Errno::EIO, Errno::ENODEV, Errno::EOPNOTSUPP, Errno::ECONNREFUSED];
 
@@ -38,7 +38,7 @@ const OBJECTS_AT_ONCE: usize = 512;
 /// Networks of one peer that fit a message.
 const NETWORKS_MAX: usize = 1_000;
 
-/// What answers for an interface's peers.
+/// The WireGuard implementation of an interface.
 pub(super) enum WireGuard {
     /// The kernel, for the interface of this index; the number is that of its generic netlink family.
     Kernel { channel: Channel, family: u16, index: u32 },
@@ -66,10 +66,10 @@ impl WireGuard {
         Ok(Self::Kernel { channel, family: family.ok_or(Errno::EIO)?, index })
     }
 
-    /// The error names what the interface is instead, if no process with a control socket for this user serves it.
+    /// The error describes the interface if no process with a control socket for this user serves it.
     pub(super) fn userspace(name: &str) -> Result<Self, &'static str> {
         const OTHER: &str = "not a WireGuard interface";
-        // wireguard-control starts a process of its own where it finds none.
+        // wireguard-control would start a userspace process if there is none.
         match UnixStream::connect(format!("/var/run/wireguard/{name}.sock")) {
             Ok(_) => name.parse().map(Self::Userspace).map_err(|_| OTHER),
             Err(error) if error.kind() == ErrorKind::PermissionDenied => {
@@ -91,7 +91,7 @@ impl WireGuard {
         }
     }
 
-    /// Makes the changes in their order, in few messages; one that is refused holds up no other.
+    /// Applies the changes in their order, in few messages; a refused change does not stop the others.
     pub(super) fn write(&mut self, changes: &[PeerChange<'_>]) -> Vec<Result<(), Errno>> {
         let mut results = Vec::with_capacity(changes.len());
         for batch in batches(changes) {
@@ -129,7 +129,7 @@ impl PeerChange<'_> {
     }
 }
 
-/// The changes in parts that each fit a message; one that fits none is a part of its own.
+/// Splits the changes into batches that each fit one message; a change that fits none is a batch by itself.
 fn batches<'a, 'b>(mut changes: &'a [PeerChange<'b>]) -> impl Iterator<Item = &'a [PeerChange<'b>]> {
     std::iter::from_fn(move || {
         let mut objects = 0;
@@ -144,8 +144,8 @@ fn batches<'a, 'b>(mut changes: &'a [PeerChange<'b>]) -> impl Iterator<Item = &'
     })
 }
 
-/// Applies all of `items` at once; if that is refused, one half and then the other, down to the items that are
-/// refused alone. What went well in a batch that failed is done again: `apply` must not mind.
+/// Applies all of `items` at once; if that is refused, one half and then the other, down to the items that are refused
+/// individually. Successful items of a refused batch are applied again: `apply` must be idempotent.
 fn bisect<T>(items: &[T], apply: &mut impl FnMut(&[T]) -> Result<(), Errno>) -> Vec<Result<(), Errno>> {
     match apply(items) {
         Err(error) if items.len() > 1 && !BATCH_WIDE.contains(&error) => {
@@ -164,7 +164,7 @@ fn message(family: u16, cmd: WireguardCmd, attributes: Vec<WireguardAttribute>) 
     message
 }
 
-/// What else the peer has stays, but for the allowed-ips of one that is replaced.
+/// Other settings of the peer stay, except for the allowed-ips of a peer that is replaced.
 fn kernel_peer(change: &PeerChange<'_>) -> WireguardPeer {
     let PeerConfig { key, allowed_ips, keepalive, preshared } = match *change {
         PeerChange::Set(peer) | PeerChange::Replace(peer) => peer,

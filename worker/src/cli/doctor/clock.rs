@@ -1,4 +1,4 @@
-//! How right the clock is, by brokers, by an HTTP server and by the system.
+//! The error of the clock, by the brokers, by an HTTP server and by the system.
 
 use std::time::{Duration, SystemTime};
 
@@ -16,7 +16,7 @@ pub(super) fn facts(server: Option<&str>, running: Option<&RunningWorker>) -> Cl
     }
 }
 
-/// How far the clock is from that of the server, to the second.
+/// The difference between the clock and that of the server, in whole seconds.
 fn off(url: &str) -> anyhow::Result<Duration> {
     let date = http_client::date(&format!("{}/healthz", url.trim_end_matches('/')))?;
     let now = SystemTime::now();

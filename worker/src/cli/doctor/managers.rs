@@ -1,4 +1,4 @@
-//! Which other programs may manage the interfaces, by their configs and by what runs.
+//! Other programs that may manage the interfaces, found by their configs and by the running processes.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -8,10 +8,10 @@ use crate::doctor::facts::{Managers, NetworkFile, WgQuick};
 use wgkex_common::doctor::config_files::{self, Assignment, assignments};
 use wgkex_common::doctor::sockets;
 
-/// Where configs are, the most important place last.
+/// The directories of configs, the most important last.
 const PLACES: [&str; 3] = ["usr/lib", "run", "etc"];
 
-/// What turns a setting of systemd's on.
+/// The values of systemd that mean "yes".
 const YES: [&str; 4] = ["yes", "true", "on", "1"];
 
 /// An interface that the worker takes for its own, by its name.
@@ -35,7 +35,7 @@ impl Interface {
         }
     }
 
-    /// What systemd.network(5) calls its kind.
+    /// The interface's kind in the terms of systemd.network(5).
     fn kind(&self) -> &'static str {
         match self {
             Self::Wireguard(_) => "wireguard",
@@ -52,7 +52,7 @@ impl Machine {
         Self { root: "/".into(), processes: processes.map(sockets::name).collect() }
     }
 
-    /// What may manage `interfaces`.
+    /// The programs that may manage `interfaces`.
     pub(super) fn managers(&self, interfaces: &[Interface]) -> Managers {
         let file = |interface: &Interface| Some((interface.name().to_owned(), self.networkd_file(interface)?));
         let networkd_files = interfaces.iter().filter_map(file);
@@ -60,7 +60,7 @@ impl Machine {
         let unmanaged = self.unmanaged();
         let is_managed = |name: &&str| !unmanaged.iter().any(|pattern| matches(pattern, name));
         Managers {
-            // The kernel cuts a name after 15 characters.
+            // The kernel cuts process names after 15 characters.
             networkd_runs: self.processes.contains("systemd-network"),
             networkd_keeps_foreign: self.keeps_foreign(),
             networkd_files: networkd_files.collect(),
@@ -96,7 +96,7 @@ impl Machine {
             assignments(&text).filter(|one| (one.section, one.key) == (section, key)).last().map(|one| one.value)
         };
         let is_unmanaged = last("Link", "Unmanaged").is_some_and(|value| YES.contains(&value));
-        // systemd.network(5): the others of its values are for the routes of DHCP.
+        // The other values are about routes of DHCP (systemd.network(5)).
         let keeps = |value: &str| value == "static" || YES.contains(&value);
         let keeps_configuration = last("Network", "KeepConfiguration").is_some_and(keeps);
         (!is_unmanaged).then_some(NetworkFile { path, keeps_configuration })
@@ -133,7 +133,7 @@ impl Machine {
     }
 }
 
-/// Whether a .network file is for this interface: by its name or kind, and by nothing that only others have.
+/// Whether a .network file matches this interface: its section Match has only names and kinds, and all of them match.
 fn is_match(text: &str, interface: &Interface) -> bool {
     let mut conditions = assignments(text).filter(|one| one.section == "Match" && !one.value.is_empty()).peekable();
     conditions.peek().is_some()

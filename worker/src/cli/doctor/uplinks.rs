@@ -17,7 +17,8 @@ fn uplink(name: String, ipv6: Option<&str>) -> Option<Uplink> {
     Some(Uplink { has_ipv6: ipv6 == Some(name.as_str()), name, mtu })
 }
 
-/// That of the best default route in the table `/proc/net/route`: interface, destination, ..., metric as the seventh field.
+/// The interface of the best default route in the table `/proc/net/route`: interface, destination, ..., metric as the
+/// seventh field.
 fn ipv4(table: &str) -> Option<String> {
     let routes = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
     let defaults = routes.filter(|fields| fields.get(1) == Some(&"00000000"));
@@ -25,8 +26,8 @@ fn ipv4(table: &str) -> Option<String> {
     Some((*defaults.min_by_key(metric)?.first()?).to_owned())
 }
 
-/// That of the best default route in the table `/proc/net/ipv6_route`: destination, its length, ..., metric as the sixth
-/// field, interface as the tenth. What the kernel refuses goes to `lo`.
+/// The interface of the best default route in the table `/proc/net/ipv6_route`: destination, its length, ..., metric as
+/// the sixth field, interface as the tenth. Unreachable routes have the interface `lo`.
 fn ipv6(table: &str) -> Option<String> {
     let routes = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
     let is_default = |fields: &Vec<&str>| matches!(fields[..], [destination, "00", _, "00", .., name] if destination.bytes().all(|c| c == b'0') && name != "lo");

@@ -1,10 +1,10 @@
-//! A drain past its deadline: which peers go, and when. Peers of connected routers go in portions of so many percent a
-//! minute, and so do the other ones, in portions of their own: else a gateway that has the keys of the whole fleet would lose
-//! all of its few connected routers in a minute.
+//! A drain past its deadline: which peers are removed, and when. Peers of connected routers are removed in portions of
+//! so many percent a minute, and so are the other ones, in separate portions: else a gateway that has the keys of the
+//! whole fleet would lose all of its few connected routers in a minute.
 //!
-//! A key that a router sends is installed as ever: brokers that know no other gateway, and originals, which know nothing of
-//! drains, name this one. If the router does not connect here within the grace, the peer goes again. Nothing else makes a
-//! peer past the deadline, no snapshot and no state file.
+//! A key that a router sends is installed as before: brokers without another gateway, and originals, which do not know
+//! drains, select this one. If the router does not connect here within the grace, its peer is removed again. Past the
+//! deadline no peer is made for any other reason, such as a snapshot or the state file.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
@@ -18,31 +18,31 @@ use crate::peers::Drainable;
 use crate::plan::{self, Step};
 use crate::reconciler::portions::Portions;
 
-/// What a drain past its deadline removes.
+/// The removals of a drain past its deadline.
 #[derive(Debug, Default)]
 pub(super) struct Removals {
-    /// It is over; none if there is no such drain.
+    /// The deadline that is over; none without such a drain.
     deadline: Option<Deadline>,
-    /// The portions are those of the peers that there were at the deadline.
+    /// The sizes of the portions are computed, from the peers at the deadline.
     is_begun: bool,
     connected: Portions,
     silent: Portions,
-    /// When routers sent their keys, past the deadline.
+    /// When routers sent their keys past the deadline.
     requested: BTreeMap<PublicKey, Instant>,
 }
 
-/// Peers that go now.
+/// Peers to be removed now.
 #[derive(Default)]
 pub struct Portion {
     pub steps: Vec<Step>,
-    /// Those of them whose routers are connected.
+    /// Those whose routers are connected.
     connected: BTreeSet<PublicKey>,
-    /// How many stay for later portions, whose routers are connected, and others.
+    /// How many are left for later portions: with connected routers, and others.
     left: [usize; 2],
 }
 
 impl Portion {
-    /// How many stay for later portions.
+    /// How many are left for later portions.
     pub fn left(&self) -> usize {
         self.left.iter().sum()
     }
@@ -54,7 +54,7 @@ impl Removals {
         self.deadline.is_some()
     }
 
-    /// A router sent `key`, which is in the kernel.
+    /// A router sent `key`, which is now in the kernel.
     pub(super) fn on_request(&mut self, key: PublicKey, now: Instant) {
         if self.is_on() {
             self.requested.insert(key, now);
@@ -70,7 +70,7 @@ impl Removals {
         is_news
     }
 
-    /// At the first read past the deadline.
+    /// Computes the sizes of the portions, at the first read past the deadline.
     fn begin(&mut self, deadline: Deadline, drainable: &Drainable) {
         self.connected.restart(deadline.percent, drainable.connected().len());
         self.silent.restart(deadline.percent, drainable.silent().len());
@@ -79,21 +79,21 @@ impl Removals {
 }
 
 impl DomainReconciler {
-    /// Goes on with what an earlier run of the program did: the deadline of a drain was over when this one started.
+    /// Resumes the removals of an earlier run of the program: the deadline of a drain was over when this one started.
     pub fn resume_removals(&mut self, deadline: Deadline, now: Instant) {
         self.drain.set(Some(deadline));
         self.drain.connected.assume_removed(now);
         self.drain.silent.assume_removed(now);
     }
 
-    /// The deadline of a drain is over, or there is none any more.
+    /// The deadline of a drain is over, or there is no such drain any more.
     pub fn set_deadline(&mut self, deadline: Option<Deadline>, now: Instant) {
         if self.drain.set(deadline) && deadline.is_some() {
             self.schedule.expedite(now);
         }
     }
 
-    /// The peers that go now, if the deadline of a drain is over.
+    /// The peers to be removed now, if the deadline of a drain is over.
     pub fn plan_portion(&mut self, device: &Device, now: Instant) -> Portion {
         let Some(deadline) = self.drain.deadline else { return Portion::default() };
         self.peers.forget_unrequested();

@@ -12,32 +12,32 @@ use crate::plan::Step;
 use crate::profiles::DesiredPeer;
 use crate::reconciler::reports::Report;
 
-/// What keys that arrived lead to.
+/// The decisions about keys that arrived.
 #[derive(Default)]
 pub struct Arrivals {
-    /// Keys that are not to be set.
+    /// Keys that are rejected.
     pub rejected: Vec<(PublicKey, RejectReason)>,
-    /// Keys for which there are no tables.
+    /// Keys that fail because there are no usable tables.
     pub unavailable: Report,
     /// Peers that are set again. They never wait for new ones.
     pub known: Vec<Step>,
     /// Peers that are set now.
     pub new: Vec<Step>,
-    /// What is done after those.
+    /// Keys that wait until those are applied.
     pub rest: Rest,
 }
 
 /// Keys that arrived and are not applied at once.
 #[derive(Default)]
 pub struct Rest {
-    /// They have a place.
+    /// They have a slot.
     later: Vec<Step>,
-    /// They have none.
+    /// They have no slot.
     deferred: Vec<PublicKey>,
 }
 
 impl DomainReconciler {
-    /// Keys are live that this gateway may lack: those that it does are pending from now on. Returns how many.
+    /// Takes in live keys that this gateway may lack: the missing ones become pending. Returns how many.
     pub fn on_live(&mut self, mut keys: BTreeMap<PublicKey, Age>, reserved: &Reserved, now: Instant) -> usize {
         let own = self.interface_key.clone().ok().flatten();
         let (admission, name) = (&self.admission, self.name.name());
@@ -51,7 +51,7 @@ impl DomainReconciler {
         missing.number
     }
 
-    /// Keys arrived, in this order.
+    /// Decides about keys that arrived, in this order.
     pub fn on_keys(&mut self, keys: Vec<PublicKey>, reserved: &Reserved, now: Instant) -> Arrivals {
         let (admission, name) = (&self.admission, self.name.name());
         let (denied, keys): (Vec<_>, Vec<_>) = keys.into_iter().partition(|key| admission.denies(name, key));
@@ -71,7 +71,7 @@ impl DomainReconciler {
         Arrivals { known: steps(known), new: steps(new), rest: Rest { later, deferred }, ..arrivals }
     }
 
-    /// What was to be done about what these steps set is done by them.
+    /// Drops waiting steps for the destinations that these steps set.
     pub fn supersede(&mut self, steps: &[Step]) {
         if self.has_backlog() {
             let superseded: BTreeSet<_> = steps.iter().flat_map(|step| step.peer.destinations()).collect();
@@ -110,7 +110,7 @@ impl DomainReconciler {
         }
     }
 
-    /// Has the rest of the keys that arrived pending; returns how many pending keys were too many.
+    /// Makes the rest of the keys that arrived pending; returns how many pending keys were dropped.
     pub fn on_rest(&mut self, Rest { later, deferred }: Rest, now: Instant) -> usize {
         self.make_room(deferred.len(), now);
         let keys = later.iter().map(Step::key).chain(deferred);
@@ -123,7 +123,7 @@ impl DomainReconciler {
         dropped
     }
 
-    /// The next read finds places for keys that have none, and removes what is in the way of others.
+    /// Schedules a read early if keys lack a slot or a peer has to be evicted.
     fn make_room(&mut self, without: usize, now: Instant) {
         if without > 0 || self.peers.has_evictions() {
             self.schedule.expedite(now);

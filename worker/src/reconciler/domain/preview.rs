@@ -1,4 +1,5 @@
-//! What a worker would do about a domain's tables as they are, without doing it: the same state, the same plans.
+//! The changes that a worker would make to a domain's tables, without making them: by the same state and the same
+//! plans.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -15,26 +16,26 @@ use crate::peers::{Clocks, ORPHANED, Policy};
 use crate::plan::{self, Planned, Reason, Step};
 use crate::profiles::Profile;
 
-/// What decides about the changes, the tables apart.
+/// The input of a preview beside the tables.
 pub struct PreviewParts<'a> {
     /// The domain.
     pub domain: &'a Domain,
-    /// What its keys are to be.
+    /// The profile of its keys.
     pub profile: Arc<dyn Profile>,
     /// When peers are stale, and how many there may be.
     pub policy: Policy,
-    /// What the state file has of the domain.
+    /// The records of the domain in the state file.
     pub remembered: BTreeMap<PublicKey, KeyRecord>,
     /// Which keys the lists admit.
     pub admission: Arc<Admission>,
     /// The deadline of a drain, if it is over.
     pub deadline: Option<Deadline>,
-    /// What is left alone.
+    /// Reserved keys and addresses.
     pub reserved: &'a Reserved,
 }
 
-/// What a worker would change in these tables now, in its order. A key that arrived within the grace is not stale; that of
-/// a peer which the state file does not know came longer ago.
+/// The changes that a worker would make to these tables now, in its order. A key that arrived within the grace is not
+/// stale; a key that is not in the state file counts as older.
 #[must_use]
 pub fn preview(parts: PreviewParts<'_>, device: &Device, now: Clocks) -> Vec<Planned> {
     let PreviewParts { domain: name, profile, policy, remembered, admission, deadline, reserved } = parts;
@@ -55,7 +56,7 @@ pub fn preview(parts: PreviewParts<'_>, device: &Device, now: Clocks) -> Vec<Pla
         let last = remembered.get(key).map(|record| record.last);
         last.is_some_and(|last| now.monotonic.saturating_duration_since(last) < policy.grace)
     };
-    // The first read does not show when the keys came.
+    // A first read alone does not know when the keys arrived.
     let mut stale = domain.peers.stale_without_grace(now.monotonic);
     stale.retain(|key| !is_new(key));
     let removals = plan::remove(domain.peers.profile(), device, &stale);
@@ -74,7 +75,7 @@ pub fn preview(parts: PreviewParts<'_>, device: &Device, now: Clocks) -> Vec<Pla
 
     let missing = domain.peers.pending_steps(device, reserved);
     let mut orphaned = domain.peers.orphaned(device, now.monotonic + ORPHANED);
-    // By then these have their peers.
+    // These will have their peers by then.
     let claimed: BTreeSet<_> = missing.iter().flat_map(|step| step.peer.destinations()).collect();
     orphaned.retain(|change| destination(change).is_none_or(|network| !claimed.contains(&network)));
     planned.extend(orphaned.into_iter().map(|change| Planned { reason: Reason::Orphaned, changes: vec![change] }));
@@ -95,7 +96,7 @@ impl DomainReconciler {
     }
 }
 
-/// Where a route or a flood entry leads.
+/// The destination of a route or a flood entry.
 fn destination(change: &Change) -> Option<IpNet> {
     match change {
         Change::SetRoute(network) | Change::RemoveRoute(network) => Some(*network),

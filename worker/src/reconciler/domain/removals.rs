@@ -1,5 +1,5 @@
-//! Peers and orphans that are removed from a domain: of denied keys, stale, in the way of others, idle. All is planned right
-//! after a read of the tables: nothing is decided against a peer by what was so before.
+//! Removals of peers and orphans from a domain: of denied keys, stale, evicted, idle. All are planned right after a
+//! read of the tables: no peer is removed because of an outdated state.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
@@ -15,47 +15,47 @@ use crate::reconciler::reports::Report;
 /// Evictions at once. Linux waits for every CPU once for each peer that it removes.
 const EVICTIONS_AT_ONCE: usize = 64;
 
-/// For how long what a read showed counts against peers: one may have handshakes meanwhile.
+/// How long the result of a read may be used to remove peers: they may have handshakes meanwhile.
 const READ_VALID: Duration = Duration::from_secs(1);
 
-/// Peers that make room for others, as far as they are still there.
+/// Planned evictions that are not applied yet.
 #[derive(Default)]
 pub(super) struct Evictions {
     pub(super) steps: VecDeque<Step>,
-    /// How many are gone already.
+    /// How many are applied.
     removed: usize,
-    /// When the tables have to be read again before more may go.
+    /// When the tables have to be read again before more evictions.
     until: Option<Instant>,
 }
 
-/// What denied keys lead to.
+/// The steps and outcomes for denied keys.
 #[derive(Default)]
 pub struct Denials {
-    /// Keys whose peers stay, since others altered them.
+    /// Keys whose peers stay, since other programs altered them.
     pub altered: Report,
     pub steps: Vec<Step>,
 }
 
-/// Peers that were evicted.
+/// The result of an eviction.
 pub struct Evicted {
     /// How many.
     pub removed: usize,
-    /// How many since the last read, if these were the last of them.
+    /// How many since the last read, if these were the last ones.
     pub removed_in_all: Option<usize>,
 }
 
-/// Peers that were renewed.
+/// The result of a renewal.
 pub struct Renewed {
     /// How many.
     pub renewed: usize,
-    /// Pending keys that were too many.
+    /// Pending keys that were dropped because there were too many.
     pub dropped: usize,
 }
 
-/// Peers that are stale.
+/// Stale peers to be removed.
 pub struct StaleRemoval {
     pub steps: Vec<Step>,
-    /// There are more than one sweep takes.
+    /// There are more stale peers than one sweep removes.
     more: bool,
 }
 
@@ -66,8 +66,8 @@ impl DomainReconciler {
         !admission.removes_none() && !self.peers.remove_denied(|key| admission.must_remove(name, key)).is_empty()
     }
 
-    /// Removes the peers of keys that are not admitted, and what else there is of those just `denied`. What others made
-    /// or altered stays.
+    /// Removes the peers of keys that are not admitted, and other objects of those just `denied`. Peers that other
+    /// programs made or altered stay.
     pub fn plan_denials(&mut self, device: &Device, denied: &BTreeSet<PublicKey>, now: Instant) -> Denials {
         let (admission, name) = (&self.admission, self.name.name());
         if admission.removes_none() {
@@ -118,13 +118,13 @@ impl DomainReconciler {
         outcomes.iter().filter(|(_, outcome)| outcome.is_ok()).count()
     }
 
-    /// Peers that are in the way of others are to go, a few at a time.
+    /// Plans the evictions of peers, to be applied a few at a time.
     pub fn plan_evictions(&mut self, device: &Device, now: Instant) {
         let steps = plan::remove(self.peers.profile(), device, &self.peers.eviction_candidates()).into();
         self.evictions = Evictions { steps, removed: 0, until: Some(now + READ_VALID) };
     }
 
-    /// Some of the evictions; none if the last read is too old for them.
+    /// The next evictions; none if the last read is too old.
     pub fn take_evictions(&mut self, now: Instant) -> Vec<Step> {
         let Evictions { steps, until, .. } = &mut self.evictions;
         if until.is_none_or(|until| until <= now) {
@@ -147,11 +147,11 @@ impl DomainReconciler {
         !self.evictions.steps.is_empty()
     }
 
-    /// Makes silent peers forget where their routers were, a few at a time.
+    /// Creates silent peers again, a few at a time, so that their endpoints are forgotten.
     pub fn plan_renewals(&self, device: &Device, now: Instant) -> Vec<Step> {
         let idle = self.peers.idle(EVICTIONS_AT_ONCE, now);
         let desired = idle.iter().filter_map(|key| self.peers.profile().desired(key));
-        // One whose address somebody gave to another would take it back.
+        // A peer whose address was given to another peer would take it back.
         let is_whole = |peer: &DesiredPeer| {
             device.peers.get(&peer.key()).is_some_and(|actual| peer.ownership(actual) == Ownership::Ours)
         };
@@ -166,7 +166,7 @@ impl DomainReconciler {
                 self.peers.mark_renewed(key);
                 renewed += 1;
             } else {
-                // It may be gone, and not be back.
+                // The peer may have been removed without being set again.
                 dropped += self.peers.mark_pending(*key, now);
             }
         }
@@ -186,7 +186,7 @@ impl DomainReconciler {
         orphaned
     }
 
-    /// What evictions made room for is in the backlog from now on, if there are none left.
+    /// Adds the keys that now have room to the backlog, if no evictions are left.
     pub fn use_room(&mut self, reserved: &Reserved, now: Instant) {
         if let (Ok(own), true) = (self.interface_key.clone(), self.evictions.steps.is_empty()) {
             self.backlog.extend(self.peers.give_slots(own, reserved));
@@ -194,7 +194,7 @@ impl DomainReconciler {
         }
     }
 
-    /// The next read makes more room, if what left was not enough.
+    /// Schedules an early read for further evictions if keys still lack a slot.
     pub(super) fn make_more_room(&mut self, now: Instant) {
         if self.evictions.steps.is_empty() && self.evictions.removed > 0 && self.peers.lacks_room() {
             self.schedule.expedite(now);

@@ -11,7 +11,7 @@ fn over(percent: u8) -> Drain {
     Drain::begin(request, 0).unwrap().at(1)
 }
 
-/// A gateway, and what tells it to drain. Of its peers these are connected, and go on shaking hands while they are there.
+/// A gateway, and the sender of its drain. The `connected` peers repeat their handshakes while they exist.
 struct Draining {
     gateway: Gateway,
     drain: watch::Sender<Option<Drain>>,
@@ -43,7 +43,7 @@ impl Draining {
         self.gateway.memory.trigger();
     }
 
-    /// How many peers are there that are connected, and others.
+    /// How many peers exist that are connected, and how many others.
     fn peers(&self) -> (usize, usize) {
         let peers = self.gateway.device().peers;
         let connected = peers.keys().filter(|key| self.connected.contains(key)).count();

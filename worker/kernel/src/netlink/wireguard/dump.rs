@@ -1,4 +1,4 @@
-//! What WireGuard answers to the question for an interface and its peers.
+//! Parses the answers of WireGuard to a request for an interface and its peers.
 
 use std::collections::BTreeMap;
 use std::num::NonZeroU16;
@@ -32,8 +32,8 @@ pub struct DeviceDump {
     pub peers: BTreeMap<PublicKey, Peer>,
 }
 
-/// One message of the kernel about an interface, as far as it matters here. The library's own reading of it panics
-/// where the length of a prefix is missing.
+/// One message of the kernel about an interface, with the fields that are used here. The library's own parser panics if
+/// the prefix length is missing.
 #[derive(Debug, Default)]
 pub struct DumpMessage {
     public_key: Option<[u8; 32]>,
@@ -41,7 +41,7 @@ pub struct DumpMessage {
     peers: Vec<PeerFragment>,
 }
 
-/// A peer, or what of it did not fit the message before.
+/// A peer, or the rest of a peer that did not fit the message before.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct PeerFragment {
     pub(super) key: [u8; 32],
@@ -54,7 +54,7 @@ pub(super) struct PeerFragment {
 impl DeviceDump {
     /// Both dumps split a peer that does not fit one message; only its first part has more than allowed-ips.
     pub(super) fn add(&mut self, part: PeerFragment) {
-        // A peer whose key is no key cannot have handshakes, and nobody asks for it by name.
+        // A peer with an invalid key cannot have handshakes, and is never looked up by its key.
         let Ok(key) = PublicKey::from_bytes(part.key) else { return };
         let peer = self.peers.entry(key).or_default();
         peer.allowed_ips.extend(part.allowed_ips);

@@ -19,7 +19,7 @@ proptest! {
         let items: Vec<usize> = (0..bad.len()).collect();
         let mut applied = Vec::new();
         let results = bisect(&items, &mut |part: &[usize]| {
-            // As the kernel does: up to the first that it refuses.
+            // As the kernel does: applies changes up to the first that it refuses.
             for item in part {
                 if bad[*item] {
                     return Err(Errno::EINVAL);
@@ -118,7 +118,7 @@ fn a_peer_that_comes_in_parts_is_one_with_the_handshake_of_its_first() {
     assert_eq!(dump.peers, BTreeMap::from([(PublicKey::from_bytes(key).unwrap(), peer)]));
 }
 
-/// What is asked of the kernel for a peer is what it answers of one: the attributes have the same numbers.
+/// The attributes of a request for a peer have the same numbers as those of the answer.
 #[test]
 fn all_that_a_peer_is_to_have_is_in_the_message() {
     let config = PeerConfig {
