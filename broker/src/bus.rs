@@ -20,4 +20,4 @@ pub mod sync_server;
 pub use self::metrics::Metrics;
 
 /// The most gateways whose log lines are counted: more than any fleet has.
-const MAX_LOGGED_GATEWAYS: usize = 4096;
+const LOGGED_GATEWAYS_MAX: usize = 4096;

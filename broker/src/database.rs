@@ -23,29 +23,29 @@ use tracing::{error, info, warn};
 use self::connection::{Connection, Connector};
 pub use self::connection::{Location, Transaction};
 pub use self::filled_mark::FilledMark;
-pub use self::row::{Row, Value};
-pub use self::types::{Access, DatabaseError, Migrations};
+pub use self::row::{Row, SqlValue};
+pub use self::types::{AccessMode, DatabaseError, Migrations};
 
 /// Jobs that wait at most; further ones are refused at once.
-const QUEUE: usize = 1024;
+const WAITING_JOBS_MAX: usize = 1024;
 /// Jobs that are committed together at most.
-const BATCH: usize = 128;
+const JOBS_PER_COMMIT_MAX: usize = 128;
 /// How long they may take together; the jobs that are left then are the first of the next batch. Other brokers wait for
 /// a lock meanwhile, and give up after 3 s.
 const BATCH_TIME: Duration = Duration::from_secs(2);
 /// How long a caller waits for its job.
-const PATIENCE: Duration = Duration::from_secs(8);
+const JOB_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// Gives jobs to the thread. Clones share it.
 #[derive(Debug, Clone)]
 pub struct Database {
-    jobs: mpsc::Sender<Job>,
-    state: watch::Receiver<State>,
+    jobs: mpsc::Sender<DatabaseJob>,
+    state: watch::Receiver<DatabaseState>,
 }
 
 /// Whether the database can be used.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub enum State {
+pub enum DatabaseState {
     /// It was not tried yet.
     #[default]
     Starting,
@@ -57,8 +57,8 @@ pub enum State {
 
 /// Work for the thread. `run` does it within a transaction and returns a function to be called when the transaction has
 /// ended.
-struct Job {
-    access: Access,
+struct DatabaseJob {
+    access: AccessMode,
     run: Box<dyn FnOnce(&mut Transaction<'_>) -> Finish + Send>,
 }
 
@@ -74,12 +74,13 @@ impl Database {
         migrations: Migrations,
         mark: FilledMark,
     ) -> io::Result<(Self, oneshot::Receiver<()>)> {
-        let (jobs, queue) = mpsc::channel(QUEUE);
-        let (publish, state) = watch::channel(State::Starting);
+        let (jobs, queue) = mpsc::channel(WAITING_JOBS_MAX);
+        let (publish, state) = watch::channel(DatabaseState::Starting);
         let (ended, end) = oneshot::channel();
         thread::Builder::new().name("database".into()).spawn(move || {
             let connector = Connector::new(location, migrations, mark);
-            Worker { connector, connection: None, state: publish, is_away: false, is_write_failing: false }.run(queue);
+            DatabaseThread { connector, connection: None, state: publish, is_away: false, is_write_failing: false }
+                .run(queue);
             drop(ended);
         })?;
         Ok((Self { jobs, state }, end))
@@ -87,7 +88,7 @@ impl Database {
 
     /// Whether it can be used, as of the last job.
     #[must_use]
-    pub fn state(&self) -> State {
+    pub fn state(&self) -> DatabaseState {
         self.state.borrow().clone()
     }
 
@@ -96,7 +97,7 @@ impl Database {
     /// order of the changes.
     pub async fn run<T, E>(
         &self,
-        access: Access,
+        access: AccessMode,
         work: impl FnOnce(&mut Transaction<'_>) -> Result<T, E> + Send + 'static,
         committed: impl FnOnce(&T) + Send + 'static,
     ) -> Result<T, E>
@@ -123,9 +124,9 @@ impl Database {
             finish
         };
         let unavailable = |reason: &str| E::from(DatabaseError::Unavailable(reason.into()));
-        let job = Job { access, run: Box::new(run) };
+        let job = DatabaseJob { access, run: Box::new(run) };
         self.jobs.try_send(job).map_err(|_| unavailable("too many calls wait for it"))?;
-        match timeout(PATIENCE, answered).await {
+        match timeout(JOB_TIMEOUT, answered).await {
             Ok(Ok(result)) => result,
             Ok(Err(_)) => Err(unavailable(&self.reason())),
             Err(_) => Err(unavailable("it does not answer in time")),
@@ -134,35 +135,35 @@ impl Database {
 
     fn reason(&self) -> String {
         match self.state() {
-            State::Down(reason) => reason,
-            State::Starting | State::Up => "it was lost".into(),
+            DatabaseState::Down(reason) => reason,
+            DatabaseState::Starting | DatabaseState::Up => "it was lost".into(),
         }
     }
 }
 
 /// The state of the thread.
-struct Worker {
+struct DatabaseThread {
     connector: Connector,
     connection: Option<Connection>,
-    state: watch::Sender<State>,
+    state: watch::Sender<DatabaseState>,
     /// The last attempt to connect failed.
     is_away: bool,
     /// The last job that may write failed, though the database was reachable.
     is_write_failing: bool,
 }
 
-impl Worker {
+impl DatabaseThread {
     /// Runs jobs until all senders are dropped. Jobs that only read do not wait for changes of other brokers.
-    fn run(mut self, mut queue: mpsc::Receiver<Job>) {
-        let mut jobs = Vec::with_capacity(BATCH);
-        while !jobs.is_empty() || queue.blocking_recv_many(&mut jobs, BATCH) > 0 {
-            while jobs.len() < BATCH
+    fn run(mut self, mut queue: mpsc::Receiver<DatabaseJob>) {
+        let mut jobs = Vec::with_capacity(JOBS_PER_COMMIT_MAX);
+        while !jobs.is_empty() || queue.blocking_recv_many(&mut jobs, JOBS_PER_COMMIT_MAX) > 0 {
+            while jobs.len() < JOBS_PER_COMMIT_MAX
                 && let Ok(job) = queue.try_recv()
             {
                 jobs.push(job);
             }
-            let (reads, writes): (Vec<_>, Vec<_>) = jobs.drain(..).partition(|job| job.access == Access::Read);
-            for (access, mut batch) in [(Access::Read, reads), (Access::Write, writes)] {
+            let (reads, writes): (Vec<_>, Vec<_>) = jobs.drain(..).partition(|job| job.access == AccessMode::Read);
+            for (access, mut batch) in [(AccessMode::Read, reads), (AccessMode::Write, writes)] {
                 if batch.is_empty() {
                     continue;
                 }
@@ -178,7 +179,7 @@ impl Worker {
 
     /// Runs jobs in one transaction, at least one. If that cannot begin, the connection is lost, or they take too long, the others
     /// stay.
-    fn run_batch(&mut self, access: Access, jobs: &mut Vec<Job>) -> Result<(), DatabaseError> {
+    fn run_batch(&mut self, access: AccessMode, jobs: &mut Vec<DatabaseJob>) -> Result<(), DatabaseError> {
         let (mut connection, until) = (self.begun(access)?, Instant::now() + BATCH_TIME);
         let mut transaction = Transaction::of(&mut connection);
         let mut finishes = Vec::<Finish>::new();
@@ -199,7 +200,7 @@ impl Worker {
     }
 
     /// A connection in a transaction. One that the server has closed meanwhile is replaced.
-    fn begun(&mut self, access: Access) -> Result<Connection, DatabaseError> {
+    fn begun(&mut self, access: AccessMode) -> Result<Connection, DatabaseError> {
         if let Some(mut connection) = self.connection.take()
             && connection.begin(access).is_ok()
         {
@@ -216,25 +217,25 @@ impl Worker {
 
     /// Publishes whether the database can be used, and logs each change of that. After a failed write only a successful
     /// one shows that it can be used, unless connecting has failed since.
-    fn report(&mut self, access: Access, outcome: Result<(), DatabaseError>) {
-        if access == Access::Write {
+    fn report(&mut self, access: AccessMode, outcome: Result<(), DatabaseError>) {
+        if access == AccessMode::Write {
             self.is_write_failing = outcome.is_err() && !self.is_away;
         }
         let database = self.connector.location();
         let is_emptied = matches!(outcome, Err(DatabaseError::Emptied(_)));
         let next = match outcome {
             Ok(()) if self.is_write_failing => return,
-            Ok(()) => State::Up,
-            Err(error) => State::Down(error.to_string()),
+            Ok(()) => DatabaseState::Up,
+            Err(error) => DatabaseState::Down(error.to_string()),
         };
         let before = self.state.send_replace(next.clone());
         match (before, next) {
-            (before, State::Down(reason)) if is_emptied && before != State::Down(reason.clone()) => {
+            (before, DatabaseState::Down(reason)) if is_emptied && before != DatabaseState::Down(reason.clone()) => {
                 error!(%database, reason, "the database is empty, calls that need it are answered 503");
             }
-            (State::Down(_), State::Up) => info!(%database, "the database is back"),
-            (State::Starting, State::Up) => info!(%database, "the database is open"),
-            (State::Starting | State::Up, State::Down(reason)) => {
+            (DatabaseState::Down(_), DatabaseState::Up) => info!(%database, "the database is back"),
+            (DatabaseState::Starting, DatabaseState::Up) => info!(%database, "the database is open"),
+            (DatabaseState::Starting | DatabaseState::Up, DatabaseState::Down(reason)) => {
                 warn!(%database, reason, "the database cannot be used, calls that need it are answered 503");
             }
             _ => {}
@@ -262,7 +263,7 @@ mod tests {
 
     async fn rows(database: &Database) -> Result<Vec<Row>, DatabaseError> {
         database
-            .run(Access::Read, |transaction| transaction.query("SELECT a, b, c FROM t ORDER BY a", &[]), |_| {})
+            .run(AccessMode::Read, |transaction| transaction.query("SELECT a, b, c FROM t ORDER BY a", &[]), |_| {})
             .await
     }
 
@@ -271,7 +272,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("f");
         let database = open(&file, TABLE);
-        assert_eq!(database.state(), State::Starting);
+        assert_eq!(database.state(), DatabaseState::Starting);
         let order = std::sync::Arc::new(parking_lot::Mutex::new(Vec::new()));
         let job = |number: i64| {
             let order = order.clone();
@@ -279,7 +280,7 @@ mod tests {
                 insert(transaction, number)?;
                 if number % 2 == 0 { Err(DatabaseError::Corrupt("even".into())) } else { Ok(number) }
             };
-            database.run(Access::Write, work, move |number| order.lock().push(*number))
+            database.run(AccessMode::Write, work, move |number| order.lock().push(*number))
         };
         let results = futures_util::future::join_all((0..20).map(job)).await;
         assert!(results.iter().zip(0_i64..).all(|(result, number)| result.is_ok() == (number % 2 == 1)));
@@ -296,7 +297,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("f");
         let newer = open(&file, NEWER);
-        newer.run(Access::Write, |transaction| insert(transaction, 1), |()| {}).await.unwrap();
+        newer.run(AccessMode::Write, |transaction| insert(transaction, 1), |()| {}).await.unwrap();
         drop(newer);
         let error = loop {
             // The thread of the newer database releases the file when it has ended.
@@ -320,7 +321,7 @@ mod tests {
             (Database::start(Location::File(file.clone()), TABLE, mark.clone()).unwrap(), mark)
         };
         let ((database, end), mark) = start(false);
-        database.run(Access::Write, |transaction| insert(transaction, 1), |()| {}).await.unwrap();
+        database.run(AccessMode::Write, |transaction| insert(transaction, 1), |()| {}).await.unwrap();
         assert_eq!(mark.contradicted(), None);
         drop(database);
         end.await.unwrap_err();
@@ -348,7 +349,7 @@ mod tests {
 
     /// The result of a call may be received before the new state.
     async fn wait_until_up(database: &Database) {
-        while database.state() != State::Up {
+        while database.state() != DatabaseState::Up {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     }
@@ -360,7 +361,7 @@ mod tests {
         std::fs::create_dir(&file).unwrap();
         let database = open(&file, TABLE);
         assert!(matches!(rows(&database).await, Err(DatabaseError::Unavailable(_))));
-        assert!(matches!(database.state(), State::Down(_)));
+        assert!(matches!(database.state(), DatabaseState::Down(_)));
         std::fs::remove_dir(&file).unwrap();
         while rows(&database).await.is_err() {
             tokio::time::sleep(Duration::from_millis(20)).await;

@@ -21,7 +21,7 @@ use crate::fleet::status::ProblemKind;
 use crate::http::status::Status;
 
 /// With room for fewer connections a fleet of 3,300 routers is kept waiting when all connect at once.
-const CONNECTIONS: usize = 4096;
+const CONNECTIONS_MIN: usize = 4096;
 
 /// The findings of every check, in the order in which an operator would check.
 #[must_use]
@@ -73,7 +73,7 @@ fn mqtt(MqttFacts { server, outcome }: &MqttFacts<BusFacts>) -> Vec<Finding> {
 fn open_files(files: usize) -> Finding {
     let (subject, open) = ("files", Capacity::of_files(files).open);
     let found = format!("the running broker may open {files}, which is enough for {open} connections of routers");
-    if open < CONNECTIONS {
+    if open < CONNECTIONS_MIN {
         Finding::warn(subject, found, "set LimitNOFILE=524288 in its unit, or `ulimit -n` where it is started")
     } else {
         Finding::ok(subject, found)

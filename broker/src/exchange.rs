@@ -19,4 +19,4 @@ mod service;
 
 pub use self::metrics::Metrics;
 pub use self::rejection::Rejection;
-pub use self::service::{Exchange, Outlook};
+pub use self::service::{Exchange, ExpectedAnswer};

@@ -10,7 +10,7 @@ use tokio::task::spawn_blocking;
 use tokio::time::sleep;
 
 /// How often to check files.
-const CHECK_INTERVAL: Duration = Duration::from_secs(1);
+const FILE_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Identifies a version of a file: time, size and inode; none for a file that is not there.
 pub type FileVersion = Option<(i64, i64, u64, u64)>;
@@ -30,7 +30,7 @@ where
 {
     let mut watcher = FileWatcher::new(version(&of));
     loop {
-        sleep(CHECK_INTERVAL).await;
+        sleep(FILE_CHECK_INTERVAL).await;
         let seen = of.clone();
         let Ok(now) = spawn_blocking(move || version(&seen)).await else { continue };
         if watcher.is_stable(now) {

@@ -35,9 +35,9 @@ use ipnet::IpNet;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 use wgkex_common::Domain;
-pub use wgkex_common::http::Server;
+pub use wgkex_common::http::HttpServer;
 use wgkex_common::http::connections::Connections;
-use wgkex_common::http::{Settings, readable, refusal};
+use wgkex_common::http::{HttpSettings, readable, refusal};
 use wgkex_common::mqtt::ConnectionState;
 use wgkex_common::tls::rustls::ServerConfig;
 
@@ -45,10 +45,10 @@ use crate::exchange::Exchange;
 use crate::fleet::status::ProblemKind;
 use crate::fleet::{self, Fleet};
 use crate::http::key_exchange::{V1, V2};
-use crate::metrics::{Registry, set};
-use crate::mqtt_server::ClientTroubles;
-use crate::registry::Registry as ServerRegistry;
-use crate::tenants::FrontDoor;
+use crate::metrics::{MetricsRegistry, set};
+use crate::mqtt_server::ClientProblems;
+use crate::registry::Registry;
+use crate::tenants::TenantsHttpState;
 
 pub use self::metrics::Metrics;
 pub use self::missed_proxies::MissedProxies;
@@ -71,7 +71,7 @@ pub struct App {
     /// Whether another program may use the client ids of these sessions.
     pub name_suspects: [watch::Receiver<bool>; 2],
     /// The clients that this broker's MQTT server had trouble with.
-    pub client_troubles: ClientTroubles,
+    pub client_problems: ClientProblems,
     /// The connections that are open.
     pub connections: Connections,
     /// The networks of the trusted proxies.
@@ -83,21 +83,26 @@ pub struct App {
     /// The metrics of the fleet, which are up to date only when they are read.
     pub fleet_metrics: fleet::Metrics,
     /// All metrics.
-    pub all_metrics: Registry,
+    pub all_metrics: MetricsRegistry,
     /// The registry of servers and clients, if it is enabled.
-    pub registry: Option<ServerRegistry>,
+    pub registry: Option<Registry>,
     /// The domains of refused requests that were logged.
     pub refused_domains: Arc<Mutex<RefusedDomains>>,
     /// Where clients join tenants, if the config enables that.
-    pub tenants: Option<FrontDoor>,
+    pub tenants: Option<TenantsHttpState>,
     /// When the broker started.
     pub started: Instant,
 }
 
 /// The server on `listener`, with `tls` for HTTPS; it runs when awaited. When it is stopped, requests in flight have
 /// `drain` to end.
-pub fn server(listener: TcpListener, tls: Option<ServerConfig>, app: App, drain: Duration) -> std::io::Result<Server> {
-    let settings = Settings { threads: available_parallelism()?.get(), tls, drain };
+pub fn server(
+    listener: TcpListener,
+    tls: Option<ServerConfig>,
+    app: App,
+    drain: Duration,
+) -> std::io::Result<HttpServer> {
+    let settings = HttpSettings { threads: available_parallelism()?.get(), tls, drain };
     let connections = app.connections.clone();
     wgkex_common::http::server(listener, settings, &connections, move || {
         let metrics = app.metrics.clone();
@@ -127,7 +132,7 @@ fn routes(app: &App) -> impl FnOnce(&mut ServiceConfig) {
             .app_data(app)
             .configure(key_exchange::routes)
             .service(readable("/", index))
-            .service(readable(status::PATH, status_json))
+            .service(readable(status::STATUS_PATH, status_json))
             .service(readable("/healthz", healthz))
             .service(readable("/readyz", readyz))
             .service(readable("/metrics", scrape));
@@ -140,7 +145,7 @@ fn routes(app: &App) -> impl FnOnce(&mut ServiceConfig) {
 
 impl App {
     /// Why this broker cannot serve routers now.
-    pub fn unready(&self) -> Option<String> {
+    pub fn not_ready_reason(&self) -> Option<String> {
         for link in &self.links {
             if let ConnectionState::Down(reason) = &*link.borrow() {
                 return Some(format!("MQTT is not connected: {reason}"));
@@ -169,7 +174,7 @@ async fn healthz(_: Data<App>) -> HttpResponse {
 }
 
 async fn readyz(app: Data<App>) -> HttpResponse {
-    let (status, mut lines) = match app.unready() {
+    let (status, mut lines) = match app.not_ready_reason() {
         None => {
             let unserved = app.fleet.gateways().unserved();
             let lists = status::list_problems(&app.exchange.lists.borrow());
@@ -220,8 +225,9 @@ fn retry_later(response: &mut HttpResponse) {
 /// The route as a label, from a fixed set.
 fn route(request: &ServiceRequest) -> &'static str {
     let path = request.path();
-    let found = [V1, V2, "/", status::PATH, "/healthz", "/readyz", "/metrics"].into_iter().find(|route| *route == path);
+    let found =
+        [V1, V2, "/", status::STATUS_PATH, "/healthz", "/readyz", "/metrics"].into_iter().find(|route| *route == path);
     // The tenant's id, which follows, is a secret.
-    let of_tenants = || path.starts_with(tenants::PATH).then_some(tenants::PATH);
+    let of_tenants = || path.starts_with(tenants::TENANTS_PATH).then_some(tenants::TENANTS_PATH);
     found.or_else(|| registry::label(path)).or_else(of_tenants).unwrap_or("other")
 }

@@ -276,17 +276,17 @@ mod tests {
 
     /// An operation of a caller on a pool.
     #[derive(Debug, Clone)]
-    enum Step {
+    enum PoolStep {
         Take,
         TakeThis(u128),
         GiveBack(usize),
     }
 
-    fn steps() -> impl Strategy<Value = Vec<Step>> {
+    fn steps() -> impl Strategy<Value = Vec<PoolStep>> {
         let step = prop_oneof![
-            3 => Just(Step::Take),
-            1 => (0_u128..20).prop_map(Step::TakeThis),
-            2 => any::<usize>().prop_map(Step::GiveBack),
+            3 => Just(PoolStep::Take),
+            1 => (0_u128..20).prop_map(PoolStep::TakeThis),
+            2 => any::<usize>().prop_map(PoolStep::GiveBack),
         ];
         prop::collection::vec(step, 0..200)
     }
@@ -302,16 +302,16 @@ mod tests {
                 let free = lowest_free(range.first(), taken.iter().copied());
                 prop_assert_eq!(Some(free).filter(|free| range.contains(*free)), expected);
                 match step {
-                    Step::Take => {
+                    PoolStep::Take => {
                         prop_assert_eq!(list.take(), expected);
                         taken.extend(expected);
                     }
-                    Step::TakeThis(number) => {
+                    PoolStep::TakeThis(number) => {
                         let is_free = range.contains(number) && !taken.contains(&number);
                         prop_assert_eq!(list.take_this(number), is_free);
                         taken.extend(is_free.then_some(number));
                     }
-                    Step::GiveBack(index) => {
+                    PoolStep::GiveBack(index) => {
                         if let Some(number) = taken.iter().nth(index % taken.len().max(1)).copied() {
                             list.give_back(number);
                             taken.remove(&number);

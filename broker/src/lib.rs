@@ -48,7 +48,7 @@ use wgkex_common::doctor::sockets::taken_by;
 use wgkex_common::http::connections::{Capacity, Closed, Connections};
 use wgkex_common::http::listener::{everywhere, prepare};
 use wgkex_common::mqtt::presence::Reporter;
-use wgkex_common::mqtt::{MqttHandle, Session};
+use wgkex_common::mqtt::{MqttHandle, MqttSession};
 use wgkex_common::runtime::logged_once::LoggedOnce;
 use wgkex_common::runtime::reload::{self, KeyUse};
 use wgkex_common::runtime::service_manager::{self, Watched};
@@ -79,11 +79,11 @@ use crate::fleet::live_keys::LiveKeys;
 use crate::fleet::revocation::PendingRevocations;
 use crate::http::admin::Admin;
 use crate::http::{App, MissedProxies, RefusedDomains};
-use crate::metrics::Registry;
-use crate::mqtt_server::{ClientTroubles, MqttServer, retained_store};
-use crate::registry::lease_events::{LeaseReceiver, LeaseSender};
+use crate::metrics::MetricsRegistry;
+use crate::mqtt_server::{ClientProblems, MqttServer, retained_store};
+use crate::registry::lease_events::{RegistryEventReceiver, RegistryEventSender};
 use crate::registry::push::{self, LeasePublisher};
-use crate::tenants::{FrontDoor, TenantEventSender, TenantService, TenantTasks};
+use crate::tenants::{TenantEventSender, TenantService, TenantTasks, TenantsHttpState};
 use crate::tls::Certificate;
 
 /// How long the MQTT server may take to acknowledge this broker's farewell.
@@ -124,7 +124,7 @@ struct Broker {
     revocations: PendingRevocations,
     drains: DrainStore,
     /// The clients that the embedded MQTT server had trouble with.
-    client_troubles: ClientTroubles,
+    client_problems: ClientProblems,
     /// The session that receives messages of workers.
     bus: MqttHandle,
     /// The session that publishes keys.
@@ -137,7 +137,7 @@ struct Broker {
 /// Each room's metrics.
 #[derive(Clone)]
 struct Metrics {
-    all: Registry,
+    all: MetricsRegistry,
     bus: bus::Metrics,
     exchange: exchange::Metrics,
     fleet: fleet::Metrics,
@@ -149,8 +149,8 @@ struct Metrics {
 
 /// The receivers of other brokers' messages, and the services that this broker announces to them.
 struct SharedServices {
-    leases: LeaseSender,
-    holder: registry::holder::Holder,
+    leases: RegistryEventSender,
+    holder: registry::holder::RegistryHolder,
     tenant_events: Option<TenantEventSender>,
     served_tenants: Option<watch::Receiver<Served>>,
 }
@@ -185,22 +185,22 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let exchange = exchange(&config, fleet.clone(), &lists, metrics.exchange.clone());
     let drains = DrainStore::open(&config, fleet.clone())?;
     let revocations = PendingRevocations::default();
-    let client_troubles = embedded.as_ref().map(MqttServer::troubles).unwrap_or_default();
+    let client_problems = embedded.as_ref().map(MqttServer::problems).unwrap_or_default();
     let (leases, lease_events) = registry::lease_events::channel();
-    let holder = registry::holder::Holder::open(&config)?;
+    let holder = registry::holder::RegistryHolder::open(&config)?;
     let opened = config
         .registry
         .as_ref()
         .map(|enabled| registry::Registry::open(&config, enabled, holder.clone(), metrics.registry.clone()));
     let (registry, database_end) = opened.transpose()?.unzip();
     if let Some(registry) = &registry {
-        registry.look().await;
+        registry.check_for_servers().await;
     }
     let (tenant_tasks, front_door) = tenants::open(&config, &metrics.tenants)?.unzip();
     let of_tenants = tenant_tasks.as_ref().map(|tasks| (tasks.events.clone(), tasks.served.clone()));
     let (tenant_events, served_tenants) = of_tenants.unzip();
     let broker =
-        Broker { config, fleet, exchange, lists, revocations, drains, client_troubles, bus, keys, registry, metrics };
+        Broker { config, fleet, exchange, lists, revocations, drains, client_problems, bus, keys, registry, metrics };
 
     let mut services = Services::default();
     if let Some(embedded) = embedded {
@@ -260,7 +260,13 @@ impl Broker {
     }
 
     /// The two sessions, and the tasks that handle their messages.
-    fn start_bus(&self, services: &mut Services, session: Session, keys_session: Session, shared: SharedServices) {
+    fn start_bus(
+        &self,
+        services: &mut Services,
+        session: MqttSession,
+        keys_session: MqttSession,
+        shared: SharedServices,
+    ) {
         let SharedServices { leases, holder, tenant_events: tenants, served_tenants } = shared;
         let Self {
             config,
@@ -269,7 +275,7 @@ impl Broker {
             lists,
             revocations,
             drains,
-            client_troubles: _,
+            client_problems: _,
             bus,
             keys,
             registry,
@@ -360,7 +366,7 @@ impl Broker {
         services: &mut Services,
         listeners: Listeners,
         watched: [Watched; N],
-        tenants: Option<FrontDoor>,
+        tenants: Option<TenantsHttpState>,
     ) -> anyhow::Result<()> {
         let Config { domains, confirm, trusted_proxies, .. } = &self.config;
         let (trusted, missed_proxies) = (Arc::from(trusted_proxies.clone()), Arc::default());
@@ -383,7 +389,7 @@ impl Broker {
             fleet,
             links,
             name_suspects: [&self.bus, &self.keys].map(MqttHandle::name_suspect),
-            client_troubles: self.client_troubles.clone(),
+            client_problems: self.client_problems.clone(),
             connections,
             trusted,
             missed_proxies,
@@ -397,7 +403,7 @@ impl Broker {
         };
         let plain = http::server(listeners.plain, None, app.clone(), confirm.budget)?;
         let told = app.clone();
-        services.spawn("the service manager", |_| service_manager::run(watched, move || told.unready()));
+        services.spawn("the service manager", |_| service_manager::run(watched, move || told.not_ready_reason()));
         let tls = listeners.tls.map(|(listener, certificate)| {
             let server = http::server(listener, Some(certificate.server()?), app, confirm.budget)?;
             anyhow::Ok((server, certificate))
@@ -414,7 +420,7 @@ impl Broker {
     }
 
     /// The tasks that publish leases to the gateways that are servers.
-    fn start_registry(&self, services: &mut Services, events: LeaseReceiver) {
+    fn start_registry(&self, services: &mut Services, events: RegistryEventReceiver) {
         if let Some(registry) = &self.registry {
             let publisher =
                 LeasePublisher::new(registry.clone(), self.keys.clone(), (&self.config.name).into(), events);
@@ -444,7 +450,7 @@ impl Broker {
 
 impl Metrics {
     fn register() -> Result<Self, prometheus::Error> {
-        let all = Registry::default();
+        let all = MetricsRegistry::default();
         let version = all.gauges("wgkex_broker_build_info", "1, with the version", &["version"])?;
         version.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         Ok(Self {
@@ -481,7 +487,7 @@ fn exchange(config: &Config, fleet: Fleet, lists: &Handle, metrics: exchange::Me
 }
 
 /// Runs a listener until `stop` returns and its requests are answered, or until it fails, which is logged with the reason.
-async fn serve(listener: &'static str, server: http::Server, stop: impl Future<Output = ()>) {
+async fn serve(listener: &'static str, server: http::HttpServer, stop: impl Future<Output = ()>) {
     if let Err(error) = server.run(stop).await {
         error!(listener, %error, "listener failed");
     }
@@ -548,7 +554,7 @@ fn on_chunk(fleet: Fleet) -> impl FnMut(Domain, SnapshotChunk) -> std::future::R
 async fn evict_idle(connections: Connections) {
     loop {
         sleep(IDLE_CHECK).await;
-        connections.tidy();
+        connections.close_idle();
     }
 }
 

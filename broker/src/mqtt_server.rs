@@ -4,7 +4,7 @@
 //! a client slot of the [`broker`], and then [`connection`], which moves packets between the socket and its
 //! [`session`]. A session publishes and subscribes as [`acl`] allows; [`quota`] limits the resources of one user.
 //! Published messages go through the [`log`], the only file that knows rumqttd, and into [`retained`] if they are to be
-//! retained. No client publishes more than the others can read, see [`progress`]. [`client_troubles`] has the clients
+//! retained. No client publishes more than the others can read, see [`progress`]. [`client_problems`] has the clients
 //! that were refused, or that replace each other, for operators.
 //!
 //! Owners: [`broker::MessageBroker`] has the log, the retained messages, the wills and the client slots, for all
@@ -18,10 +18,9 @@
 
 pub(crate) mod acl;
 mod broker;
-mod client_troubles;
+mod client_problems;
 mod connection;
 pub(crate) mod filter;
-mod guesses;
 mod handshake;
 mod handshake_limiter;
 mod log;
@@ -39,6 +38,7 @@ mod session;
 mod subscriptions;
 mod takeovers;
 mod users;
+mod wrong_passwords;
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
@@ -65,23 +65,23 @@ use wgkex_common::runtime::services::Ended;
 use wgkex_common::tls::TlsError;
 
 use self::broker::{ClientSlot, MessageBroker};
-use self::connection::{ClientConnection, End};
-use self::handshake::{AdmittedClient, Endpoint, LOGIN_TIMEOUT, Refusal, Refused, Stream};
+use self::connection::{ClientConnection, ConnectionEnd};
+use self::handshake::{AdmittedClient, ClientStream, ConnectRefusal, LOGIN_TIMEOUT, MqttEndpoint, RefusedConnection};
 use self::handshake_limiter::{HandshakeLimiter, HandshakePermit};
-use self::message::Message;
-use self::quota::{Cost, LOGIN, LogThrottle};
+use self::message::PublishedMessage;
+use self::quota::{Cost, LOGIN_COST, LogThrottle};
 use self::refusal_log::RefusalLog;
 use self::retained_store::File;
 use self::session::ClientSession;
 use self::users::Users;
 use crate::tls::Certificate;
 
-pub use self::client_troubles::ClientTroubles;
+pub use self::client_problems::ClientProblems;
 pub use self::metrics::Metrics;
 pub use self::refused_clients::RefusedClient;
 
 /// The most connections of this broker itself: two, and two that are about to end.
-const MAX_OWN: usize = 4;
+const OWN_MAX: usize = 4;
 /// The threads that serve all clients but this broker itself. One may have to wait for the router.
 const THREADS: usize = 2;
 /// The shortest time between two warnings that no connection can be accepted.
@@ -95,7 +95,7 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 pub struct MqttServer {
     own: SocketAddr,
     credentials: Credentials,
-    troubles: ClientTroubles,
+    problems: ClientProblems,
     certificate: Option<Arc<Certificate>>,
     over: CancellationToken,
     /// Sent once.
@@ -112,17 +112,17 @@ impl MqttServer {
         let certificate = config.tls.clone().map(certificate).transpose()?;
         let tls = certificate.as_ref().map(acceptor).transpose()?;
         let room = config.max_connections + 2;
-        let endpoint = Endpoint { users: Users::new(config)?, tls, room };
-        let own_endpoint = Endpoint { users: own_users, tls: None, room: room + MAX_OWN };
+        let endpoint = MqttEndpoint { users: Users::new(config)?, tls, room };
+        let own_endpoint = MqttEndpoint { users: own_users, tls: None, room: room + OWN_MAX };
 
         let (file, retained) = File::open(dir)?;
         let (users, has_tls, kept) = (config.users.len(), config.tls.is_some(), retained.len());
-        let broker = Arc::new(MessageBroker::open(retained, room + MAX_OWN, metrics.clone())?);
-        let troubles = broker.troubles.clone();
+        let broker = Arc::new(MessageBroker::open(retained, room + OWN_MAX, metrics.clone())?);
+        let problems = broker.problems.clone();
         let server = Context { broker, refusals: Arc::default(), metrics: metrics.clone() };
         let (over, ended) = server.start((public, endpoint), (own, own_endpoint), file)?;
         info!(mqtt_listen = %config.address, users, tls = has_tls, retained = kept, "MQTT server started");
-        Ok(Self { own: address, credentials, troubles, certificate, over, ended: Some(ended) })
+        Ok(Self { own: address, credentials, problems, certificate, over, ended: Some(ended) })
     }
 
     /// Returns when it ends without having been stopped.
@@ -143,8 +143,8 @@ impl MqttServer {
 
     /// The clients that it had trouble with.
     #[must_use]
-    pub fn troubles(&self) -> ClientTroubles {
-        self.troubles.clone()
+    pub fn problems(&self) -> ClientProblems {
+        self.problems.clone()
     }
 
     /// The certificate of its TLS, which is to be watched.
@@ -195,8 +195,8 @@ impl Context {
     /// Runs on threads of its own until the token is cancelled; the channel is sent to when it has ended.
     fn start(
         self,
-        public: (TcpListener, Endpoint),
-        own: (TcpListener, Endpoint),
+        public: (TcpListener, MqttEndpoint),
+        own: (TcpListener, MqttEndpoint),
         file: File,
     ) -> anyhow::Result<(CancellationToken, oneshot::Receiver<()>)> {
         let (over, (end, ended)) = (CancellationToken::new(), oneshot::channel());
@@ -222,8 +222,8 @@ impl Context {
     /// Accepts clients at both endpoints from now on.
     fn open(
         &self,
-        public: (TcpListener, Endpoint),
-        own: (TcpListener, Endpoint),
+        public: (TcpListener, MqttEndpoint),
+        own: (TcpListener, MqttEndpoint),
     ) -> anyhow::Result<(Runtime, Runtime, [JoinHandle<()>; 2])> {
         let (runtime, own_runtime) = (threads("mqtt", THREADS)?, threads("mqtt-own", 1)?);
         let open = |runtime: &Runtime, (listener, endpoint)| {
@@ -252,7 +252,7 @@ impl Context {
     }
 
     /// Accepts connections until the listener fails, or passwords are verified no longer.
-    async fn run_endpoint(self, listener: tokio::net::TcpListener, endpoint: Arc<Endpoint>) {
+    async fn run_endpoint(self, listener: tokio::net::TcpListener, endpoint: Arc<MqttEndpoint>) {
         tokio::select! {
             () = self.accept_loop(listener, endpoint.clone()) => {}
             () = endpoint.users.thread_ended() => error!("the thread that verifies passwords ended"),
@@ -260,7 +260,7 @@ impl Context {
     }
 
     /// Accepts connections until the listener fails; they end with the runtime.
-    async fn accept_loop(self, listener: tokio::net::TcpListener, endpoint: Arc<Endpoint>) {
+    async fn accept_loop(self, listener: tokio::net::TcpListener, endpoint: Arc<MqttEndpoint>) {
         let (limiter, warned) = (HandshakeLimiter::default(), LogThrottle::default());
         loop {
             match listener.accept().await {
@@ -283,11 +283,11 @@ impl Context {
     }
 
     /// One connection, from its first byte to its last.
-    async fn serve(self, stream: TcpStream, endpoint: Arc<Endpoint>, mut permit: HandshakePermit) {
+    async fn serve(self, stream: TcpStream, endpoint: Arc<MqttEndpoint>, mut permit: HandshakePermit) {
         let evicted = permit.evicted();
         let entered = tokio::select! {
             entered = self.enter(stream, &endpoint, &mut permit) => entered,
-            () = evicted.notified() => return self.refused(&Refusal::Evicted.into()),
+            () = evicted.notified() => return self.refused(&ConnectRefusal::Evicted.into()),
         };
         drop(permit);
         let Some((stream, input, client, slot)) = entered else { return };
@@ -304,16 +304,16 @@ impl Context {
         let connection = ClientConnection::new(start);
         let (end, log_reader) = connection.run(&slot).await;
         debug!(client = %slot, ?end, "MQTT client is gone");
-        self.broker.unregister(slot, end != End::Disconnect, log_reader).await;
+        self.broker.unregister(slot, end != ConnectionEnd::Disconnect, log_reader).await;
     }
 
     /// Admits a client and gives it a slot, or sends it the reason why not.
     async fn enter(
         &self,
         stream: TcpStream,
-        endpoint: &Endpoint,
+        endpoint: &MqttEndpoint,
         permit: &mut HandshakePermit,
-    ) -> Option<(Box<dyn Stream>, BytesMut, AdmittedClient, ClientSlot)> {
+    ) -> Option<(Box<dyn ClientStream>, BytesMut, AdmittedClient, ClientSlot)> {
         let (stream, input, client) = match endpoint.admit(stream, permit).await {
             Ok(admitted) => admitted,
             Err(refused) => {
@@ -322,28 +322,28 @@ impl Context {
             }
         };
         permit.logged_in(&client.user);
-        let bytes = client.will.as_ref().map_or(0, Message::size) as u64;
-        let wait = client.account.charge(Cost { work: LOGIN, bytes }, Instant::now());
+        let bytes = client.will.as_ref().map_or(0, PublishedMessage::size) as u64;
+        let wait = client.account.charge(Cost { work: LOGIN_COST, bytes }, Instant::now());
         let slot = timeout(LOGIN_TIMEOUT, async {
             sleep(wait).await;
             self.broker.register(&client.name, &client.account, endpoint.room).await
         });
         let refusal = match slot.await {
             Ok(Some(slot)) => return Some((stream, input, client, slot)),
-            Ok(None) => Refusal::Full,
-            Err(_) => Refusal::Busy,
+            Ok(None) => ConnectRefusal::Full,
+            Err(_) => ConnectRefusal::Busy,
         };
-        self.refused(&Refused { is_user: true, user: Some(client.user), ..Refused::from(refusal) });
+        self.refused(&RefusedConnection { is_user: true, user: Some(client.user), ..RefusedConnection::from(refusal) });
         refusal.send(stream).await;
         None
     }
 
-    fn refused(&self, refused: &Refused) {
+    fn refused(&self, refused: &RefusedConnection) {
         self.metrics.refused.with_label_values(&[refused.refusal.reason()]).inc();
         let now = std::time::Instant::now();
-        self.broker.troubles.on_refused(refused, now);
+        self.broker.problems.on_refused(refused, now);
         let Some(unlogged) = self.refusals.lock().line(refused, now) else { return };
-        let Refused { user, client_id, cause, .. } = refused;
+        let RefusedConnection { user, client_id, cause, .. } = refused;
         if refused.is_noise() {
             info!(reason = %cause, unlogged, "MQTT client refused");
         } else {
@@ -363,16 +363,16 @@ mod tests {
     use std::os::fd::OwnedFd;
 
     use super::*;
-    use crate::metrics::Registry;
+    use crate::metrics::MetricsRegistry;
 
     /// Starts a server that accepts clients by `public`.
     fn start(
         dir: &Path,
         public: TcpListener,
     ) -> (Arc<MessageBroker>, anyhow::Result<(CancellationToken, oneshot::Receiver<()>)>) {
-        let metrics = Metrics::register(&Registry::default()).unwrap();
-        let broker = Arc::new(MessageBroker::open(retained::Retained::default(), 10, metrics.clone()).unwrap());
-        let endpoint = || Endpoint { users: Users::own().unwrap().0, tls: None, room: 10 };
+        let metrics = Metrics::register(&MetricsRegistry::default()).unwrap();
+        let broker = Arc::new(MessageBroker::open(retained::RetainedMessages::default(), 10, metrics.clone()).unwrap());
+        let endpoint = || MqttEndpoint { users: Users::own().unwrap().0, tls: None, room: 10 };
         public.set_nonblocking(true).unwrap();
         let server = Context { broker: broker.clone(), refusals: Arc::default(), metrics };
         let own = bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap();

@@ -31,19 +31,19 @@ use wgkex_common::storage::schema::Schema;
 use wgkex_common::storage::versions::StateFile;
 use wgkex_common::{BrokerName, WorkerName};
 
-use crate::database::{Access, Database, Location, Migrations, State, Transaction};
-use crate::registry::holder::Holder;
-use crate::registry::login::{Login, password_of};
+use crate::database::{AccessMode, Database, DatabaseState, Location, Migrations, Transaction};
+use crate::registry::holder::RegistryHolder;
+use crate::registry::login::{LoginDigest, password_of};
 use crate::registry::pending::PendingLeases;
-use crate::registry::store::{ConfigCache, Counts, ServerChange};
+use crate::registry::store::{ConfigCache, RegistryCounts, ServerChange};
 
-pub use self::call_error::{CallError, Refusal};
+pub use self::call_error::{CallError, CallRefusal};
 pub use self::metrics::Metrics;
 
 /// Large answers that callers do not share, at the same time.
 const LARGE_ANSWERS: usize = 4;
 /// How long the start waits for the database.
-const LOOK_TIMEOUT: Duration = Duration::from_secs(1);
+const COUNT_TIMEOUT: Duration = Duration::from_secs(1);
 /// How often servers and leases are counted.
 const COUNT_INTERVAL: Duration = Duration::from_secs(15);
 
@@ -57,8 +57,8 @@ pub const FILE: StateFile = StateFile::sqlite("registry.sqlite", Schema { migrat
 #[derive(Clone)]
 pub struct Registry {
     database: Database,
-    pub(crate) login: Login,
-    holder: Holder,
+    pub(crate) login: LoginDigest,
+    holder: RegistryHolder,
     /// Whether the config of a client is open to every caller that knows its name.
     pub(crate) is_client_config_open: bool,
     /// Lists of servers' clients as they were sent last.
@@ -97,11 +97,11 @@ impl Registry {
     /// keys are exchanged without it.
     pub fn open(
         config: &Config,
-        registry: &config::Registry,
-        holder: Holder,
+        registry: &config::RegistrySettings,
+        holder: RegistryHolder,
         metrics: Metrics,
     ) -> anyhow::Result<(Self, oneshot::Receiver<()>)> {
-        let login = Login::read(registry)?;
+        let login = LoginDigest::read(registry)?;
         let (database, end) = Database::start(location(config)?, MIGRATIONS, holder.mark())?;
         Ok((
             Self {
@@ -127,14 +127,14 @@ impl Registry {
 
     /// Checks whether there are servers now. If so, that is recorded: it is announced to other brokers, and shows a
     /// later loss of the tables.
-    pub async fn look(&self) {
-        let counts = timeout(LOOK_TIMEOUT, self.database.run(Access::Read, store::counts, |_| {})).await;
+    pub async fn check_for_servers(&self) {
+        let counts = timeout(COUNT_TIMEOUT, self.database.run(AccessMode::Read, store::counts, |_| {})).await;
         if let Ok(Ok(counts)) = counts {
             self.on_counts(counts).await;
         }
     }
 
-    async fn on_counts(&self, counts: Counts) {
+    async fn on_counts(&self, counts: RegistryCounts) {
         if counts.servers > 0 && !self.holder.is_filled() {
             self.holder.set_filled().await;
         }
@@ -143,7 +143,7 @@ impl Registry {
     /// Counts servers and leases from time to time, for the metrics.
     pub async fn count(self) {
         loop {
-            if let Ok(counts @ Counts { servers, leases }) = self.read(store::counts).await {
+            if let Ok(counts @ RegistryCounts { servers, leases }) = self.read(store::counts).await {
                 self.on_counts(counts).await;
                 self.metrics.servers.set(i64::try_from(servers).unwrap_or(i64::MAX));
                 self.metrics.leases.set(i64::try_from(leases).unwrap_or(i64::MAX));
@@ -160,7 +160,7 @@ impl Registry {
     /// A database that was not tried yet, or that is not used, as at a broker that does not have the registry, counts as one that
     /// can be used.
     fn is_storage_up(&self) -> bool {
-        self.holder.other().is_some() || !matches!(self.database.state(), State::Down(_))
+        self.holder.other().is_some() || !matches!(self.database.state(), DatabaseState::Down(_))
     }
 
     /// Its state now.
@@ -193,7 +193,7 @@ impl Registry {
         work: impl FnOnce(&mut Transaction<'_>) -> Result<T, CallError> + Send + 'static,
     ) -> Result<T, CallError> {
         self.require_holder().await?;
-        self.database.run(Access::Read, work, |_| {}).await
+        self.database.run(AccessMode::Read, work, |_| {}).await
     }
 
     /// Makes a change, and queues the changes of workers' servers for publication.
@@ -205,9 +205,9 @@ impl Registry {
         let pending = self.pending.clone();
         let publish = move |changes: &Vec<ServerChange>| pending.add(changes);
         let work = |tables: &mut Transaction<'_>| work(tables, SystemTime::now());
-        self.database.run(Access::Write, work, publish).await?;
+        self.database.run(AccessMode::Write, work, publish).await?;
         if !self.holder.is_filled() {
-            self.look().await;
+            self.check_for_servers().await;
         }
         Ok(())
     }

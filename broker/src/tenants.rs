@@ -10,7 +10,7 @@
 //!
 //! Tasks: [`service`] owns all of it, one task since nothing there waits; [`store`] writes the addresses behind;
 //! [`tokens`] reads the file of tokens again; and one for each WebSocket, [`socket`], on the HTTP server's threads,
-//! whose [`outlet`] waits until its client has read the messages before. [`message`] has the messages, [`close`] the
+//! whose [`member_writer`] waits until its client has read the messages before. [`message`] has the messages, [`close`] the
 //! reasons for which a WebSocket is closed.
 //!
 //! Previous stop: the HTTP server, whose requests for `/tenants/` are handled by
@@ -23,11 +23,11 @@ mod coordination;
 mod frame;
 mod hub;
 pub(crate) mod id;
+mod member_writer;
 pub(crate) mod message;
 mod metrics;
-pub(crate) mod opening;
-mod outlet;
 mod pool;
+mod problems;
 mod service;
 mod sessions;
 pub(crate) mod socket;
@@ -35,7 +35,7 @@ mod store;
 mod streams;
 mod table;
 pub mod tokens;
-mod troubles;
+pub(crate) mod upgrade_request;
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -54,36 +54,36 @@ use crate::fleet::election::{self, Election};
 
 use self::clients::Clients;
 use self::coordination::Coordination;
-use self::hub::Hub;
-pub use self::hub::HubTrouble;
+pub use self::hub::HubProblem;
+use self::hub::TenantHub;
 pub use self::id::TenantId;
 pub use self::metrics::{Metrics, TenantStatus};
+pub use self::problems::TenantProblems;
 use self::service::TenantsHandle;
 pub use self::service::{TenantEvent, TenantEventSender, TenantService};
 use self::sessions::Sessions;
 use self::store::AddressStore;
 pub use self::store::FILE;
 use self::tokens::Tokens;
-pub use self::troubles::Troubles;
 
 /// The tenants, as the HTTP server uses them. Clones share it.
 #[derive(Debug, Clone)]
-pub struct FrontDoor {
+pub struct TenantsHttpState {
     pub(crate) handle: TenantsHandle,
     pub(crate) tokens: Option<Arc<Tokens>>,
     pub(crate) metrics: Metrics,
-    troubles: Arc<Mutex<Troubles>>,
+    problems: Arc<Mutex<TenantProblems>>,
 }
 
-impl FrontDoor {
+impl TenantsHttpState {
     /// Whether their addresses are kept on the disk.
     pub fn is_kept(&self) -> bool {
         self.metrics.state_kept.get() != 0
     }
 
-    /// The troubles that operators should know.
-    pub fn troubles(&self) -> Troubles {
-        self.troubles.lock().clone()
+    /// The problems that operators should know.
+    pub fn problems(&self) -> TenantProblems {
+        self.problems.lock().clone()
     }
 
     /// How many there are.
@@ -110,7 +110,7 @@ pub struct TenantTasks {
 const PROTOCOL: u32 = 1;
 
 /// Opens the stored addresses of tenants, and the file of tokens; none if the config does not enable them.
-pub fn open(config: &Config, metrics: &Metrics) -> anyhow::Result<Option<(TenantTasks, FrontDoor)>> {
+pub fn open(config: &Config, metrics: &Metrics) -> anyhow::Result<Option<(TenantTasks, TenantsHttpState)>> {
     let Some(settings) = &config.tenants else { return Ok(None) };
     let tokens = settings.tokens_file.as_deref().map(Tokens::open).transpose()?;
     let (store, buffer, addresses) = store::open(&config.state_dir).context("the addresses of tenants")?;
@@ -120,18 +120,18 @@ pub fn open(config: &Config, metrics: &Metrics) -> anyhow::Result<Option<(Tenant
     let since = election::since();
     let served = Served { since, rules: rules(settings) };
     let own = BrokerName::from(&config.name);
-    let hub = settings.hub.clone().map(|worker| Hub::new(worker, settings.networks.clone()));
-    let hub_trouble = hub.as_ref().and_then(|hub| Some((hub.worker().clone(), hub.trouble()?)));
+    let hub = settings.hub.clone().map(|worker| TenantHub::new(worker, settings.networks.clone()));
+    let hub_problem = hub.as_ref().and_then(|hub| Some((hub.worker().clone(), hub.problem()?)));
     let clients = Clients::new(settings.networks.count());
     let sessions = Sessions::new(own.clone(), clients, addresses, buffer.clone(), metrics.clone()).with_hub(hub);
     let election = Election::new(own.clone(), served, now);
-    let troubles = Arc::new(Mutex::new(Troubles { hub: hub_trouble, ..Troubles::default() }));
+    let problems = Arc::new(Mutex::new(TenantProblems { hub: hub_problem, ..TenantProblems::default() }));
     let tenants =
-        Coordination::new(own, settings.clone(), sessions, election, since, troubles.clone(), metrics.clone());
+        Coordination::new(own, settings.clone(), sessions, election, since, problems.clone(), metrics.clone());
     let (service, handle, events) = TenantService::new(tenants, buffer, metrics.clone());
     let served = service.served();
-    let door = FrontDoor { handle, tokens: tokens.clone(), metrics: metrics.clone(), troubles };
-    Ok(Some((TenantTasks { service, store, tokens, events, served }, door)))
+    let http_state = TenantsHttpState { handle, tokens: tokens.clone(), metrics: metrics.clone(), problems };
+    Ok(Some((TenantTasks { service, store, tokens, events, served }, http_state)))
 }
 
 /// A digest of the settings that brokers must share to serve the same tenants.

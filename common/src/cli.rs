@@ -12,7 +12,7 @@ use clap_complete::Shell;
 use serde_json::json;
 
 use crate::Config;
-use crate::config::{Problem, UnreadableFile};
+use crate::config::{ConfigProblem, UnreadableFile};
 use crate::doctor::access::Identity;
 use crate::doctor::identity::{self, Sources};
 use crate::doctor::{self, Program};
@@ -140,7 +140,7 @@ impl Documents {
 
 /// The files that cannot be read: those without which `program` does not start, and the others. Checked for the caller,
 /// or for the user as whom the program serves.
-fn unreadable_files(config: &Config, program: Program) -> (Vec<Problem>, Vec<Problem>) {
+fn unreadable_files(config: &Config, program: Program) -> (Vec<ConfigProblem>, Vec<ConfigProblem>) {
     let mut files = config.unreadable_files();
     let worker_user = config.worker_user.as_deref().filter(|_| program == Program::Worker);
     let user = identity::find(program, Sources { config: worker_user, ..Sources::default() });
@@ -155,9 +155,9 @@ fn unreadable_files(config: &Config, program: Program) -> (Vec<Problem>, Vec<Pro
     (problems(needed), problems(others))
 }
 
-fn report(mistakes: &[Problem], warnings: &[Problem]) -> String {
+fn report(mistakes: &[ConfigProblem], warnings: &[ConfigProblem]) -> String {
     let lines =
-        |kind: &str, problems: &[Problem]| problems.iter().map(|problem| format!("{kind}: {problem}")).collect();
+        |kind: &str, problems: &[ConfigProblem]| problems.iter().map(|problem| format!("{kind}: {problem}")).collect();
     let result = match (mistakes.len(), warnings.len()) {
         (0, 0) => "the config is valid".to_owned(),
         (0, warnings) => format!("the config is valid, with warnings: {warnings}"),

@@ -53,20 +53,20 @@ use self::diagnostics::{Diagnostics, Problems};
 pub use self::domains::GatewayShare;
 pub use self::files::{CONFIG_FILE, FileToRead, NeededBy, PASSWORD_FILE, UnreadableFile};
 pub use self::http::{Https, Listen};
-pub use self::hub::Hub;
+pub use self::hub::HubSettings;
 pub use self::limits::{Limits, Quota};
 pub use self::lists::{Allow, KeyLists};
 pub use self::logging::LogFormat;
 pub use self::mqtt::{Credentials, Mqtt, MqttAddress, Tls, password_in};
 pub use self::mqtt_listen::{MqttListen, MqttUser, Role};
-pub use self::peers::{Cleanup, Confirm, LiveKeyLimits, Peers};
-pub use self::problem::Problem;
+pub use self::peers::{Cleanup, Confirm, LiveKeyLimits, PeerLimits};
+pub use self::problem::ConfigProblem;
 use self::problem::{ABSENT, UNREAD};
 use self::raw::Raw;
 pub use self::rebalance::Rebalance;
-pub use self::registry::{Registry, Storage};
-pub use self::reload::Source;
-pub use self::servers::Server;
+pub use self::registry::{RegistrySettings, Storage};
+pub use self::reload::ConfigSource;
+pub use self::servers::ServerSettings;
 pub use self::setup::Setup;
 pub use self::tenants::TenantSettings;
 pub use self::value::Secret;
@@ -74,7 +74,7 @@ pub(crate) use self::yaml::Tree;
 use crate::{Domain, HostName, PublicKey, WorkerName};
 
 /// The default file of the original's config.
-const FILE: &str = "/etc/wgkex.yaml";
+const ORIGINAL_CONFIG_FILE: &str = "/etc/wgkex.yaml";
 /// The name that units use for the credential with the password of the MQTT server.
 const PASSWORD_CREDENTIAL: &str = "mqtt-password";
 /// The file from which units load it.
@@ -112,7 +112,7 @@ pub struct Config {
     /// How many keys the brokers remember for gateways, and how long.
     pub live_keys: LiveKeyLimits,
     /// How many peers a gateway's interface may have.
-    pub peers: Peers,
+    pub peers: PeerLimits,
     /// After how long a silent peer's endpoint is forgotten; none never.
     pub forget_idle_after: Option<Duration>,
     /// Keys that no router may have: `protected_keys` and `key_whitelist`.
@@ -132,11 +132,11 @@ pub struct Config {
     /// Where the tables are that several brokers may share.
     pub storage: Storage,
     /// The registry of servers and clients; none if it is not enabled.
-    pub registry: Option<Registry>,
+    pub registry: Option<RegistrySettings>,
     /// The servers of the registry that this gateway is, by name.
-    pub servers: BTreeMap<String, Server>,
+    pub servers: BTreeMap<String, ServerSettings>,
     /// The hub of tenants that this gateway is, if it is one.
-    pub hub: Option<Hub>,
+    pub hub: Option<HubSettings>,
     /// The settings of tenants, if the broker serves any.
     pub tenants: Option<TenantSettings>,
     /// The interfaces that `wgkex-worker setup` makes for each of `domains`.
@@ -148,9 +148,9 @@ pub struct Config {
     /// The form of the log's lines.
     pub log_format: LogFormat,
     /// The source of the config and the values of all its keys, to compare them after a reload.
-    pub source: Source,
+    pub source: ConfigSource,
     /// The warnings: the caller logs them once logging is set up.
-    pub warnings: Vec<Problem>,
+    pub warnings: Vec<ConfigProblem>,
 }
 
 /// Why there is no valid [`Config`].
@@ -158,14 +158,14 @@ pub struct Config {
 #[error("{}", .mistakes.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))]
 pub struct ConfigError {
     /// The errors, at least one.
-    pub mistakes: Vec<Problem>,
+    pub mistakes: Vec<ConfigProblem>,
     /// The warnings beside them.
-    pub warnings: Vec<Problem>,
+    pub warnings: Vec<ConfigProblem>,
 }
 
 /// Facts of the machine on which the config is read.
 #[derive(Clone, Copy)]
-struct Machine<'a> {
+struct HostDefaults<'a> {
     host_name: &'a str,
     /// The file in which the service manager provides the password of the MQTT server, if it does.
     credential: Option<&'a str>,
@@ -173,11 +173,11 @@ struct Machine<'a> {
 
 impl ConfigError {
     fn one(problem: String) -> Self {
-        Self { mistakes: vec![Problem::other(problem)], warnings: Vec::new() }
+        Self { mistakes: vec![ConfigProblem::other(problem)], warnings: Vec::new() }
     }
 
     fn of_file(file: &str, problem: String) -> Self {
-        let mistake = Problem { file: Some(file.to_owned()), ..Problem::other(problem) };
+        let mistake = ConfigProblem { file: Some(file.to_owned()), ..ConfigProblem::other(problem) };
         Self { mistakes: vec![mistake], warnings: Vec::new() }
     }
 }
@@ -197,7 +197,7 @@ impl Config {
         let host_name = gethostname().map_err(|error| ConfigError::one(format!("the host name: {error}")))?;
         let host_name = host_name.to_string_lossy();
         let credential = password_credential(&variables);
-        let machine = Machine { host_name: &host_name, credential: credential.as_deref() };
+        let machine = HostDefaults { host_name: &host_name, credential: credential.as_deref() };
         if let Some(file) = file {
             let name = file.to_string_lossy();
             let yaml =
@@ -205,16 +205,16 @@ impl Config {
             let config = Self::of_file(&name, &yaml, machine)?;
             return Ok(Self { source: config.source.in_file(file), ..config });
         }
-        let file = variables::value(&variables, "WGKEX_CONFIG_FILE").unwrap_or(FILE);
+        let file = variables::value(&variables, "WGKEX_CONFIG_FILE").unwrap_or(ORIGINAL_CONFIG_FILE);
         Self::choose(file, fs::read_to_string(file), &variables, machine)
     }
 
     /// The config in `yaml`; `source_name` names it in errors, `host_name` is this machine's.
     pub fn parse(source_name: &str, yaml: &str, host_name: &str) -> Result<Self, ConfigError> {
-        Self::of_file(source_name, yaml, Machine { host_name, credential: None })
+        Self::of_file(source_name, yaml, HostDefaults { host_name, credential: None })
     }
 
-    fn of_file(source: &str, yaml: &str, machine: Machine<'_>) -> Result<Self, ConfigError> {
+    fn of_file(source: &str, yaml: &str, machine: HostDefaults<'_>) -> Result<Self, ConfigError> {
         let mut diagnostics = Diagnostics::of_file(source, yaml, keys::names());
         let tree = yaml::parse(yaml, &mut diagnostics);
         Self::from_tree(tree, machine, diagnostics)
@@ -222,10 +222,10 @@ impl Config {
 
     /// The config in a container's variables (contract section 7); other variables are ignored.
     pub fn from_variables(variables: &BTreeMap<String, String>, host_name: &str) -> Result<Self, ConfigError> {
-        Self::of_variables(variables, Machine { host_name, credential: None })
+        Self::of_variables(variables, HostDefaults { host_name, credential: None })
     }
 
-    fn of_variables(variables: &BTreeMap<String, String>, machine: Machine<'_>) -> Result<Self, ConfigError> {
+    fn of_variables(variables: &BTreeMap<String, String>, machine: HostDefaults<'_>) -> Result<Self, ConfigError> {
         let mut diagnostics = Diagnostics::of_variables(&variables::ALIASES, keys::names());
         for (name, meant) in variables::misspelt(variables) {
             let note = format!("is not a known variable and is ignored, did you mean {meant}?");
@@ -239,7 +239,7 @@ impl Config {
         file: &str,
         content: io::Result<String>,
         variables: &BTreeMap<String, String>,
-        machine: Machine<'_>,
+        machine: HostDefaults<'_>,
     ) -> Result<Self, ConfigError> {
         let set = |name: &str| variables::value(variables, name).is_some();
         match content {
@@ -250,7 +250,9 @@ impl Config {
                 if !ignored.is_empty() {
                     let names = ignored.join(", ");
                     let problem = format!("counts alone, these variables are ignored: {names}");
-                    config.warnings.push(Problem { file: Some(file.to_owned()), ..Problem::other(problem) });
+                    config
+                        .warnings
+                        .push(ConfigProblem { file: Some(file.to_owned()), ..ConfigProblem::other(problem) });
                 }
                 Ok(config)
             }
@@ -268,11 +270,15 @@ impl Config {
         }
     }
 
-    fn from_tree(tree: Option<Value>, machine: Machine<'_>, mut diagnostics: Diagnostics) -> Result<Self, ConfigError> {
+    fn from_tree(
+        tree: Option<Value>,
+        machine: HostDefaults<'_>,
+        mut diagnostics: Diagnostics,
+    ) -> Result<Self, ConfigError> {
         let config = tree.and_then(|mut tree| {
             diagnostics.keep_secret(&tree);
             keys::normalize(&mut tree, &mut diagnostics);
-            let source = Source::of(tree.clone(), diagnostics.places(&files::KEYS));
+            let source = ConfigSource::of(tree.clone(), diagnostics.places(&files::KEYS));
             let mut raw = Raw::read(&mut tree, &mut diagnostics)?;
             raw.mqtt.offer_password_file(machine.credential);
             Some(Self { source, ..raw.check(machine.host_name, &mut diagnostics) })

@@ -24,7 +24,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use crate::Config;
-use crate::config::{ConfigError, NeededBy, Problem};
+use crate::config::{ConfigError, ConfigProblem, NeededBy};
 use crate::style::{Colour, Style};
 
 /// The exit code where there are warnings only.
@@ -168,7 +168,7 @@ impl Finding {
 
 /// The finding for a valid config, with its warnings.
 #[must_use]
-pub fn config(odd: &[Problem]) -> Vec<Finding> {
+pub fn config(odd: &[ConfigProblem]) -> Vec<Finding> {
     let mut findings = vec![Finding::ok("config", "it is valid")];
     findings.extend(warnings(odd));
     findings
@@ -195,7 +195,7 @@ pub fn run(
 
 /// The finding for an invalid config, without which nothing else can be checked.
 fn invalid_config(error: &ConfigError) -> Vec<Finding> {
-    let finding = |mistake: &Problem| {
+    let finding = |mistake: &ConfigProblem| {
         let advice = if mistake.is_denied() {
             "run the doctor as root, or as the user of the program; if it is that user, let it read the file (chown, chmod)"
         } else {
@@ -208,7 +208,7 @@ fn invalid_config(error: &ConfigError) -> Vec<Finding> {
     findings
 }
 
-fn warnings(warnings: &[Problem]) -> impl Iterator<Item = Finding> {
+fn warnings(warnings: &[ConfigProblem]) -> impl Iterator<Item = Finding> {
     let advice = "correct it, or take it out";
     warnings.iter().map(move |warning| Finding::warn("config", warning.to_string(), advice))
 }
@@ -255,7 +255,7 @@ mod tests {
     #[test]
     fn a_config_that_may_not_be_read_is_no_mistake_in_it() {
         let problem = |problem: &str| {
-            let mistakes = vec![Problem { file: None, line: None, key: None, problem: problem.into() }];
+            let mistakes = vec![ConfigProblem { file: None, line: None, key: None, problem: problem.into() }];
             invalid_config(&ConfigError { mistakes, warnings: Vec::new() }).remove(0).advice.unwrap()
         };
         assert!(problem("cannot be read: Permission denied (os error 13)").contains("as root"));

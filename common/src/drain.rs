@@ -82,7 +82,7 @@ fn after(field: &str, duration: &str, now: u64) -> Result<u64, InvalidDrain> {
 
 /// The content of the worker's file.
 #[derive(Debug, Default, Serialize, Deserialize)]
-struct Kept {
+struct StoredDrain {
     #[serde(default)]
     drain: Option<Drain>,
 }
@@ -95,12 +95,12 @@ pub fn worker_file(state_dir: &Path) -> PathBuf {
 
 /// The drain in the worker's file; none if there is no file, or one without a drain.
 pub fn read(file: &Path) -> Result<Option<Drain>, StorageError> {
-    Ok(json_file::read::<Kept>(file, LAYOUT)?.unwrap_or_default().drain)
+    Ok(json_file::read::<StoredDrain>(file, LAYOUT)?.unwrap_or_default().drain)
 }
 
 /// Writes the worker's file, and returns when it is on the disk.
 pub fn save(file: &Path, drain: Option<Drain>) -> Result<(), StorageError> {
-    json_file::save(file, LAYOUT, Kept { drain })
+    json_file::save(file, LAYOUT, StoredDrain { drain })
 }
 
 #[cfg(test)]

@@ -41,21 +41,21 @@ use tokio::net::TcpStream;
 
 pub use self::frames::MESSAGE_MAX;
 
-use self::connections::{ActiveRequest, Connections, Flow, IDLE};
+use self::connections::{ActiveRequest, Connections, Flow, IDLE_TIMEOUT};
 use self::paced::Paced;
 use crate::tls::rustls::ServerConfig;
 
 /// The timeout for the head of the first request.
-const HEAD: Duration = Duration::from_secs(5);
+const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
 /// The timeout of a TLS handshake.
-const HANDSHAKE: Duration = Duration::from_secs(3);
+const TLS_HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long a client has to read the response to a request that was not read completely.
-const LINGER: Duration = Duration::from_secs(1);
+const LINGER_TIMEOUT: Duration = Duration::from_secs(1);
 /// The most bytes of a response that are encrypted before they are sent.
-const ENCRYPTED: usize = 16 << 10;
+const ENCRYPTED_BYTES_MAX: usize = 16 << 10;
 
 /// The settings of a server.
-pub struct Settings {
+pub struct HttpSettings {
     /// The number of threads.
     pub threads: usize,
     /// The settings of TLS, for HTTPS.
@@ -65,12 +65,12 @@ pub struct Settings {
 }
 
 /// A server, and the listener that it accepts connections from.
-pub struct Server {
+pub struct HttpServer {
     server: dev::Server,
     listener: TcpListener,
 }
 
-impl Server {
+impl HttpServer {
     /// Serves until `stop` returns, and then until running requests are answered. The error is that the listener was
     /// closed.
     pub async fn run(self, stop: impl Future<Output = ()>) -> io::Result<()> {
@@ -91,16 +91,16 @@ impl Server {
 /// that hanging TLS handshakes do not delay the requests of another server.
 pub fn server<T, B>(
     listener: TcpListener,
-    settings: Settings,
+    settings: HttpSettings,
     connections: &Connections,
     factory: impl Fn() -> App<T> + Clone + Send + 'static,
-) -> io::Result<Server>
+) -> io::Result<HttpServer>
 where
     T: ServiceFactory<ServiceRequest, Config = (), Response = ServiceResponse<B>, Error = Error, InitError = ()>
         + 'static,
     B: MessageBody + 'static,
 {
-    let Settings { threads, tls, drain } = settings;
+    let HttpSettings { threads, tls, drain } = settings;
     let watched = listener.try_clone()?;
     let (connections, room) = (connections.clone(), connections.capacity());
     // A full server would accept no more connections; the table evicts some before that.
@@ -123,17 +123,17 @@ where
             builder.listen("https", listener, move || {
                 let connections = connections.clone();
                 let open = move |mut stream: TlsStream<TcpStream>| {
-                    stream.get_mut().1.set_buffer_limit(Some(ENCRYPTED));
+                    stream.get_mut().1.set_buffer_limit(Some(ENCRYPTED_BYTES_MAX));
                     paced(stream, |stream| stream.get_ref().0, &connections)
                 };
                 let mut acceptor = Acceptor::new(tls.clone());
-                acceptor.set_handshake_timeout(HANDSHAKE);
+                acceptor.set_handshake_timeout(TLS_HANDSHAKE_TIMEOUT);
                 let accepted = acceptor.map_err(TlsError::into_service_error).map(open);
                 accepted.and_then(http(factory(), stopped.clone()).map_err(TlsError::Service))
             })?
         }
     };
-    Ok(Server { server: builder.run(), listener: watched })
+    Ok(HttpServer { server: builder.run(), listener: watched })
 }
 
 /// A connection with its place in the table, and its client's address.
@@ -169,9 +169,9 @@ where
             let stopped = stopped.clone();
             async move { stopped.notified().await }
         })
-        .keep_alive(IDLE)
-        .client_request_timeout(HEAD)
-        .client_disconnect_timeout(LINGER)
+        .keep_alive(IDLE_TIMEOUT)
+        .client_request_timeout(HEAD_TIMEOUT)
+        .client_disconnect_timeout(LINGER_TIMEOUT)
         .on_connect_ext(|stream: &Paced<S>, data: &mut Extensions| {
             data.insert(stream.flow());
         })

@@ -1,7 +1,7 @@
 //! The MQTT session of both programs: one task that connects, subscribes, publishes and passes on received messages,
 //! and reconnects after every loss.
 //!
-//! Tasks: each connection of a program has one [`Session`]; publishers reach it by its [`MqttHandle`]. It passes
+//! Tasks: each connection of a program has one [`MqttSession`]; publishers reach it by its [`MqttHandle`]. It passes
 //! received messages to a function of the program (`bus` of the broker and of the worker), which must not block.
 //!
 //! Previous stop of an outgoing message: the `bus` room, which makes it from [`crate::wire`]; next stop: the MQTT
@@ -34,7 +34,7 @@ use self::subscriptions::Filter;
 use crate::Topic;
 
 pub use self::cause::Fault;
-pub use self::session::{Session, open, open_pair};
+pub use self::session::{MqttSession, open, open_pair};
 pub use crate::tls::TlsError;
 pub use rumqttc::{Publish, QoS};
 

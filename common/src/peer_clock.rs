@@ -10,7 +10,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 /// Differences above this, in seconds, are reported.
-const ODD: u128 = 60;
+const DIFFERENCE_SHOWN_MIN: u128 = 60;
 /// Hellos sent within this time count as one, such as those that a session sends again after it reconnects.
 const SPACING: u64 = 10;
 
@@ -27,12 +27,12 @@ pub enum Difference {
 /// The clock of another program.
 #[derive(Debug, Clone, Default)]
 pub struct PeerClock {
-    last: Option<Sample>,
-    before: Option<Sample>,
+    last: Option<ClockSample>,
+    before: Option<ClockSample>,
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Sample {
+struct ClockSample {
     sent: u64,
     ahead: i128,
 }
@@ -63,7 +63,7 @@ impl PeerClock {
         if self.last.is_some_and(|last| sent.abs_diff(last.sent) >= SPACING) {
             self.before = self.last;
         }
-        self.last = Some(Sample { sent, ahead: i128::from(sent) - i128::from(now) });
+        self.last = Some(ClockSample { sent, ahead: i128::from(sent) - i128::from(now) });
     }
 
     /// The difference, if it is more than a minute by both of the last two hellos.
@@ -71,7 +71,7 @@ impl PeerClock {
     pub fn difference(&self) -> Option<Difference> {
         let (last, before) = (self.last?.ahead, self.before?.ahead);
         let nearer = last.unsigned_abs().min(before.unsigned_abs());
-        if nearer <= ODD || last.signum() != before.signum() {
+        if nearer <= DIFFERENCE_SHOWN_MIN || last.signum() != before.signum() {
             return None;
         }
         let seconds = u64::try_from(nearer).unwrap_or(u64::MAX);

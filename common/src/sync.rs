@@ -24,7 +24,7 @@ use crate::wire::topic::Direction;
 use crate::{BrokerName, Domain, PublicKey, Topic};
 
 /// Keys of a chunk at most: about 70 kB of JSON.
-pub const CHUNK: usize = 1000;
+pub const CHUNK_KEYS_MAX: usize = 1000;
 /// The interval of requests for changes.
 const REQUEST_INTERVAL: Duration = Duration::from_secs(10);
 /// The interval of requests for all keys, in case a change was missed.
@@ -32,7 +32,7 @@ const FULL_REQUEST_INTERVAL: Duration = Duration::from_secs(3600);
 /// How long a chunk may take before its request is sent again; doubled each time, for slow lines.
 const CHUNK_TIMEOUT: Duration = Duration::from_secs(3);
 /// How often a request is sent before another broker is tried.
-const MAX_TRIES: u32 = 3;
+const TRIES_MAX: u32 = 3;
 /// How long a broker that did not answer is skipped.
 const COOLDOWN: Duration = Duration::from_secs(30);
 /// Changes from shortly before the last round are requested again: they may have been in transit.
@@ -40,9 +40,9 @@ const OVERLAP: Duration = Duration::from_secs(10);
 /// Clients that reconnect at once, after a restart of their MQTT server, spread over this time.
 const JITTER: Duration = Duration::from_secs(1);
 /// Brokers that are remembered at most.
-const MAX_BROKERS: usize = 4096;
+const BROKERS_MAX: usize = 4096;
 /// Queued events for the client at most; dropped chunks are requested again.
-const MAX_EVENTS: usize = 1024;
+const EVENTS_MAX: usize = 1024;
 
 /// The selection of brokers to ask.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -124,7 +124,7 @@ impl SyncClient {
         };
         let is_own = matches!(&self.own, Participant::Broker(own) if own == name);
         if is_own
-            || (self.brokers.len() >= MAX_BROKERS && !self.brokers.contains_key(name) && !self.evict_unresponsive())
+            || (self.brokers.len() >= BROKERS_MAX && !self.brokers.contains_key(name) && !self.evict_unresponsive())
         {
             return false;
         }
@@ -194,7 +194,7 @@ impl SyncClient {
             return None;
         }
         self.state = match std::mem::replace(&mut self.state, SyncState::Offline) {
-            SyncState::Asking(round) if round.tries < MAX_TRIES => SyncState::Asking(round),
+            SyncState::Asking(round) if round.tries < TRIES_MAX => SyncState::Asking(round),
             SyncState::Asking(round) => {
                 debug!(broker = round.broker.as_str(), "broker does not answer sync requests");
                 if let Some(broker) = self.brokers.get_mut(&round.broker) {
@@ -253,7 +253,7 @@ impl SyncClient {
         let SyncState::Asking(round) = &mut self.state else { return false };
         let is_asked = self.domains.get(round.domain).is_some_and(|domain| domain.name() == chunk.domain);
         let fits = is_asked && round.sent_at.is_some() && chunk.broker == round.broker && chunk.after == round.after;
-        if !fits || chunk.keys.len() > CHUNK {
+        if !fits || chunk.keys.len() > CHUNK_KEYS_MAX {
             return false;
         }
         // A chunk that leads back would make the round endless.
@@ -283,7 +283,7 @@ impl SyncClient {
 
 impl Round {
     fn patience(&self) -> Duration {
-        CHUNK_TIMEOUT * 2_u32.pow(self.tries.saturating_sub(1).min(MAX_TRIES))
+        CHUNK_TIMEOUT * 2_u32.pow(self.tries.saturating_sub(1).min(TRIES_MAX))
     }
 }
 
@@ -323,7 +323,7 @@ pub type SyncSender = mpsc::Sender<SyncEvent>;
 /// The queue of events to a client.
 #[must_use]
 pub fn channel() -> (SyncSender, mpsc::Receiver<SyncEvent>) {
-    mpsc::channel(MAX_EVENTS)
+    mpsc::channel(EVENTS_MAX)
 }
 
 /// Sends the requests of `client` on `bus`, and calls `take` for the keys of each chunk before it requests the next

@@ -11,8 +11,8 @@ use nix::unistd::gethostname;
 use wgkex_common::PublicKey;
 use wgkex_kernel::key_file;
 
-use crate::files::{self, Written};
-use crate::registry::{Login, Registry};
+use crate::files::{self, FileChange};
+use crate::registry::{AuthorizationHeader, RemoteRegistry};
 use crate::tunnel::{InterfaceName, Tunnel};
 
 /// What it can do.
@@ -81,8 +81,8 @@ impl Lease {
             Some(name) => name.clone(),
             None => gethostname().context("the host name")?.to_string_lossy().into_owned(),
         };
-        let login = Login::read(&self.user, &self.password_file)?;
-        let registry = Registry::new(&self.registry, login, self.ca_file.as_deref())?;
+        let login = AuthorizationHeader::read(&self.user, &self.password_file)?;
+        let registry = RemoteRegistry::new(&self.registry, login, self.ca_file.as_deref())?;
         let mut are_all_done = true;
         for server in &self.servers {
             match self.one(&registry, &name, server) {
@@ -96,7 +96,12 @@ impl Lease {
         Ok(are_all_done)
     }
 
-    fn one(&self, registry: &Registry, client: &str, server: &InterfaceName) -> anyhow::Result<(PathBuf, Written)> {
+    fn one(
+        &self,
+        registry: &RemoteRegistry,
+        client: &str,
+        server: &InterfaceName,
+    ) -> anyhow::Result<(PathBuf, FileChange)> {
         let key = key_file::load_or_make(&self.key_dir.join(format!("{server}.key")), None)?;
         let public_key = PublicKey::from_bytes(key.get_public().0)?;
         let file = self.file(server);

@@ -12,7 +12,7 @@ pub const MARK: &str = "# Written by wgkex-node, which overwrites what is change
 
 /// The result of writing a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Written {
+pub enum FileChange {
     /// The file did not exist.
     New,
     /// The file had another content.
@@ -41,12 +41,12 @@ pub fn check_ours(file: &Path) -> Result<(), FileError> {
 }
 
 /// Writes the file if its content differs, and creates its directory if that is missing.
-pub fn write(file: &Path, text: &str) -> Result<Written, FileError> {
+pub fn write(file: &Path, text: &str) -> Result<FileChange, FileError> {
     check_ours(file)?;
     let written = match content(file)? {
-        Some(content) if content == text.as_bytes() => return Ok(Written::Unchanged),
-        Some(_) => Written::Changed,
-        None => Written::New,
+        Some(content) if content == text.as_bytes() => return Ok(FileChange::Unchanged),
+        Some(_) => FileChange::Changed,
+        None => FileChange::New,
     };
     replace(file, text).map_err(|error| FileError::Io(file.into(), error))?;
     Ok(written)
@@ -77,7 +77,7 @@ fn replace(file: &Path, text: &str) -> io::Result<()> {
     fs::rename(&next, file)
 }
 
-impl fmt::Display for Written {
+impl fmt::Display for FileChange {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::New => "written",
@@ -98,7 +98,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("wireguard/s1.conf");
         let text = |body: &str| format!("{MARK}{body}");
-        for (body, expected) in [("a", Written::New), ("a", Written::Unchanged), ("b", Written::Changed)] {
+        for (body, expected) in [("a", FileChange::New), ("a", FileChange::Unchanged), ("b", FileChange::Changed)] {
             assert_eq!(write(&file, &text(body)).unwrap(), expected, "{body}");
             assert_eq!(fs::read_to_string(&file).unwrap(), text(body));
             assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);

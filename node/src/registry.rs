@@ -15,23 +15,23 @@ use wgkex_common::tls;
 use crate::tunnel::ClientConfig;
 
 /// The timeout of a call.
-const TIMEOUT: Duration = Duration::from_secs(15);
+const REGISTRY_TIMEOUT: Duration = Duration::from_secs(15);
 /// The largest answer in bytes: a config with a list of allowed-ips.
 const ANSWER_MAX: u64 = 64 * 1024;
 
 /// The `Authorization` header of each call.
-pub struct Login(String);
+pub struct AuthorizationHeader(String);
 
 /// The registry of a broker.
-pub struct Registry {
+pub struct RemoteRegistry {
     url: String,
-    login: Login,
+    login: AuthorizationHeader,
     agent: Agent,
 }
 
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
-pub enum CallError {
+pub enum RemoteCallError {
     /// The file with the password cannot be used.
     #[error("{0}: {1}")]
     Password(PathBuf, String),
@@ -61,25 +61,25 @@ pub enum CallError {
     },
 }
 
-impl Login {
+impl AuthorizationHeader {
     /// Of a user whose password is in a file.
-    pub fn read(user: &str, password_file: &Path) -> Result<Self, CallError> {
+    pub fn read(user: &str, password_file: &Path) -> Result<Self, RemoteCallError> {
         let password =
-            password_in(password_file).map_err(|problem| CallError::Password(password_file.into(), problem))?;
+            password_in(password_file).map_err(|problem| RemoteCallError::Password(password_file.into(), problem))?;
         Ok(Self(format!("Basic {}", BASE64_STANDARD.encode(format!("{user}:{password}")))))
     }
 }
 
-impl Registry {
+impl RemoteRegistry {
     /// At a broker. Its certificate is signed by one of `ca_file`, or of the system.
-    pub fn new(url: &str, login: Login, ca_file: Option<&Path>) -> Result<Self, CallError> {
+    pub fn new(url: &str, login: AuthorizationHeader, ca_file: Option<&Path>) -> Result<Self, RemoteCallError> {
         let url = url.trim_end_matches('/').to_owned();
         let is_https = url.starts_with("https://");
         if !is_https && !url.starts_with("http://") {
-            return Err(CallError::Url);
+            return Err(RemoteCallError::Url);
         }
         let mut config = Agent::config_builder().max_redirects(0).http_status_as_error(false);
-        config = config.timeout_global(Some(TIMEOUT));
+        config = config.timeout_global(Some(REGISTRY_TIMEOUT));
         if is_https {
             let certificates = match ca_file {
                 Some(file) => tls::certificates("--ca-file", file)?,
@@ -94,30 +94,31 @@ impl Registry {
 
     /// Leases an address of a server for this key, or keeps the lease that the client has; returns the config for the
     /// tunnel to the server.
-    pub fn lease(&self, client: &str, server: &str, key: &PublicKey) -> Result<ClientConfig, CallError> {
+    pub fn lease(&self, client: &str, server: &str, key: &PublicKey) -> Result<ClientConfig, RemoteCallError> {
         let new = json!({ "client_name": client, "server_name": server, "public_key": key });
         let known = json!({ "client_name": client, "server_name": server, "with_public_key": key });
         match self.config(&known) {
             Ok(config) if config.is_of(key) => return Ok(config),
             // A broker that does not know the field `with_public_key` does not return the client's key.
-            Ok(_) | Err(CallError::Refused { status: 404, .. }) => {}
+            Ok(_) | Err(RemoteCallError::Refused { status: 404, .. }) => {}
             Err(error) => return Err(error),
         }
         self.call("client/add", &new, 201)?;
         self.config(&known)
     }
 
-    fn config(&self, known: &Value) -> Result<ClientConfig, CallError> {
+    fn config(&self, known: &Value) -> Result<ClientConfig, RemoteCallError> {
         let (url, answer) = self.call("client/config", known, 200)?;
-        let refused = |error: serde_json::Error| CallError::Refused { url, status: 200, message: format!(": {error}") };
+        let refused =
+            |error: serde_json::Error| RemoteCallError::Refused { url, status: 200, message: format!(": {error}") };
         serde_json::from_str(&answer).map_err(refused)
     }
 
-    fn call(&self, route: &str, fields: &Value, expected: u16) -> Result<(String, String), CallError> {
+    fn call(&self, route: &str, fields: &Value, expected: u16) -> Result<(String, String), RemoteCallError> {
         let url = format!("{}/api/v1/{route}", self.url);
         let request = self.agent.post(&url).header("Authorization", &self.login.0);
         let request = request.header("Content-Type", "application/json");
-        let failed = |error| CallError::Connection { url: url.clone(), error };
+        let failed = |error| RemoteCallError::Connection { url: url.clone(), error };
         let mut response = request.send(fields.to_string()).map_err(failed)?;
         let body = response.body_mut().with_config().limit(ANSWER_MAX).read_to_string().map_err(failed)?;
         let status = response.status().as_u16();
@@ -127,7 +128,7 @@ impl Registry {
                 // The message is printed on a terminal: control characters are removed.
                 format!(": {}", message.chars().filter(|char| !char.is_control()).collect::<String>())
             });
-            return Err(CallError::Refused { url, status, message });
+            return Err(RemoteCallError::Refused { url, status, message });
         }
         Ok((url, body))
     }

@@ -14,7 +14,7 @@ pub mod status;
 use std::io::{self, Write as _};
 
 /// The exit code of a command that finds a problem.
-const WRONG: u8 = 3;
+const EXIT_PROBLEMS: u8 = 3;
 
 fn print(text: &str) -> io::Result<()> {
     let mut out = io::stdout().lock();

@@ -22,7 +22,7 @@ use wgkex_common::time_text::unix;
 use wgkex_common::wire::drain::Drain;
 
 /// The time between two reads of the file.
-const INTERVAL: Duration = Duration::from_secs(1);
+const FILE_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Polls the file of the drain.
 pub struct DrainWatch {
@@ -52,7 +52,7 @@ impl DrainWatch {
         let mut hangups = Hangups::listen();
         loop {
             tokio::select! {
-                () = sleep(INTERVAL) => {}
+                () = sleep(FILE_CHECK_INTERVAL) => {}
                 () = hangups.next() => {}
             }
             let file = self.file.clone();
@@ -162,7 +162,7 @@ mod tests {
             (Some(made.at(60)), false),
         ] {
             drain.send_replace(state.clone());
-            sleep(INTERVAL).await;
+            sleep(FILE_CHECK_INTERVAL).await;
             assert_eq!(events.try_recv().is_ok(), is_asked, "{state:?}");
         }
     }

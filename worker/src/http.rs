@@ -1,7 +1,7 @@
 //! `/metrics`, `/healthz`, `/readyz` and `/status.json`, for monitoring a gateway.
 //!
 //! One task, [`serve`]; each address has a server with one thread of actix's. Owner: `run` of the worker. No key passes
-//! here: each room registers its metrics in the [`Registry`] that is read here.
+//! here: each room registers its metrics in the [`MetricsRegistry`] that is read here.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::pending;
@@ -22,16 +22,16 @@ use wgkex_common::config::Listen;
 use wgkex_common::doctor::sockets::taken_by;
 use wgkex_common::http::connections::Connections;
 use wgkex_common::http::listener::{everywhere, prepare};
-use wgkex_common::http::{Server, Settings, readable};
+use wgkex_common::http::{HttpServer, HttpSettings, readable};
 use wgkex_common::mqtt::ConnectionState;
-use wgkex_common::runtime::metrics::Registry;
+use wgkex_common::runtime::metrics::MetricsRegistry;
 use wgkex_common::wire::drain::Drain;
 use wgkex_common::{Domain, RejectReason};
 
 use crate::bus::broker_clocks::ClocksOff;
 use crate::leases::ServerStatus;
-use crate::reconciler::{self, DomainState, DomainStates, Waiting};
-use crate::status::{BatchTotals, DomainStatus, KeyTotals, MqttStatus, NAME_IN_USE, PeerTotals, Status};
+use crate::reconciler::{self, DomainState, DomainStates, WaitingKeys};
+use crate::status::{BatchTotals, DomainStatus, KeyTotals, MqttStatus, NAME_IN_USE, PeerTotals, WorkerStatus};
 
 /// How long to wait before a port that is taken is tried again.
 const BIND_RETRY: Duration = Duration::from_secs(10);
@@ -40,7 +40,7 @@ const BIND_RETRY: Duration = Duration::from_secs(10);
 #[derive(Clone)]
 pub struct HttpState {
     /// The metrics of all rooms.
-    pub registry: Registry,
+    pub registry: MetricsRegistry,
     /// Whether the sessions are connected.
     pub links: [watch::Receiver<ConnectionState>; 2],
     /// Whether another program may use the client ids of the sessions.
@@ -66,7 +66,7 @@ pub struct HttpState {
     /// The metrics of the reconciler.
     pub reconciler: reconciler::Metrics,
     /// Which keys wait for the kernel.
-    pub waiting: watch::Receiver<Waiting>,
+    pub waiting: watch::Receiver<WaitingKeys>,
 }
 
 /// Serves for ever. A port that is taken is logged once and tried again: keys matter more than metrics.
@@ -93,7 +93,7 @@ pub async fn serve(listen: Listen, state: HttpState) {
 }
 
 /// A server on each address of the host that can be had.
-fn bind(listen: &Listen, state: &HttpState) -> io::Result<Vec<Server>> {
+fn bind(listen: &Listen, state: &HttpState) -> io::Result<Vec<HttpServer>> {
     if listen.host == "::" {
         return Ok(vec![server(prepare(everywhere(listen.port)?)?, state.clone())?]);
     }
@@ -105,9 +105,9 @@ fn bind(listen: &Listen, state: &HttpState) -> io::Result<Vec<Server>> {
     }
 }
 
-fn server(listener: TcpListener, state: HttpState) -> io::Result<Server> {
-    let settings = Settings { threads: 1, tls: None, drain: Duration::ZERO };
-    wgkex_common::http::server(listener, settings, &Connections::few(), move || {
+fn server(listener: TcpListener, state: HttpState) -> io::Result<HttpServer> {
+    let settings = HttpSettings { threads: 1, tls: None, drain: Duration::ZERO };
+    wgkex_common::http::server(listener, settings, &Connections::for_few_clients(), move || {
         App::new()
             .app_data(Data::new(state.clone()))
             .service(readable("/metrics", text))
@@ -123,7 +123,7 @@ async fn healthz() -> HttpResponse {
 
 /// Ready if keys arrive and every domain can be used; else each reason is a line.
 async fn readyz(state: Data<HttpState>) -> HttpResponse {
-    let (mut answer, mut text) = match state.unready() {
+    let (mut answer, mut text) = match state.not_ready_reason() {
         None => (HttpResponse::Ok(), "ready\n".to_owned()),
         Some(reasons) => (HttpResponse::ServiceUnavailable(), reasons),
     };
@@ -135,7 +135,7 @@ async fn readyz(state: Data<HttpState>) -> HttpResponse {
 
 impl HttpState {
     /// Why this worker is not ready, each reason in a line; none if it is ready.
-    pub fn unready(&self) -> Option<String> {
+    pub fn not_ready_reason(&self) -> Option<String> {
         let down = self.mqtt_down().map(|reason| format!("MQTT: {reason}"));
         let domains = self.domains.borrow();
         let unusable = domains.iter().filter_map(|(domain, state)| match state {
@@ -160,9 +160,9 @@ impl HttpState {
         self.name_suspects.iter().any(|suspect| *suspect.borrow())
     }
 
-    fn status(&self, now: Instant) -> Status {
+    fn status(&self, now: Instant) -> WorkerStatus {
         let (cause, waiting, metrics) = (self.mqtt_down(), *self.waiting.borrow(), &self.reconciler);
-        let mut status = Status {
+        let mut status = WorkerStatus {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             worker: self.name.clone(),
             pid: std::process::id(),

@@ -41,8 +41,8 @@ use wgkex_common::access_lists::records_file;
 use wgkex_common::access_lists::service::{self, ListService};
 use wgkex_common::config::MqttAddress;
 use wgkex_common::mqtt::presence::Reporter;
-use wgkex_common::mqtt::{MqttHandle, Session};
-use wgkex_common::runtime::metrics::Registry;
+use wgkex_common::mqtt::{MqttHandle, MqttSession};
+use wgkex_common::runtime::metrics::MetricsRegistry;
 use wgkex_common::runtime::reload::{self, KeyUse};
 use wgkex_common::runtime::service_manager::{self, Watched};
 use wgkex_common::runtime::services::Services;
@@ -69,7 +69,7 @@ use crate::reconciler::{Reconciler, ReconcilerHandle, ReconcilerParts, Reports};
 /// How long the MQTT server may take to acknowledge the status offline.
 const FAREWELL_TIMEOUT: Duration = Duration::from_secs(1);
 /// How often to check which published keys and addresses of other gateways have been stable long enough to be reserved.
-const TICK: Duration = Duration::from_secs(10);
+const STABLE_CHECK_INTERVAL: Duration = Duration::from_secs(10);
 /// How long a session may take to disconnect, and the disk to take the last changes.
 const STOP_TIMEOUT: Duration = Duration::from_millis(500);
 
@@ -129,7 +129,7 @@ struct Worker {
 
 /// Each room's metrics.
 struct Metrics {
-    registry: Registry,
+    registry: MetricsRegistry,
     bus: bus::Metrics,
     lists: ListMetrics,
     reconciler: reconciler::Metrics,
@@ -191,7 +191,7 @@ pub async fn run<K: Kernel>(
     };
     let servers = lease_task.as_ref().map_or_else(|| watch::Sender::default().subscribe(), LeaseTask::states);
     let clocks = BrokerClocks::default();
-    let (drain, clocks_off) = (watch_drain.receiver(), clocks.off());
+    let (drain, clocks_off) = (watch_drain.receiver(), clocks.clocks_off());
     let worker = Worker { config, metrics, lists, reconciler, bus, confirmations, drain, clocks_off, servers };
 
     let watched = [
@@ -233,7 +233,7 @@ impl Worker {
     fn start_bus(
         &self,
         services: &mut Services,
-        [session, confirming]: [Session; 2],
+        [session, confirming]: [MqttSession; 2],
         reports: Reports,
         reserved: watch::Sender<Reserved>,
         leases: LeaseSender,
@@ -305,13 +305,13 @@ impl Worker {
         services
             .background()
             .spawn("worker_listen", |_| http::serve(listen, served))
-            .spawn("the service manager", |_| service_manager::run(watched, move || state.unready()));
+            .spawn("the service manager", |_| service_manager::run(watched, move || state.not_ready_reason()));
     }
 }
 
 impl Metrics {
     fn register(config: &Config) -> Result<Self, prometheus::Error> {
-        let registry = Registry::default();
+        let registry = MetricsRegistry::default();
         let version = registry.gauges(
             "wgkex_worker_build_info",
             "Always 1; the label says which program this is.",
@@ -344,7 +344,7 @@ async fn publish(mut publisher: Publisher, stop: impl Future<Output = ()>) {
 /// long enough.
 async fn tick(reserved: watch::Sender<Reserved>) {
     loop {
-        sleep(TICK).await;
+        sleep(STABLE_CHECK_INTERVAL).await;
         reserved.send_modify(Reserved::tick);
     }
 }

@@ -7,7 +7,7 @@ use prometheus::Error;
 use wgkex_common::access_lists::metrics::ListMetrics;
 use wgkex_common::access_lists::service::ListUpdate;
 use wgkex_common::access_lists::{List, Verdict};
-use wgkex_common::runtime::metrics::Registry;
+use wgkex_common::runtime::metrics::MetricsRegistry;
 
 use crate::reconciler::ReconcilerHandle;
 
@@ -23,7 +23,7 @@ pub fn apply(reconciler: ReconcilerHandle, metrics: ListMetrics) -> impl FnMut(L
 }
 
 /// Registers the lists' metrics.
-pub fn register(registry: &Registry) -> Result<ListMetrics, Error> {
+pub fn register(registry: &MetricsRegistry) -> Result<ListMetrics, Error> {
     Ok(ListMetrics {
         damaged: registry.gauges("wgkex_worker_lists_damaged", "1 while a list cannot be read.", &["list"])?,
         keys: registry.gauges("wgkex_worker_list_keys", "Keys on each list.", &["list"])?,

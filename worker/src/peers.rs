@@ -136,7 +136,7 @@ impl KnownPeers {
             entry.observe(peer, now, since_last_read);
             let is_free = || !reserved.has_key(key) && !networks.iter().any(|network| has_address(reserved, network));
             let may_be_ours = is_free() || (entry.is_routers() && !reserved.lists(key));
-            let ownership = entry.judge(desired.as_ref(), peer, may_be_ours);
+            let ownership = entry.set_ownership(desired.as_ref(), peer, may_be_ours);
             if ownership == Ownership::Foreign {
                 owners.add_foreign(*key, peer.allowed_ips.iter().copied());
             }
@@ -234,7 +234,7 @@ impl KnownPeers {
         let pending = self.pending.get(key);
         let arrived = standing.map(|entry| entry.arrived).or_else(|| Some(pending?.arrived))?;
         let established = standing.is_some_and(PeerEntry::is_established)
-            || pending.is_some_and(|pending| pending.elsewhere.is_some());
+            || pending.is_some_and(|pending| pending.handshake_elsewhere.is_some());
         Some(KeyRecord { last: arrived.into(), established })
     }
 

@@ -7,7 +7,7 @@ use nix::sys::prctl;
 use nix::unistd::{Gid, Uid, User, getresgid, getresuid, setgid, setgroups, setuid};
 
 /// The one privilege that changes by netlink need (capabilities(7)).
-const NEEDED: Capability = Capability::CAP_NET_ADMIN;
+const NEEDED_CAPABILITY: Capability = Capability::CAP_NET_ADMIN;
 
 /// Drops all privileges but `CAP_NET_ADMIN`, and becomes `user` if one is named. Must be called before there is another
 /// thread: each thread has its own privileges.
@@ -18,7 +18,7 @@ pub fn keep_only_needed(user: Option<&str>) -> anyhow::Result<()> {
         "started setuid or setgid, which would lend its privileges to whoever starts it: take those bits off the file"
     );
     ensure!(
-        caps::has_cap(None, CapSet::Effective, NEEDED).context("capabilities")?,
+        caps::has_cap(None, CapSet::Effective, NEEDED_CAPABILITY).context("capabilities")?,
         "CAP_NET_ADMIN is missing: run as root, or with AmbientCapabilities=CAP_NET_ADMIN in the systemd unit"
     );
     drop_bounding().context("bounding capabilities")?;
@@ -32,7 +32,9 @@ pub fn keep_only_needed(user: Option<&str>) -> anyhow::Result<()> {
 /// Drops the capabilities that a child process could gain again; only a process that may set capabilities can do that.
 fn drop_bounding() -> Result<(), caps::errors::CapsError> {
     if caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP)? {
-        for capability in caps::read(None, CapSet::Bounding)?.into_iter().filter(|capability| *capability != NEEDED) {
+        for capability in
+            caps::read(None, CapSet::Bounding)?.into_iter().filter(|capability| *capability != NEEDED_CAPABILITY)
+        {
             caps::drop(None, CapSet::Bounding, capability)?;
         }
     }
@@ -54,7 +56,7 @@ fn become_user(name: &str) -> anyhow::Result<()> {
 
 /// The unit leaves no other privilege, and forbids capset(2).
 fn drop_others() -> Result<(), caps::errors::CapsError> {
-    let needed = CapsHashSet::from([NEEDED]);
+    let needed = CapsHashSet::from([NEEDED_CAPABILITY]);
     caps::clear(None, CapSet::Ambient)?;
     // The remaining ones have no effect: they would only apply to an executed program with file capabilities.
     let _ = caps::clear(None, CapSet::Inheritable);

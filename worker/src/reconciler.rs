@@ -26,14 +26,14 @@ use wgkex_common::PublicKey;
 use wgkex_common::wire::message::Age;
 
 pub use self::domain::preview;
-pub use self::handle::{ReconcilerHandle, Waiting};
+pub use self::handle::{ReconcilerHandle, WaitingKeys};
 pub use self::metrics::{DROPPED, Metrics};
 pub use self::reports::{DomainState, DomainStates, Reports};
 pub use self::task::{Reconciler, ReconcilerParts};
 use crate::peers::Clocks;
 
 /// Live keys with their ages.
-type Snapshot = BTreeMap<PublicKey, Age>;
+type KeySnapshot = BTreeMap<PublicKey, Age>;
 
 /// The monotonic clock, which tests can pause.
 fn clock() -> Instant {

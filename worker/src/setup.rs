@@ -18,13 +18,13 @@ use caps::{CapSet, Capability};
 use ipnet::IpNet;
 use nix::errno::Errno;
 use tracing::info;
-use wgkex_common::config::{Hub, Server, Setup};
+use wgkex_common::config::{HubSettings, ServerSettings, Setup};
 use wgkex_common::{Config, Domain, KeyError, PublicKey};
 use wgkex_kernel::key_file::KeyFileError;
 use wgkex_kernel::links::{Link, LinkKind, Links, VxlanAttributes};
 use wgkex_kernel::{Backend, Key, forwarding, wireguard};
 
-use self::differences::{Actual, Desired, SetupStep, Shape, VXLAN_ADDRESS, Vxlan, Wireguard, differences};
+use self::differences::{Actual, Desired, SetupStep, VXLAN_ADDRESS, Vxlan, VxlanSettings, Wireguard, differences};
 use self::link::WireguardLink;
 
 /// Why the setup failed. Each error is one line that names the interface or the file.
@@ -92,7 +92,7 @@ pub async fn setup(config: &Config, backend: Backend) -> Result<(), Error> {
     let links = open(&config.setup)?;
     let mut plans = Vec::new();
     for (domain, setup) in &config.setup {
-        let site = Site { links: &links, domain, backend };
+        let site = LocalDomain { links: &links, domain, backend };
         let (key, steps) = site.plan(setup).await?;
         plans.push((site, key, steps));
     }
@@ -127,12 +127,12 @@ pub async fn remove(config: &Config) -> Result<(), Error> {
     let links = open(&config.setup)?;
     let mut doomed = Vec::new();
     for domain in config.setup.keys() {
-        let site = Site { links: &links, domain, backend: Backend::Kernel };
+        let site = LocalDomain { links: &links, domain, backend: Backend::Kernel };
         doomed.extend(site.vxlan().await?.map(|_| (domain.vxlan(), None)));
         doomed.extend(site.wireguard().await?.map(|(_, backend)| (domain.wireguard(), Some(backend))));
     }
-    let servers = config.servers.values().map(|Server { interface, .. }| interface);
-    for interface in servers.chain(config.hub.iter().map(|Hub { interface, .. }| interface)) {
+    let servers = config.servers.values().map(|ServerSettings { interface, .. }| interface);
+    for interface in servers.chain(config.hub.iter().map(|HubSettings { interface, .. }| interface)) {
         let link = WireguardLink { links: &links, name: interface, backend: Backend::Kernel };
         doomed.extend(link.find().await?.map(|(_, backend)| (interface.clone(), Some(backend))));
     }
@@ -176,13 +176,13 @@ fn open(domains: &BTreeMap<Domain, Setup>) -> Result<Links, Error> {
 }
 
 /// A domain on this machine.
-struct Site<'a> {
+struct LocalDomain<'a> {
     links: &'a Links,
     domain: &'a Domain,
     backend: Backend,
 }
 
-impl Site<'_> {
+impl LocalDomain<'_> {
     async fn plan(&self, setup: &Setup) -> Result<(Key, Vec<SetupStep>), Error> {
         let (actual, current) = self.find().await?;
         let interface = self.domain.wireguard();
@@ -220,7 +220,7 @@ impl Site<'_> {
             });
         }
         if let Some((link, attributes)) = self.vxlan().await? {
-            let shape = Shape::of(&attributes, index);
+            let shape = VxlanSettings::of(&attributes, index);
             actual.vxlan = Some(Vxlan { shape, addresses: link.addresses, up: link.up });
         }
         Ok((actual, current))

@@ -1,6 +1,6 @@
 //! The state that a worker reports on one screen, and as `/status.json`: no keys, no addresses. No IO.
 //!
-//! [`crate::http`] makes a [`Status`] from the state of the rooms; [`crate::cli`] shows it.
+//! [`crate::http`] makes a [`WorkerStatus`] from the state of the rooms; [`crate::cli`] shows it.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -19,7 +19,7 @@ pub const NAME_IN_USE: &str = "MQTT: another program may use this worker's name,
 
 /// The state of a worker at one instant.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Status {
+pub struct WorkerStatus {
     /// The version of the program.
     pub version: String,
     /// The worker's name on the bus.
@@ -134,7 +134,7 @@ pub struct BatchTotals {
     pub seconds: f64,
 }
 
-/// The changes from one [`Status`] to a later one, per second.
+/// The changes from one [`WorkerStatus`] to a later one, per second.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Rates {
     /// Keys that arrived.
@@ -143,7 +143,7 @@ pub struct Rates {
     pub batches: f64,
 }
 
-impl Status {
+impl WorkerStatus {
     /// Derives the problems from the other fields.
     #[must_use]
     pub fn find_problems(&self) -> Vec<String> {
@@ -276,7 +276,7 @@ fn uptime(seconds: u64) -> String {
 mod tests {
     use super::*;
 
-    fn well() -> Status {
+    fn well() -> WorkerStatus {
         let domain = DomainStatus {
             wireguard: "wg-welt".into(),
             vxlan: "vx-welt".into(),
@@ -285,7 +285,7 @@ mod tests {
             port: Some(40011),
             peers: PeerTotals { connected: 3, idle: 2, never_connected: 1, stale: 4 },
         };
-        Status {
+        WorkerStatus {
             version: "1".into(),
             worker: "gw01".into(),
             pid: 7,
@@ -314,7 +314,7 @@ mod tests {
 
     #[test]
     fn each_thing_that_is_wrong_is_one_line() {
-        type Spoil = fn(&mut Status);
+        type Spoil = fn(&mut WorkerStatus);
         let table: [(Spoil, &str); 9] = [
             (
                 |status| status.clocks_off.extend([("b1".to_owned(), Difference::Behind(3_600))]),
@@ -352,7 +352,7 @@ mod tests {
         }
     }
 
-    fn down(status: &mut Status, reason: Option<&str>) {
+    fn down(status: &mut WorkerStatus, reason: Option<&str>) {
         for domain in status.domains.values_mut() {
             (domain.up, domain.reason) = (false, reason.map(str::to_owned));
         }
@@ -361,14 +361,14 @@ mod tests {
     #[test]
     fn the_screen_has_all_of_it_and_colours_only_if_asked() {
         let before = well();
-        let mut now = Status { keys: KeyTotals { received: 40, ..before.keys }, ..well() };
+        let mut now = WorkerStatus { keys: KeyTotals { received: 40, ..before.keys }, ..well() };
         now.batches.batches = 14;
         now.problems = vec!["MQTT: refused".into()];
         now.peers_drained = 12;
         now.drain = Some(Drain { since: 0, until: None, reason: Some("kernel".into()), deadline: None });
         let rates = now.rates(&before, Duration::from_secs(2));
         assert_eq!(rates, Some(Rates { keys: 10.0, batches: 5.0 }));
-        assert_eq!(Status { pid: 8, ..well() }.rates(&before, Duration::from_secs(2)), None, "it was restarted");
+        assert_eq!(WorkerStatus { pid: 8, ..well() }.rates(&before, Duration::from_secs(2)), None, "it was restarted");
         let screen = now.screen(rates, Style::Plain);
         for text in [
             "worker gw01, version 1, up 3 min: 1 problem\n",

@@ -6,7 +6,7 @@ use std::pin::pin;
 use std::task::{Context, Poll, Waker};
 
 use ipnet::IpNet;
-use wgkex_common::runtime::metrics::Registry;
+use wgkex_common::runtime::metrics::MetricsRegistry;
 use wgkex_common::{Domain, PublicKey};
 use wgkex_kernel::{Interface, PeerConfig, PresharedKey};
 
@@ -78,7 +78,7 @@ impl Profile for Leases {
 }
 
 /// Fails unless each of these lines is in the text.
-pub fn assert_has(registry: &Registry, lines: &[&str]) {
+pub fn assert_has(registry: &MetricsRegistry, lines: &[&str]) {
     let text = String::from_utf8(registry.text().unwrap()).unwrap();
     for line in lines {
         assert!(text.lines().any(|found| found == *line), "{line} is missing in\n{text}");

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use nix::sched::{CloneFlags, unshare};
 use tempfile::TempDir;
 use wgkex_common::address::tenants::TenantNetworks;
-use wgkex_common::config::{Hub, Setup};
+use wgkex_common::config::{HubSettings, Setup};
 use wgkex_common::{Config, Domain, PublicKey};
 use wgkex_kernel::Backend;
 use wgkex_worker::setup::{Error, remove, setup};
@@ -77,7 +77,7 @@ async fn makes_hub(place: &Place) {
     let rules = || run("ip rule show; ip -6 rule show");
     run("ip rule add from 192.0.2.0/24 lookup 100 pref 5183");
     let before = rules();
-    let hub = |pool: &[&str]| Hub {
+    let hub = |pool: &[&str]| HubSettings {
         interface: "wg-hub".into(),
         key_file: place.key_file("hub"),
         listen_port: 40012,
@@ -106,7 +106,7 @@ async fn makes_hub(place: &Place) {
     }
     // It is deleted by removing everything, by a setup without it, and by a setup with another interface.
     let config = |interface: &str| {
-        let hub = Hub { interface: interface.into(), ..hub(&["10.64.0.0/16"]) };
+        let hub = HubSettings { interface: interface.into(), ..hub(&["10.64.0.0/16"]) };
         Config { hub: Some(hub), ..place.config.clone() }
     };
     setup(&config("wg-other"), place.backend).await.unwrap();

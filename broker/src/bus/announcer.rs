@@ -22,7 +22,7 @@ use crate::bus::problem_log::ProblemLog;
 use crate::bus::subscriber::{hello, status};
 use crate::exchange::handle::InFlightHandle;
 use crate::fleet::Fleet;
-use crate::registry::holder::Holder;
+use crate::registry::holder::RegistryHolder;
 
 /// The shortest time between two hellos: changes of the lists within it share one hello.
 const HELLO_INTERVAL: Duration = Duration::from_millis(200);
@@ -41,7 +41,7 @@ pub struct Announcer {
     broker: BrokerName,
     domains: Vec<String>,
     tenants: Option<watch::Receiver<Served>>,
-    registry: Holder,
+    registry: RegistryHolder,
     instance: u64,
     bus: MqttHandle,
     keys: MqttHandle,
@@ -97,7 +97,7 @@ impl Announcer {
             broker: (&config.name).into(),
             domains: config.domains.iter().map(Domain::to_string).collect(),
             tenants: None,
-            registry: Holder::default(),
+            registry: RegistryHolder::default(),
             instance: fastrand::u64(..),
             connections: [bus.connection_state(), keys.connection_state()],
             bus,
@@ -116,7 +116,7 @@ impl Announcer {
     }
 
     /// The hello also announces that this broker serves tenants, and that it has a registry, its own or a shared one.
-    pub fn with_served(self, tenants: Option<watch::Receiver<Served>>, registry: Holder) -> Self {
+    pub fn with_served(self, tenants: Option<watch::Receiver<Served>>, registry: RegistryHolder) -> Self {
         Self { tenants, registry, ..self }
     }
 

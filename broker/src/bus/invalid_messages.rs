@@ -9,10 +9,10 @@ use wgkex_common::wire::message::{Hello, WorkerData};
 use wgkex_common::wire::topic::{Direction, Owner};
 use wgkex_common::{Topic, WorkerName};
 
-use crate::bus::MAX_LOGGED_GATEWAYS;
+use crate::bus::LOGGED_GATEWAYS_MAX;
 
 /// The most topics of a gateway that are remembered.
-const MAX_TOPICS: usize = 64;
+const TOPICS_MAX: usize = 64;
 
 /// The topics whose last message was invalid.
 #[derive(Debug, Default)]
@@ -57,9 +57,9 @@ impl InvalidMessages {
 
     /// Remembers the error; true if it is to be logged.
     fn is_news(&mut self, gateway: &WorkerName, topic: &Topic, cause: &str, now: Instant) -> bool {
-        if self.gateways.len() >= MAX_LOGGED_GATEWAYS && !self.gateways.contains_key(gateway) {
+        if self.gateways.len() >= LOGGED_GATEWAYS_MAX && !self.gateways.contains_key(gateway) {
             self.gateways.retain(|_, known| !known.budget.is_over(now));
-            if self.gateways.len() >= MAX_LOGGED_GATEWAYS {
+            if self.gateways.len() >= LOGGED_GATEWAYS_MAX {
                 return false;
             }
         }
@@ -69,7 +69,7 @@ impl InvalidMessages {
         let is_known = known.by_topic.get(topic).is_some_and(|known| known == cause);
         if is_known
             || known.budget.is_spent()
-            || (known.by_topic.len() >= MAX_TOPICS && !known.by_topic.contains_key(topic))
+            || (known.by_topic.len() >= TOPICS_MAX && !known.by_topic.contains_key(topic))
         {
             return false;
         }
@@ -130,14 +130,14 @@ mod tests {
             invalid.is_news(&name("gw"), &topic("d"), "x", now + Duration::from_secs(161)),
             "it was right meanwhile"
         );
-        for n in 0..2 * MAX_LOGGED_GATEWAYS {
+        for n in 0..2 * LOGGED_GATEWAYS_MAX {
             let _ = invalid.is_news(&name(&n.to_string()), &topic("a"), "x", now + Duration::from_secs(161));
         }
-        for n in 0..2 * MAX_TOPICS {
+        for n in 0..2 * TOPICS_MAX {
             let _ =
                 invalid.is_news(&name("gw"), &topic(&n.to_string()), "x", now + Duration::from_secs(1_000 * n as u64));
         }
-        assert!(invalid.gateways.len() <= MAX_LOGGED_GATEWAYS && invalid.gateways["gw"].by_topic.len() <= MAX_TOPICS);
+        assert!(invalid.gateways.len() <= LOGGED_GATEWAYS_MAX && invalid.gateways["gw"].by_topic.len() <= TOPICS_MAX);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use prometheus::{Error, IntCounter, IntCounterVec, IntGauge};
 use wgkex_common::wire::ignored::Ignored;
 
-use crate::metrics::Registry;
+use crate::metrics::MetricsRegistry;
 
 /// Clones count into the same ones.
 #[derive(Debug, Clone)]
@@ -18,7 +18,7 @@ pub struct Metrics {
 
 impl Metrics {
     /// Registers them, each at 0.
-    pub fn register(registry: &Registry) -> Result<Self, Error> {
+    pub fn register(registry: &MetricsRegistry) -> Result<Self, Error> {
         Ok(Self {
             messages_ignored: registry.counters_of(
                 "wgkex_broker_mqtt_messages_ignored_total",
@@ -40,7 +40,7 @@ mod tests {
 
     #[test]
     fn every_series_is_there_from_the_start() {
-        let registry = Registry::default();
+        let registry = MetricsRegistry::default();
         Metrics::register(&registry).unwrap();
         assert_has(&registry, &["wgkex_broker_mqtt_connected 0"]);
     }

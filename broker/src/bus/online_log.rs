@@ -9,7 +9,7 @@ use tracing::{info, warn};
 use wgkex_common::WorkerName;
 use wgkex_common::runtime::line_budget::LineBudget;
 
-use crate::bus::MAX_LOGGED_GATEWAYS;
+use crate::bus::LOGGED_GATEWAYS_MAX;
 use crate::fleet::status::Offline;
 
 /// Logs whether gateways are online; changes beyond the [`LineBudget`] are logged as one, when its period is over.
@@ -89,7 +89,7 @@ fn log(worker: &WorkerName, state: &LoggedState) {
 
 impl GatewayLogs {
     fn is_line_due(&mut self, worker: &WorkerName, state: &LoggedState, now: Instant) -> bool {
-        if self.0.len() >= MAX_LOGGED_GATEWAYS && !self.0.contains_key(worker) {
+        if self.0.len() >= LOGGED_GATEWAYS_MAX && !self.0.contains_key(worker) {
             return false;
         }
         let new = || GatewayLog { state: state.clone(), logged: None, budget: LineBudget::new(now) };
@@ -158,9 +158,9 @@ mod tests {
     #[test]
     fn what_is_remembered_is_bounded() {
         let (mut log, now) = (GatewayLogs::default(), Instant::now());
-        let lines = (0..2 * MAX_LOGGED_GATEWAYS)
+        let lines = (0..2 * LOGGED_GATEWAYS_MAX)
             .filter(|n| log.is_line_due(&name(&n.to_string()), &LoggedState::Online, now))
             .count();
-        assert_eq!((lines, log.0.len()), (MAX_LOGGED_GATEWAYS, MAX_LOGGED_GATEWAYS));
+        assert_eq!((lines, log.0.len()), (LOGGED_GATEWAYS_MAX, LOGGED_GATEWAYS_MAX));
     }
 }

@@ -10,7 +10,7 @@ use crate::fleet::status::{Problem, ProblemKind};
 
 /// How long a problem lasts before it is logged: after a start the states of gateways arrive within seconds, and a
 /// restart of a gateway is no problem.
-const GRACE: Duration = Duration::from_secs(10);
+const LOG_DELAY: Duration = Duration::from_secs(10);
 
 /// The current problems, and which of them are logged.
 #[derive(Debug)]
@@ -35,7 +35,7 @@ struct KnownProblem {
 
 /// A line in the log.
 #[derive(Debug, PartialEq, Eq)]
-struct Line {
+struct ProblemLine {
     text: String,
     is_over: bool,
 }
@@ -49,7 +49,7 @@ impl ProblemLog {
     /// Replaces the current problems, and logs the changes. While `is_synced` is false, without the retained states,
     /// problems of the fleet are unknown.
     pub fn update(&mut self, problems: impl IntoIterator<Item = Problem>, is_synced: bool, now: Instant) {
-        for Line { text, is_over } in self.lines(problems, is_synced, now) {
+        for ProblemLine { text, is_over } in self.lines(problems, is_synced, now) {
             if is_over {
                 info!("over: {text}");
             } else {
@@ -58,7 +58,12 @@ impl ProblemLog {
         }
     }
 
-    fn lines(&mut self, problems: impl IntoIterator<Item = Problem>, is_synced: bool, now: Instant) -> Vec<Line> {
+    fn lines(
+        &mut self,
+        problems: impl IntoIterator<Item = Problem>,
+        is_synced: bool,
+        now: Instant,
+    ) -> Vec<ProblemLine> {
         let mut before = std::mem::take(&mut self.known);
         for Problem { kind, subject, text } in problems.into_iter().filter(|problem| is_logged_here(problem.kind)) {
             let id = ProblemId { kind, subject };
@@ -73,12 +78,12 @@ impl ProblemLog {
                 let since = if known.is_logged { known.since } else { now };
                 self.known.insert(id, KnownProblem { since, ..known });
             } else if known.is_logged {
-                lines.push(Line { text: known.text, is_over: true });
+                lines.push(ProblemLine { text: known.text, is_over: true });
             }
         }
         self.clashes.renew(now);
         for (id, known) in &mut self.known {
-            let is_due = !known.is_logged && now.saturating_duration_since(known.since) >= GRACE;
+            let is_due = !known.is_logged && now.saturating_duration_since(known.since) >= LOG_DELAY;
             if !is_due || (id.kind.needs_states() && !is_synced) || (id.kind.is_clash() && self.clashes.is_spent()) {
                 continue;
             }
@@ -86,7 +91,7 @@ impl ProblemLog {
                 self.clashes.spend();
             }
             known.is_logged = true;
-            lines.push(Line { text: known.text.clone(), is_over: false });
+            lines.push(ProblemLine { text: known.text.clone(), is_over: false });
         }
         lines
     }

@@ -15,9 +15,9 @@ use crate::bus::sync_queue::SyncQueue;
 /// A worker requests keys every 10 seconds. A worker without a request for this long may run an older version now.
 const REQUEST_LIFETIME: Duration = Duration::from_secs(60);
 /// The most workers, and the most brokers, that are remembered.
-const MAX_NAMES: usize = 4096;
+const NAMES_MAX: usize = 4096;
 /// The longest name of a domain in a request, in bytes.
-const MAX_DOMAIN: usize = 255;
+const DOMAIN_MAX: usize = 255;
 
 /// The programs that request keys on topics of their own, and the queue of requests to answer.
 #[derive(Debug)]
@@ -76,7 +76,7 @@ impl Requesters {
     }
 
     fn enqueue(&self, requester: Requester, request: SyncRequest) -> Result<(), Ignored> {
-        if request.domain.len() > MAX_DOMAIN {
+        if request.domain.len() > DOMAIN_MAX {
             return Err(Ignored::Payload);
         }
         self.requests.push(requester, request);
@@ -84,10 +84,10 @@ impl Requesters {
     }
 
     fn on_worker(&mut self, worker: &WorkerName, now: Instant) {
-        if self.workers.len() >= MAX_NAMES && !self.workers.contains_key(worker) {
+        if self.workers.len() >= NAMES_MAX && !self.workers.contains_key(worker) {
             self.workers.retain(|_, requested| is_recent(*requested, now));
         }
-        if self.workers.len() < MAX_NAMES || self.workers.contains_key(worker) {
+        if self.workers.len() < NAMES_MAX || self.workers.contains_key(worker) {
             self.workers.insert(worker.clone(), now);
         }
     }
@@ -96,7 +96,7 @@ impl Requesters {
     pub fn on_broker(&mut self, broker: &BrokerName, hello: Option<&Hello>) {
         if !hello.is_some_and(Hello::names_requests) {
             self.brokers.remove(broker);
-        } else if self.brokers.len() < MAX_NAMES {
+        } else if self.brokers.len() < NAMES_MAX {
             self.brokers.insert(broker.clone());
         }
     }
@@ -151,7 +151,7 @@ mod tests {
         assert_eq!(is_answered(requesters.by_anybody(request(other, None))), (true, true));
         assert_eq!(is_answered(requesters.by_anybody(request(worker, None))), (false, false));
         let long =
-            SyncRequest { domain: "d".repeat(MAX_DOMAIN + 1), ..request(Participant::Worker(name("old")), None) };
+            SyncRequest { domain: "d".repeat(DOMAIN_MAX + 1), ..request(Participant::Worker(name("old")), None) };
         assert_eq!(is_answered(requesters.by_anybody(long)), (false, false));
         let no_name = r#"{"from":{"worker":"a/b"},"domain":"d","after":null,"younger_than":null}"#;
         assert!(serde_json::from_str::<SyncRequest>(no_name).is_err());
@@ -182,11 +182,11 @@ mod tests {
     #[test]
     fn the_programs_that_are_remembered_are_bounded() {
         let ((mut requesters, _requests), now) = (requesters(), Instant::now());
-        for n in 0..2 * MAX_NAMES {
+        for n in 0..2 * NAMES_MAX {
             requesters.on_worker(&name(&n.to_string()), now);
             requesters.on_broker(&n.to_string().parse().unwrap(), Some(&Hello::broker(Vec::new(), 1)));
         }
-        assert_eq!((requesters.workers.len(), requesters.brokers.len()), (MAX_NAMES, MAX_NAMES));
+        assert_eq!((requesters.workers.len(), requesters.brokers.len()), (NAMES_MAX, NAMES_MAX));
         requesters.on_worker(&name("later"), now + REQUEST_LIFETIME);
         assert_eq!(requesters.workers.len(), 1);
     }

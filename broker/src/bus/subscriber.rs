@@ -28,12 +28,12 @@ use crate::exchange::handle::InFlightHandle;
 use crate::fleet::Fleet;
 use crate::fleet::gateways::Gateways;
 use crate::fleet::revocation::PendingRevocations;
-use crate::registry::holder::Holder;
-use crate::registry::lease_events::{LeaseEvent, LeaseSender};
+use crate::registry::holder::RegistryHolder;
+use crate::registry::lease_events::{RegistryEvent, RegistryEventSender};
 use crate::tenants::{TenantEvent, TenantEventSender};
 
 /// The most keys in one message of a worker: twice as many as one of ours puts into it.
-const MAX_KEYS: usize = 4_096;
+const KEYS_MAX: usize = 4_096;
 
 /// The session that receives messages of workers. A worker on the same machine has the host name as its client id, so
 /// the broker's is another.
@@ -98,7 +98,7 @@ pub struct Primary {
     /// Receives which brokers are online; none without tenants.
     pub tenants: Option<TenantEventSender>,
     /// Receives the same for the registry.
-    pub registry: Holder,
+    pub registry: RegistryHolder,
     /// The metrics.
     pub metrics: Metrics,
 }
@@ -246,11 +246,11 @@ pub struct Secondary {
     /// Requests for keys.
     pub requesters: Requesters,
     /// Servers of workers, and requests for their leases; none without a registry.
-    pub leases: Option<LeaseSender>,
+    pub leases: Option<RegistryEventSender>,
     /// Tenants of other brokers; none without tenants here.
     pub tenants: Option<TenantEventSender>,
     /// Registries of other brokers.
-    pub registry: Holder,
+    pub registry: RegistryHolder,
     /// Receives messages that are published under this broker's name.
     pub reporter: Reporter,
     /// The metrics.
@@ -322,14 +322,14 @@ impl Secondary {
                 let servers: AnnouncedServers = json(&publish.payload)?;
                 let servers = servers.bounded().ok_or(Ignored::Payload)?;
                 self.on_tenants(TenantEvent::Hub(worker.clone(), servers.hub.clone()));
-                self.on_leases(LeaseEvent::Announced(worker, servers));
+                self.on_leases(RegistryEvent::Announced(worker, servers));
             }
         } else if let Topic::LeaseRequests { worker } = topic {
             let request: LeaseRequest = json(&publish.payload)?;
             if request.server == HUB {
                 self.on_tenants(TenantEvent::LeaseRequest(worker, request));
             } else {
-                self.on_leases(LeaseEvent::Requested(worker, request));
+                self.on_leases(RegistryEvent::Requested(worker, request));
             }
         } else if let Topic::BrokerTenants { .. } = topic {
             self.on_tenants(TenantEvent::Frame(json(&publish.payload)?));
@@ -352,7 +352,7 @@ impl Secondary {
     }
 
     /// An event for which the queue has no room is dropped: workers announce servers and request leases again.
-    fn on_leases(&self, event: LeaseEvent) {
+    fn on_leases(&self, event: RegistryEvent) {
         if let Some(leases) = &self.leases {
             let _ = leases.try_send(event);
         }
@@ -365,7 +365,7 @@ fn topic(publish: &Publish) -> Result<Topic, Ignored> {
 
 /// A long message of one worker must not delay those of the others.
 fn check_size(keys: usize) -> Result<(), Ignored> {
-    if keys <= MAX_KEYS { Ok(()) } else { Err(Ignored::Payload) }
+    if keys <= KEYS_MAX { Ok(()) } else { Err(Ignored::Payload) }
 }
 
 impl Metrics {
@@ -392,12 +392,12 @@ pub fn receive_anything(topic: &str, payload: &[u8], retained: bool) {
 
     let yaml = "domains: [ff_a]\ndomain_prefixes: [ff_]\nlive_keys: {max: 10}\nstate_dir: /nonexistent";
     let (Ok(config), Ok(metrics)) =
-        (Config::parse("", yaml, "b"), Metrics::register(&crate::metrics::Registry::default()))
+        (Config::parse("", yaml, "b"), Metrics::register(&crate::metrics::MetricsRegistry::default()))
     else {
         return;
     };
     let own = BrokerName::from(&config.name);
-    let Ok((_keeper, lists)) = ListService::open(&config, Participant::Broker(own.clone())) else { return };
+    let Ok((_service, lists)) = ListService::open(&config, Participant::Broker(own.clone())) else { return };
     let live = LiveKeys::new(&config, Keys::new(), WriteBuffer::default(), Instant::now());
     let fleet = Fleet::new(Gateways::new(&config), live);
     let (reporter, _presence_events) = Reporter::new(Participant::Broker(own.clone()));
@@ -412,7 +412,7 @@ pub fn receive_anything(topic: &str, payload: &[u8], retained: bool) {
         online_log: OnlineLog::default(),
         invalid: InvalidMessages::default(),
         tenants: None,
-        registry: Holder::default(),
+        registry: RegistryHolder::default(),
         metrics: metrics.clone(),
     };
     primary.on_event(Event::Message(publish.clone()));

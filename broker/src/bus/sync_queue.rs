@@ -12,8 +12,8 @@ use wgkex_common::wire::message::{Requester, SyncRequest};
 
 /// The most requesters with a topic of their own, and the most requests on the shared topic. One too many is dropped: its
 /// sender sends it again.
-const MAX_REQUESTERS: usize = 4096;
-const MAX_SHARED: usize = 1024;
+const REQUESTERS_MAX: usize = 4096;
+const SHARED_MAX: usize = 1024;
 /// A requester pauses for this many times as long as its chunk took to collect: so it uses a fifth of one core at most.
 const PAUSE_FACTOR: u32 = 4;
 /// The most bytes a second for a requester, 60,000 keys: every client waits for the messages that the broker publishes.
@@ -25,13 +25,13 @@ pub struct SyncQueue(Arc<QueueState>);
 
 #[derive(Debug, Default)]
 struct QueueState {
-    turns: Mutex<Turns>,
+    queues: Mutex<RequestQueues>,
     has_request: Notify,
 }
 
 /// The requests by requester.
 #[derive(Debug, Default)]
-struct Turns {
+struct RequestQueues {
     requests: BTreeMap<Requester, VecDeque<SyncRequest>>,
     /// The requesters with requests, in the order of their turns.
     order: VecDeque<Requester>,
@@ -41,7 +41,7 @@ struct Turns {
 
 /// The next step of the sync server.
 #[derive(Debug, PartialEq, Eq)]
-enum Turn {
+enum NextStep {
     Answer(Requester, SyncRequest),
     /// Every requester that waits pauses until then.
     Pause(Instant),
@@ -53,30 +53,30 @@ impl SyncQueue {
     /// Queues a request. It replaces one of the same program that waits: a client sends the next one when it has its chunk, or
     /// gave that up.
     pub fn push(&self, requester: Requester, request: SyncRequest) {
-        self.0.turns.lock().push(requester, request);
+        self.0.queues.lock().push(requester, request);
         self.0.has_request.notify_one();
     }
 
     /// The next request, once there is one.
     pub async fn next(&self) -> (Requester, SyncRequest) {
         loop {
-            let turn = self.0.turns.lock().next(Instant::now());
+            let turn = self.0.queues.lock().next(Instant::now());
             match turn {
-                Turn::Answer(requester, request) => return (requester, request),
-                Turn::Pause(until) => {
+                NextStep::Answer(requester, request) => return (requester, request),
+                NextStep::Pause(until) => {
                     tokio::select! {
                         () = sleep_until(until.into()) => {}
                         () = self.0.has_request.notified() => {}
                     }
                 }
-                Turn::Idle => self.0.has_request.notified().await,
+                NextStep::Idle => self.0.has_request.notified().await,
             }
         }
     }
 
     /// A requester got its chunk of so many bytes, which took so long to collect.
     pub fn on_answered(&self, requester: Requester, took: Duration, bytes: usize) {
-        self.0.turns.lock().pause(requester, Instant::now() + pause(took, bytes));
+        self.0.queues.lock().pause(requester, Instant::now() + pause(took, bytes));
     }
 }
 
@@ -85,25 +85,25 @@ fn pause(took: Duration, bytes: usize) -> Duration {
     (PAUSE_FACTOR * took).max(Duration::from_micros(1_000_000 * bytes as u64 / BYTES_PER_SECOND))
 }
 
-impl Turns {
+impl RequestQueues {
     fn push(&mut self, requester: Requester, request: SyncRequest) {
         if let Some(waiting) = self.requests.get_mut(&requester) {
             if let Some(before) = waiting.iter_mut().find(|waiting| waiting.from == request.from) {
                 *before = request;
-            } else if waiting.len() < MAX_SHARED {
+            } else if waiting.len() < SHARED_MAX {
                 waiting.push_back(request);
             }
-        } else if self.requests.len() < MAX_REQUESTERS {
+        } else if self.requests.len() < REQUESTERS_MAX {
             self.order.push_back(requester.clone());
             self.requests.insert(requester, [request].into());
         }
     }
 
-    fn next(&mut self, now: Instant) -> Turn {
+    fn next(&mut self, now: Instant) -> NextStep {
         self.pauses.retain(|_, until| *until > now);
         let Some(place) = self.order.iter().position(|requester| !self.pauses.contains_key(requester)) else {
             let soonest = self.order.iter().filter_map(|requester| self.pauses.get(requester)).min();
-            return soonest.map_or(Turn::Idle, |until| Turn::Pause(*until));
+            return soonest.map_or(NextStep::Idle, |until| NextStep::Pause(*until));
         };
         let turn = self.order.remove(place).and_then(|requester| {
             let waiting = self.requests.get_mut(&requester)?;
@@ -113,9 +113,9 @@ impl Turns {
             } else {
                 self.order.push_back(requester.clone());
             }
-            Some(Turn::Answer(requester, request))
+            Some(NextStep::Answer(requester, request))
         });
-        turn.unwrap_or(Turn::Idle)
+        turn.unwrap_or(NextStep::Idle)
     }
 
     fn pause(&mut self, requester: Requester, until: Instant) {
@@ -127,9 +127,9 @@ impl Turns {
 impl SyncQueue {
     /// Takes the next request, if there is one.
     pub fn take(&self) -> Option<SyncRequest> {
-        match self.0.turns.lock().next(Instant::now()) {
-            Turn::Answer(_, request) => Some(request),
-            Turn::Pause(_) | Turn::Idle => None,
+        match self.0.queues.lock().next(Instant::now()) {
+            NextStep::Answer(_, request) => Some(request),
+            NextStep::Pause(_) | NextStep::Idle => None,
         }
     }
 }
@@ -150,14 +150,14 @@ mod tests {
         SyncRequest { from: worker(from), to: None, domain: "d".into(), after: None, younger_than: Some(n) }
     }
 
-    fn push(turns: &mut Turns, from: &str, n: u64) {
-        turns.push(Requester::Named(worker(from)), request(from, n));
+    fn push(queues: &mut RequestQueues, from: &str, n: u64) {
+        queues.push(Requester::Named(worker(from)), request(from, n));
     }
 
     /// The next requests: the sender and the number of each.
-    fn drain(turns: &mut Turns, now: Instant) -> Vec<(String, u64)> {
+    fn drain(queues: &mut RequestQueues, now: Instant) -> Vec<(String, u64)> {
         let mut drained = Vec::new();
-        while let Turn::Answer(_, request) = turns.next(now) {
+        while let NextStep::Answer(_, request) = queues.next(now) {
             drained.push((request.from.name().to_owned(), request.younger_than.unwrap()));
         }
         drained
@@ -165,28 +165,28 @@ mod tests {
 
     #[test]
     fn a_requester_waits_for_one_chunk_of_each_other_however_many_requests_these_send() {
-        let (mut turns, now) = (Turns::default(), Instant::now());
+        let (mut queues, now) = (RequestQueues::default(), Instant::now());
         for n in 0..10_000 {
-            push(&mut turns, "thief", n);
-            turns.push(Requester::Shared, request(&format!("made-up-{}", n % 3), n));
+            push(&mut queues, "thief", n);
+            queues.push(Requester::Shared, request(&format!("made-up-{}", n % 3), n));
         }
-        push(&mut turns, "gw", 1);
-        push(&mut turns, "gw", 2);
+        push(&mut queues, "gw", 1);
+        push(&mut queues, "gw", 2);
         let expected = [("thief", 9_999), ("made-up-0", 9_999), ("gw", 2), ("made-up-1", 9_997), ("made-up-2", 9_998)];
-        assert_eq!(drain(&mut turns, now), expected.map(|(from, n)| (from.to_owned(), n)));
-        assert_eq!(turns.next(now), Turn::Idle);
+        assert_eq!(drain(&mut queues, now), expected.map(|(from, n)| (from.to_owned(), n)));
+        assert_eq!(queues.next(now), NextStep::Idle);
     }
 
     #[test]
     fn a_requester_pauses_for_its_chunk_and_delays_nobody() {
-        let (mut turns, now) = (Turns::default(), Instant::now());
-        turns.pause(Requester::Named(worker("thief")), now + 20 * MS);
-        push(&mut turns, "thief", 1);
-        assert_eq!(turns.next(now), Turn::Pause(now + 20 * MS));
-        push(&mut turns, "gw", 2);
-        assert_eq!(drain(&mut turns, now + 19 * MS), [("gw".to_owned(), 2)]);
-        assert_eq!(drain(&mut turns, now + 20 * MS), [("thief".to_owned(), 1)]);
-        assert!(turns.pauses.is_empty());
+        let (mut queues, now) = (RequestQueues::default(), Instant::now());
+        queues.pause(Requester::Named(worker("thief")), now + 20 * MS);
+        push(&mut queues, "thief", 1);
+        assert_eq!(queues.next(now), NextStep::Pause(now + 20 * MS));
+        push(&mut queues, "gw", 2);
+        assert_eq!(drain(&mut queues, now + 19 * MS), [("gw".to_owned(), 2)]);
+        assert_eq!(drain(&mut queues, now + 20 * MS), [("thief".to_owned(), 1)]);
+        assert!(queues.pauses.is_empty());
     }
 
     #[test]
@@ -197,12 +197,12 @@ mod tests {
 
     #[test]
     fn what_waits_is_bounded() {
-        let (mut turns, now) = (Turns::default(), Instant::now());
-        for n in 0..2 * MAX_REQUESTERS {
-            turns.push(Requester::Shared, request(&n.to_string(), 0));
-            push(&mut turns, &n.to_string(), 0);
+        let (mut queues, now) = (RequestQueues::default(), Instant::now());
+        for n in 0..2 * REQUESTERS_MAX {
+            queues.push(Requester::Shared, request(&n.to_string(), 0));
+            push(&mut queues, &n.to_string(), 0);
         }
-        assert_eq!(drain(&mut turns, now).len(), MAX_REQUESTERS - 1 + MAX_SHARED);
-        assert!(turns.requests.is_empty() && turns.order.is_empty());
+        assert_eq!(drain(&mut queues, now).len(), REQUESTERS_MAX - 1 + SHARED_MAX);
+        assert!(queues.requests.is_empty() && queues.order.is_empty());
     }
 }

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use wgkex_common::Config;
 use wgkex_common::time_text::utc;
 
-use crate::cli::http_client::{BrokerClient, Call, TIMEOUT};
+use crate::cli::http_client::{BROKER_TIMEOUT, BrokerCall, BrokerClient};
 use crate::cli::key_reports;
 use crate::cli::table::Colours;
 use crate::cli::{MAKE_ENDS, complain};
@@ -238,38 +238,50 @@ impl AdminCommand {
             Self::Drain { deadline: Some(_), .. } => bail!("deadline: {NO_DEADLINE}"),
             Self::Drain { gateway, reason, lasts, deadline: None, change } => {
                 let body = json!({ "gateway": gateway, "reason": reason, "for": lasts });
-                change.make(file, Call::post("/v1/drain", &body), |answer| drained(answer, true))
+                change.make(file, BrokerCall::post("/v1/drain", &body), |answer| drained(answer, true))
             }
             Self::Undrain { gateway, change } => {
                 let body = json!({ "gateway": gateway });
-                change.make(file, Call::post("/v1/undrain", &body), |answer| drained(answer, false))
+                change.make(file, BrokerCall::post("/v1/undrain", &body), |answer| drained(answer, false))
             }
-            Self::Revoke { about, change } => change.make(file, Call::post("/v1/revoke", &about.fields(None)), outcome),
+            Self::Revoke { about, change } => {
+                change.make(file, BrokerCall::post("/v1/revoke", &about.fields(None)), outcome)
+            }
             Self::Unrevoke { key, change } => {
-                change.make(file, Call::post("/v1/unrevoke", &json!({ "key": key })), outcome)
+                change.make(file, BrokerCall::post("/v1/unrevoke", &json!({ "key": key })), outcome)
             }
             Self::Allow { about, domain, remove, change } => {
                 let fields = about.fields(domain.as_deref());
-                change.make(file, Call { method: method(remove), ..Call::post("/v1/lists/allow", &fields) }, outcome)
+                change.make(
+                    file,
+                    BrokerCall { method: method(remove), ..BrokerCall::post("/v1/lists/allow", &fields) },
+                    outcome,
+                )
             }
             Self::Trust { about, remove, change } => {
                 let fields = about.fields(None);
-                change.make(file, Call { method: method(remove), ..Call::post("/v1/lists/trusted", &fields) }, outcome)
+                change.make(
+                    file,
+                    BrokerCall { method: method(remove), ..BrokerCall::post("/v1/lists/trusted", &fields) },
+                    outcome,
+                )
             }
             Self::List { list, domain, name, json, call } => {
                 let list = list.and_then(|list| list.to_possible_value()).map(|list| list.get_name().to_owned());
-                let answer =
-                    call.make(file, Call::get(&path("/v1/keys", &[("list", list), ("domain", domain), ("q", name)])))?;
+                let answer = call.make(
+                    file,
+                    BrokerCall::get(&path("/v1/keys", &[("list", list), ("domain", domain), ("q", name)])),
+                )?;
                 Ok((if json { format!("{answer:#}\n") } else { table(&answer) }, ExitCode::SUCCESS))
             }
             Self::Where { key, json, call } => {
-                let answer = call.make(file, Call::get(&path("/v1/where", &[("key", Some(key))])))?;
+                let answer = call.make(file, BrokerCall::get(&path("/v1/where", &[("key", Some(key))])))?;
                 let text = |answer| Ok(key_reports::found(&serde_json::from_value(answer)?));
                 Ok((if json { format!("{answer:#}\n") } else { of_this_version(answer, text)? }, ExitCode::SUCCESS))
             }
             Self::Explain { key, domain, json, call } => {
                 let answer =
-                    call.make(file, Call::get(&path("/v1/explain", &[("key", Some(key)), ("domain", domain)])))?;
+                    call.make(file, BrokerCall::get(&path("/v1/explain", &[("key", Some(key)), ("domain", domain)])))?;
                 let text = |answer| Ok(key_reports::explained(&serde_json::from_value(answer)?, Colours::of_stdout()));
                 Ok((if json { format!("{answer:#}\n") } else { of_this_version(answer, text)? }, ExitCode::SUCCESS))
             }
@@ -293,7 +305,7 @@ impl ChangeArgs {
     fn make(
         &self,
         file: Option<&Path>,
-        call: Call<'_>,
+        call: BrokerCall<'_>,
         text: impl FnOnce(&Value) -> String,
     ) -> anyhow::Result<(String, ExitCode)> {
         let answer = self.call.make(file, call)?;
@@ -307,14 +319,14 @@ impl ChangeArgs {
 
 impl ConnectionArgs {
     /// Sends the call to the broker on this machine.
-    fn make(&self, file: Option<&Path>, call: Call<'_>) -> anyhow::Result<Value> {
+    fn make(&self, file: Option<&Path>, call: BrokerCall<'_>) -> anyhow::Result<Value> {
         let config = Config::load(file)?;
         if config.admin_token_hash.is_none() {
             bail!(
                 "admin_token_hash is not set in the config, so the broker takes no admin calls (wgkex-broker admin-token)"
             );
         }
-        BrokerClient::for_admin(&config, &self.token()?, TIMEOUT).send(call)
+        BrokerClient::for_admin(&config, &self.token()?, BROKER_TIMEOUT).send(call)
     }
 
     fn token(&self) -> anyhow::Result<String> {

@@ -12,13 +12,13 @@ use anyhow::Context as _;
 use clap::Args;
 use tokio::runtime::Builder;
 use wgkex_common::config::{Https, Listen, MqttAddress, MqttListen, Role};
-use wgkex_common::doctor::access::{Access, Identity, Need, Unknown, find};
+use wgkex_common::doctor::access::{FileAccess, Identity, Need, Unknown, find};
 use wgkex_common::doctor::bus::{MqttFacts, Rights};
 use wgkex_common::doctor::clock::{ClockFacts, is_synchronised};
 use wgkex_common::doctor::files::{FileFacts, ListFacts, StateFacts};
 use wgkex_common::doctor::identity::{self, Sources};
 use wgkex_common::doctor::{self, Program, sockets};
-use wgkex_common::mqtt::trial::{self, Retained};
+use wgkex_common::mqtt::trial::{self, RetainedPublish};
 use wgkex_common::{BrokerName, Config, Topic, WorkerName};
 
 use crate::bus::subscriber;
@@ -31,7 +31,7 @@ use crate::tenants::tokens;
 use crate::tls;
 
 /// How long the running broker may take to answer.
-const TIMEOUT: Duration = Duration::from_secs(5);
+const STATUS_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The command `doctor`.
 #[derive(Debug, Clone, Args)]
@@ -57,7 +57,7 @@ impl Doctor {
         let mqtt = runtime.block_on(mqtt(config));
         // A server whose name does not resolve must not keep the process from its end.
         runtime.shutdown_background();
-        let running = ask(&BrokerClient::for_anybody(config, TIMEOUT)).map(|sample| sample.status);
+        let running = ask(&BrokerClient::for_anybody(config, STATUS_TIMEOUT)).map(|sample| sample.status);
         let running = running.map_err(|error| format!("{error:#}"));
         let pid = running.as_ref().ok().and_then(broker_process);
         let sources = Sources { named: self.user.as_deref(), pid, config: None };
@@ -134,10 +134,14 @@ fn certificate(
     let name = user.map_or_else(|unknown| &unknown.name, |user| &user.name);
     let accesses = [file, key_file].map(|path| (path, find(path, user, Need::Read)));
     let denied = accesses.iter().find_map(|(path, access)| match access {
-        Access::Denied(reason) => Some(format!("{name} cannot read {}: {reason}", path.display())),
-        Access::Granted | Access::Creatable | Access::OnlyFor(_) | Access::OnlyWhileRunning | Access::Unseen(_) => None,
+        FileAccess::Denied(reason) => Some(format!("{name} cannot read {}: {reason}", path.display())),
+        FileAccess::Granted
+        | FileAccess::Creatable
+        | FileAccess::OnlyFor(_)
+        | FileAccess::OnlyWhileRunning
+        | FileAccess::Unseen(_) => None,
     });
-    let credential = accesses.iter().find(|(_, access)| *access == Access::OnlyWhileRunning);
+    let credential = accesses.iter().find(|(_, access)| *access == FileAccess::OnlyWhileRunning);
     let validity = match credential {
         Some(_) => Ok(None),
         None => tls::validity(section, file, key_file).map(Some).map_err(|error| error.to_string()),
@@ -180,7 +184,7 @@ async fn mqtt(config: &Config) -> Option<MqttFacts<BusFacts>> {
 }
 
 /// The workers of which such a topic is retained.
-fn workers(retained: &[Retained], is_it: fn(&Topic) -> bool) -> BTreeSet<String> {
+fn workers(retained: &[RetainedPublish], is_it: fn(&Topic) -> bool) -> BTreeSet<String> {
     let topics = retained.iter().filter_map(|retained| Topic::parse(&retained.topic));
     topics.filter(is_it).filter_map(|topic| Some(worker_of(&topic)?.as_str().to_owned())).collect()
 }

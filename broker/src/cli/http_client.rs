@@ -12,7 +12,7 @@ use wgkex_common::config::Listen;
 use wgkex_common::http::client::agent;
 
 /// How long the broker may take to accept the connection, and for each part of its answer.
-pub const TIMEOUT: Duration = Duration::from_secs(15);
+pub const BROKER_TIMEOUT: Duration = Duration::from_secs(15);
 /// The largest answer, in bytes: larger ones are none of a broker's.
 const ANSWER_MAX: u64 = 256 << 20;
 
@@ -29,7 +29,7 @@ pub struct BrokerClient {
 
 /// A call.
 #[derive(Debug, Clone, Copy)]
-pub struct Call<'a> {
+pub struct BrokerCall<'a> {
     /// GET, POST or DELETE.
     pub method: &'a str,
     /// Path and query.
@@ -38,7 +38,7 @@ pub struct Call<'a> {
     pub body: Option<&'a Value>,
 }
 
-impl<'a> Call<'a> {
+impl<'a> BrokerCall<'a> {
     /// Requests `path`.
     #[must_use]
     pub fn get(path: &'a str) -> Self {
@@ -84,7 +84,7 @@ impl BrokerClient {
 
     /// Sends one HTTP request and reads the answer, which has to be JSON, or empty for null; the error is the broker's,
     /// or describes the failure.
-    pub fn send(&self, Call { method, path, body }: Call<'_>) -> anyhow::Result<Value> {
+    pub fn send(&self, BrokerCall { method, path, body }: BrokerCall<'_>) -> anyhow::Result<Value> {
         let (address, key, hint) = (self.address(), self.key, self.hint);
         let url = format!("http://{address}{path}");
         let authorization = self.authorization.as_ref();
@@ -153,7 +153,7 @@ mod tests {
         });
         let config = config(&format!("{{host: 0.0.0.0, port: {port}}}"));
         let client = BrokerClient::for_admin(&config, "t", Duration::from_millis(500));
-        let result = client.send(Call { method: "DELETE", path: "/v1/lists/allow", body: Some(&json!({})) });
+        let result = client.send(BrokerCall { method: "DELETE", path: "/v1/lists/allow", body: Some(&json!({})) });
         drop(server.join());
         result.map_err(|error| format!("{error:#}").replace(&format!("127.0.0.1:{port}"), "HERE"))
     }
@@ -195,13 +195,13 @@ mod tests {
         let port = listener.local_addr().unwrap().port();
         drop(listener);
         let config = config(&format!("{{host: \"::1\", port: {port}}}"));
-        let error = |client: BrokerClient| format!("{:#}", client.send(Call::get("/")).unwrap_err());
+        let error = |client: BrokerClient| format!("{:#}", client.send(BrokerCall::get("/")).unwrap_err());
         let expected = format!(
             "no broker answers on [::1]:{port} (broker_listen): is it running, and with this config?: Connection refused \
              (os error 111)"
         );
-        assert_eq!(error(BrokerClient::for_anybody(&config, TIMEOUT)), expected);
-        let admin = error(BrokerClient::for_admin(&config, "t", TIMEOUT));
+        assert_eq!(error(BrokerClient::for_anybody(&config, BROKER_TIMEOUT)), expected);
+        let admin = error(BrokerClient::for_admin(&config, "t", BROKER_TIMEOUT));
         assert!(admin.starts_with(&format!("no broker answers on [::1]:{port} (admin_listen): ")), "{admin}");
         assert!(admin.contains("admin_token_hash") && !admin.contains("Bearer"), "{admin}");
     }

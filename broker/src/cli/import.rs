@@ -12,7 +12,7 @@ use ureq::Agent;
 use wgkex_common::config::password_in;
 use wgkex_common::http::client::agent;
 
-use crate::cli::http_client::TIMEOUT;
+use crate::cli::http_client::BROKER_TIMEOUT;
 use crate::cli::registry_json::{addresses_by_key, peerings, text_of};
 
 /// The largest answer, in bytes.
@@ -35,14 +35,14 @@ pub struct ImportArgs {
 }
 
 /// The other broker.
-pub struct Origin {
+pub struct OtherRegistry {
     url: String,
     authorization: String,
     agent: Agent,
 }
 
 /// The clients and servers of the other broker.
-pub struct OriginClients {
+pub struct OtherClients {
     /// The fields of `client/add` for each client with an address, which it is to have here, too.
     pub new: Vec<Value>,
     /// The names of its servers.
@@ -51,7 +51,7 @@ pub struct OriginClients {
     peerings: BTreeSet<(String, String)>,
 }
 
-impl OriginClients {
+impl OtherClients {
     /// Those of the clients here that are not there, with the name of the server, which is there.
     pub fn missing<'a>(&self, clients: &'a Value) -> Vec<(&'a str, &'a str)> {
         let here = peerings(clients).map(|(name, peering)| (name, text_of(&peering["server"])));
@@ -64,19 +64,19 @@ impl OriginClients {
 
 impl ImportArgs {
     /// The broker that they name.
-    pub fn open(self) -> anyhow::Result<Origin> {
+    pub fn open(self) -> anyhow::Result<OtherRegistry> {
         let Self { url, user, password_file, prune: _ } = self;
         ensure!(url.starts_with("http://"), "{url} must begin with http://: that broker has no HTTPS of its own");
         let password = password_in(&password_file);
         let password = password.map_err(anyhow::Error::msg).with_context(|| password_file.display().to_string())?;
         let authorization = format!("Basic {}", STANDARD.encode(format!("{user}:{password}")));
-        Ok(Origin { url: url.trim_end_matches('/').to_owned(), authorization, agent: agent(TIMEOUT) })
+        Ok(OtherRegistry { url: url.trim_end_matches('/').to_owned(), authorization, agent: agent(BROKER_TIMEOUT) })
     }
 }
 
-impl Origin {
+impl OtherRegistry {
     /// Its clients.
-    pub fn clients(&self) -> anyhow::Result<OriginClients> {
+    pub fn clients(&self) -> anyhow::Result<OtherClients> {
         let of_all = self.get("server/list_all", &json!({}))?;
         let clients = self.get("client/list_all", &json!({}))?;
         let servers: BTreeSet<_> = peerings(&clients).map(|(_, peering)| text_of(&peering["server"])).collect();
@@ -86,7 +86,7 @@ impl Origin {
         });
         let addresses: BTreeMap<_, _> = addresses.collect::<anyhow::Result<_>>()?;
         let peering = |(name, peering): (&str, &Value)| (name.to_owned(), text_of(&peering["server"]).to_owned());
-        Ok(OriginClients {
+        Ok(OtherClients {
             new: peerings(&clients).filter_map(|(name, peering)| new_client(name, peering, &addresses)).collect(),
             servers: of_all.as_object().into_iter().flatten().map(|(name, _)| name.clone()).collect(),
             peerings: peerings(&clients).map(peering).collect(),

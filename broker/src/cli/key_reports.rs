@@ -8,7 +8,7 @@ use crate::cli::table::{Cell, Colours, Tone, table};
 use crate::fleet::live_keys::KeyState;
 use crate::fleet::status::{age, printable};
 use crate::http::key_reports::{
-    Access, ExplainReport, ExplainedDomain, InFlightKey, KeyInDomain, ListedKey, WhereReport,
+    ExplainReport, ExplainedDomain, InFlightKey, KeyAdmission, KeyInDomain, ListedKey, WhereReport,
 };
 
 /// Where a key is: a few lines for each domain.
@@ -39,10 +39,10 @@ fn in_domain(text: &mut String, found: &KeyInDomain) {
         None => "not live",
     };
     let access = match access {
-        Access::Allowed => "",
-        Access::Trusted => ", trusted",
-        Access::NotAllowlisted => ", refused: not on the list allow",
-        Access::Denied => ", denied",
+        KeyAdmission::Allowed => "",
+        KeyAdmission::Trusted => ", trusted",
+        KeyAdmission::NotAllowlisted => ", refused: not on the list allow",
+        KeyAdmission::Denied => ", denied",
     };
     let _ = writeln!(text, "{}: {state}{access}", printable(domain));
     let ago = |seconds: &Option<u64>| seconds.map(|seconds| format!("{} ago", age(seconds)));
@@ -124,7 +124,7 @@ fn explained_domain(explained: &ExplainedDomain, colours: Colours) -> String {
             "{domain}: the key is not live here, so the limits of new keys count, also that of its address"
         );
     }
-    let row = |each: &crate::fleet::status::Standing| {
+    let row = |each: &crate::fleet::status::GatewayRating| {
         let is_chosen = gateway.as_ref() == Some(&each.name);
         let note = match (&each.unfit, &each.last_resort) {
             (Some(unfit), _) => format!("not possible: {unfit}"),

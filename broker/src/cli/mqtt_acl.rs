@@ -10,15 +10,15 @@ use wgkex_common::config::Role;
 use wgkex_common::wire::name::BrokerName;
 
 use crate::cli::MAKE_ENDS;
-use crate::mqtt_server::acl::{Operation, filters};
+use crate::mqtt_server::acl::{TopicOperation, filters};
 
 /// For which server and which users.
 #[derive(Debug, Args)]
 #[command(after_help = MAKE_ENDS)]
 pub struct MqttAcl {
     /// For which server
-    #[arg(long, value_enum, default_value_t = Format::Mosquitto)]
-    format: Format,
+    #[arg(long, value_enum, default_value_t = AclFormat::Mosquitto)]
+    format: AclFormat,
     /// The user name of the brokers
     #[arg(long, value_name = "NAME", default_value = "wgkex-broker")]
     broker: BrokerName,
@@ -26,7 +26,7 @@ pub struct MqttAcl {
 
 /// The servers whose format is known.
 #[derive(Debug, Clone, Copy, ValueEnum)]
-enum Format {
+enum AclFormat {
     /// The file named by `acl_file` in mosquitto.conf
     Mosquitto,
     /// The file acl.conf of EMQX
@@ -44,8 +44,8 @@ impl MqttAcl {
         let workers = config.workers.keys().map(|name| (name.as_str(), Role::Worker));
         let users = workers.chain([(broker, Role::Broker)]);
         Ok(match self.format {
-            Format::Mosquitto => mosquitto(users),
-            Format::Emqx => emqx(users),
+            AclFormat::Mosquitto => mosquitto(users),
+            AclFormat::Emqx => emqx(users),
         })
     }
 }
@@ -55,7 +55,7 @@ fn mosquitto<'a>(users: impl Iterator<Item = (&'a str, Role)>) -> String {
     let mut text = String::from("# Made by wgkex-broker mqtt-acl. For mosquitto.conf: acl_file FILE\n");
     for (name, role) in users {
         let _ = write!(text, "\nuser {name}\n");
-        for (operation, word) in [(Operation::Publish, "write"), (Operation::Subscribe, "read")] {
+        for (operation, word) in [(TopicOperation::Publish, "write"), (TopicOperation::Subscribe, "read")] {
             for filter in filters(role, operation, name) {
                 let _ = writeln!(text, "topic {word} {filter}");
             }
@@ -69,7 +69,7 @@ fn emqx<'a>(users: impl Iterator<Item = (&'a str, Role)>) -> String {
     let mut text =
         String::from("%% Made by wgkex-broker mqtt-acl. For EMQX: the file of the authorization source \"file\".\n");
     for (name, role) in users {
-        for operation in Operation::ALL {
+        for operation in TopicOperation::ALL {
             let (word, filters) = (operation.word(), filters(role, operation, name));
             let _ = writeln!(text, "{{allow, {{user, {name:?}}}, {word}, {filters:?}}}.");
         }

@@ -18,8 +18,8 @@ use serde_json::{Value, json};
 use wgkex_common::Config;
 use wgkex_common::config::Listen;
 
-use crate::cli::http_client::{BrokerClient, Call, TIMEOUT};
-use crate::cli::import::{ImportArgs, OriginClients};
+use crate::cli::http_client::{BROKER_TIMEOUT, BrokerCall, BrokerClient};
+use crate::cli::import::{ImportArgs, OtherClients};
 use crate::cli::print_or_complain;
 use crate::cli::registry_json::{addresses_by_key, peerings, text_of};
 use crate::cli::table::{Cell, Colours, table};
@@ -287,11 +287,11 @@ impl RegistryClient {
             bail!("registry.enabled is not true in the config, so the broker has no registry");
         };
         let password = password(registry)?;
-        Ok(Self(BrokerClient::for_registry(&config, &registry.user, &password, TIMEOUT)))
+        Ok(Self(BrokerClient::for_registry(&config, &registry.user, &password, BROKER_TIMEOUT)))
     }
 
     fn call(&self, route: &str, fields: &Value) -> anyhow::Result<Value> {
-        self.0.send(Call::post(&format!("/api/v1/{route}"), fields))
+        self.0.send(BrokerCall::post(&format!("/api/v1/{route}"), fields))
     }
 
     fn client_config(&self, client: &str, server: &str) -> anyhow::Result<Value> {
@@ -312,7 +312,7 @@ impl RegistryClient {
 
     /// Adds clients, and names those that cannot be. Those that are not there are removed before that, as others may have their
     /// addresses there, or are named.
-    fn import(&self, origin: &OriginClients, prunes: bool) -> anyhow::Result<String> {
+    fn import(&self, origin: &OtherClients, prunes: bool) -> anyhow::Result<String> {
         let here = self.call("client/list_all", &json!({}))?;
         let missing = origin.missing(&here);
         if prunes {

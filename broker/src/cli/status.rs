@@ -12,17 +12,17 @@ use clap::Args;
 use serde_json::Value;
 use wgkex_common::Config;
 
-use crate::cli::http_client::{BrokerClient, Call, TIMEOUT};
+use crate::cli::http_client::{BROKER_TIMEOUT, BrokerCall, BrokerClient};
 use crate::cli::table::{Cell, Colours, Tone, table};
 use crate::cli::{complain, print};
-use crate::fleet::status::{DomainStatus, GatewayStatus, Problem, ProblemKind, age, printable};
-use crate::http::status::{Durations, KeyStatus, PATH, Status};
+use crate::fleet::status::{DomainGateways, GatewayStatus, Problem, ProblemKind, age, printable};
+use crate::http::status::{Durations, KeyStatus, STATUS_PATH, Status};
 use crate::mqtt_server::RefusedClient;
 use crate::registry::RegistryStatus;
 use crate::tenants::TenantStatus;
 
 /// The exit code when the broker was reached, and something is wrong.
-const WRONG: u8 = 3;
+const EXIT_PROBLEMS: u8 = 3;
 /// How often `--watch` reads the status.
 const WATCH_INTERVAL: Duration = Duration::from_secs(2);
 /// Moves the cursor of a terminal to its first place, and clears the screen.
@@ -57,7 +57,7 @@ pub struct GatewaysCommand {
 }
 
 /// An answer of the broker, and its time.
-pub(super) struct Sample {
+pub(super) struct StatusSample {
     at: Instant,
     json: Value,
     pub(super) status: Status,
@@ -68,7 +68,7 @@ impl GatewaysCommand {
     #[must_use]
     pub fn run(self, file: Option<&Path>) -> ExitCode {
         let printed = client(file).and_then(|client| {
-            let Sample { json, status, .. } = ask(&client)?;
+            let StatusSample { json, status, .. } = ask(&client)?;
             let text = if self.json {
                 format!("{:#}\n", json["gateways"])
             } else {
@@ -104,7 +104,7 @@ impl StatusCommand {
     fn watch(&self, client: &BrokerClient) -> anyhow::Result<ExitCode> {
         let colours = Colours::of_stdout();
         let is_terminal = io::IsTerminal::is_terminal(&io::stdout());
-        let mut before: Option<Sample> = None;
+        let mut before: Option<StatusSample> = None;
         loop {
             let sample = ask(client);
             let text = match &sample {
@@ -125,15 +125,15 @@ impl StatusCommand {
 }
 
 fn client(file: Option<&Path>) -> anyhow::Result<BrokerClient> {
-    Ok(BrokerClient::for_anybody(&Config::load(file)?, TIMEOUT))
+    Ok(BrokerClient::for_anybody(&Config::load(file)?, BROKER_TIMEOUT))
 }
 
 /// Requests the status of the broker.
-pub(super) fn ask(client: &BrokerClient) -> anyhow::Result<Sample> {
-    let json = client.send(Call::get(PATH))?;
+pub(super) fn ask(client: &BrokerClient) -> anyhow::Result<StatusSample> {
+    let json = client.send(BrokerCall::get(STATUS_PATH))?;
     let at = Instant::now();
     let status = serde_json::from_value(json.clone()).context("the broker's status is of another version")?;
-    Ok(Sample { at, json, status })
+    Ok(StatusSample { at, json, status })
 }
 
 fn or_failure(result: anyhow::Result<ExitCode>) -> ExitCode {
@@ -144,11 +144,11 @@ fn or_failure(result: anyhow::Result<ExitCode>) -> ExitCode {
 }
 
 fn exit_code(status: &Status) -> ExitCode {
-    if status.ready && status.problems.is_empty() { ExitCode::SUCCESS } else { WRONG.into() }
+    if status.ready && status.problems.is_empty() { ExitCode::SUCCESS } else { EXIT_PROBLEMS.into() }
 }
 
 /// Everything on one screen, with rates since the sample `before`.
-fn screen(address: &str, sample: &Sample, before: Option<&Sample>, colours: Colours) -> String {
+fn screen(address: &str, sample: &StatusSample, before: Option<&StatusSample>, colours: Colours) -> String {
     let Status {
         version,
         uptime_secs,
@@ -167,12 +167,12 @@ fn screen(address: &str, sample: &Sample, before: Option<&Sample>, colours: Colo
     let up = age(*uptime_secs);
     let mut text = format!("wgkex-broker {} on {address}: {state}, up for {up}\n", printable(version));
     text += &problem_lines(problems, colours);
-    let rates = before.map(|before| Rates::between(before, sample));
+    let rates = before.map(|before| ExchangeRates::between(before, sample));
     let unserved = |name: &str| {
         let is_so = |kind, subject: &str| kind == ProblemKind::DomainWithoutGateway && subject == name;
         problems.iter().any(|problem| is_so(problem.kind, &problem.subject))
     };
-    let row = |DomainStatus { name, gateways }: &DomainStatus| {
+    let row = |DomainGateways { name, gateways }: &DomainGateways| {
         let served = if gateways.is_empty() { Cell::text("none") } else { Cell::text(&gateways.join(", ")) };
         let tone = if gateways.is_empty() && unserved(name) { Tone::Bad } else { Tone::Plain };
         [Cell::text(name), served.toned(tone)]
@@ -223,14 +223,14 @@ fn registry_line(status: &RegistryStatus) -> String {
 }
 
 /// The changes between two samples.
-struct Rates {
+struct ExchangeRates {
     accepted: f64,
     refused: f64,
     confirmation: Durations,
 }
 
-impl Rates {
-    fn between(before: &Sample, after: &Sample) -> Self {
+impl ExchangeRates {
+    fn between(before: &StatusSample, after: &StatusSample) -> Self {
         let seconds = after.at.saturating_duration_since(before.at).as_secs_f64().max(f64::MIN_POSITIVE);
         #[expect(clippy::cast_precision_loss, reason = "counts of keys stay far below 2^52")]
         let rate =
@@ -251,9 +251,9 @@ fn refused_keys(keys: &KeyStatus) -> u64 {
     keys.refused.values().flat_map(|by_reason| by_reason.values()).sum()
 }
 
-fn keys(keys: &KeyStatus, rates: Option<&Rates>) -> String {
+fn keys(keys: &KeyStatus, rates: Option<&ExchangeRates>) -> String {
     let KeyStatus { established, unestablished, queued, unacknowledged, waiting, oldest_pending_secs, .. } = keys;
-    let rate = |of: fn(&Rates) -> f64| rates.map_or(String::new(), |rates| format!(" ({:.1}/s)", of(rates)));
+    let rate = |of: fn(&ExchangeRates) -> f64| rates.map_or(String::new(), |rates| format!(" ({:.1}/s)", of(rates)));
     let oldest = oldest_pending_secs.map_or("-".to_owned(), |seconds| format!("{seconds:.1} s"));
     let (Durations { count, p50, p99, .. }, period) = match rates {
         Some(rates) => (&rates.confirmation, "just now"),
@@ -328,7 +328,7 @@ mod tests {
 
     use super::*;
 
-    fn sample(at: Instant, accepted: u64) -> Sample {
+    fn sample(at: Instant, accepted: u64) -> StatusSample {
         let status = json!({
             "version": "9.9", "uptime_secs": 7500, "ready": true,
             "problems": [
@@ -366,7 +366,7 @@ mod tests {
                 },
             },
         });
-        Sample { at, status: serde_json::from_value(status.clone()).unwrap(), json: status }
+        StatusSample { at, status: serde_json::from_value(status.clone()).unwrap(), json: status }
     }
 
     #[test]
@@ -394,7 +394,7 @@ mod tests {
         assert_eq!(screen("127.0.0.1:5000", &sample, None, Colours(false)), expected);
         let coloured = screen("127.0.0.1:5000", &sample, None, Colours(true));
         assert!(coloured.contains("\x1b[31mnone\x1b[0m") && coloured.contains("\x1b[32mready\x1b[0m"), "{coloured}");
-        assert_eq!(exit_code(&sample.status), WRONG.into());
+        assert_eq!(exit_code(&sample.status), EXIT_PROBLEMS.into());
     }
 
     #[test]

@@ -8,12 +8,12 @@ use wgkex_common::config::Secret;
 
 use super::filled_mark::FilledMark;
 use super::postgres::Postgres;
-use super::row::{Row, Value};
+use super::row::{Row, SqlValue};
 use super::sqlite::Sqlite;
-use super::types::{Access, DatabaseError, Migrations};
+use super::types::{AccessMode, DatabaseError, Migrations};
 
 /// The least time between two attempts to open the database.
-const PAUSE: Duration = Duration::from_secs(1);
+const CONNECT_RETRY_PAUSE: Duration = Duration::from_secs(1);
 
 /// Where the database is.
 #[derive(Debug, Clone)]
@@ -68,7 +68,7 @@ impl Connector {
     /// A connection to a database of today's layout.
     pub fn connect(&mut self) -> Result<Connection, DatabaseError> {
         if let Some((failed, error)) = &self.failed
-            && failed.elapsed() < PAUSE
+            && failed.elapsed() < CONNECT_RETRY_PAUSE
         {
             return Err(error.clone());
         }
@@ -85,7 +85,7 @@ impl Connector {
 }
 
 impl Connection {
-    pub fn begin(&mut self, access: Access) -> Result<(), DatabaseError> {
+    pub fn begin(&mut self, access: AccessMode) -> Result<(), DatabaseError> {
         match self {
             Self::Sqlite(sqlite) => sqlite.begin(access),
             Self::Postgres(postgres) => postgres.begin(access),
@@ -114,7 +114,7 @@ impl<'a> Transaction<'a> {
     }
 
     /// The rows of a query; `?1`, `?2` and so on in it stand for the values, and no other question mark is in it.
-    pub fn query(&mut self, sql: &'static str, values: &[Value]) -> Result<Vec<Row>, DatabaseError> {
+    pub fn query(&mut self, sql: &'static str, values: &[SqlValue]) -> Result<Vec<Row>, DatabaseError> {
         match self.connection {
             Connection::Sqlite(sqlite) => sqlite.query(sql, values),
             Connection::Postgres(postgres) => postgres.query(sql, values),
@@ -122,12 +122,12 @@ impl<'a> Transaction<'a> {
     }
 
     /// The first row of a query.
-    pub fn first(&mut self, sql: &'static str, values: &[Value]) -> Result<Option<Row>, DatabaseError> {
+    pub fn first(&mut self, sql: &'static str, values: &[SqlValue]) -> Result<Option<Row>, DatabaseError> {
         Ok(self.query(sql, values)?.into_iter().next())
     }
 
     /// Changes rows, and returns how many.
-    pub fn execute(&mut self, sql: &'static str, values: &[Value]) -> Result<u64, DatabaseError> {
+    pub fn execute(&mut self, sql: &'static str, values: &[SqlValue]) -> Result<u64, DatabaseError> {
         match self.connection {
             Connection::Sqlite(sqlite) => sqlite.execute(sql, values),
             Connection::Postgres(postgres) => postgres.execute(sql, values),

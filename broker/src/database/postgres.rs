@@ -12,23 +12,23 @@ use tokio_postgres::{Client, Config, NoTls, Statement};
 use wgkex_common::config::Secret;
 
 use super::filled_mark::FilledMark;
-use super::row::{Row, Value};
-use super::types::{Access, DatabaseError, Migrations};
+use super::row::{Row, SqlValue};
+use super::types::{AccessMode, DatabaseError, Migrations};
 
 /// How long the server may take to accept a connection.
-const CONNECT: Duration = Duration::from_secs(3);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long it may take for one statement.
-const STATEMENT: Duration = Duration::from_secs(5);
+const STATEMENT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Takes the advisory lock of writers (`wgkex` as a number), in a row with a value.
-const WRITERS: &str = "SELECT 1::BIGINT FROM (SELECT pg_advisory_xact_lock(512955606392)) AS locked";
-/// Overrides the server's default: a writer that has waited for [`WRITERS`] must see the rows of the writer before.
+const TAKE_WRITE_LOCK: &str = "SELECT 1::BIGINT FROM (SELECT pg_advisory_xact_lock(512955606392)) AS locked";
+/// Overrides the server's default: a writer that has waited for [`TAKE_WRITE_LOCK`] must see the rows of the writer before.
 const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED";
 const CREATE_LAYOUT: &str = "CREATE TABLE IF NOT EXISTS wgkex_layout (version BIGINT NOT NULL)";
 const HAS_LAYOUT: &str = "SELECT count(*) FROM information_schema.tables
     WHERE table_name = 'wgkex_layout' AND table_schema = ANY (current_schemas(false))";
 /// Keep a broker that is frozen, or disconnected, from holding locks: the server ends its transaction, and soon detects
 /// the lost connection.
-const LIMITS: &str = "SET statement_timeout = '4s'; SET lock_timeout = '3s'; SET idle_in_transaction_session_timeout = '6s';
+const SET_TIMEOUTS: &str = "SET statement_timeout = '4s'; SET lock_timeout = '3s'; SET idle_in_transaction_session_timeout = '6s';
     SET tcp_keepalives_idle = 5; SET tcp_keepalives_interval = 2; SET tcp_keepalives_count = 3; SET tcp_user_timeout = 10000";
 
 pub(super) struct Postgres {
@@ -51,17 +51,17 @@ impl Postgres {
         let unavailable = |error: std::io::Error| DatabaseError::Unavailable(error.to_string());
         let runtime = runtime::Builder::new_current_thread().enable_all().build().map_err(unavailable)?;
         let mut server = server.clone();
-        server.connect_timeout(CONNECT).application_name("wgkex-broker");
+        server.connect_timeout(CONNECT_TIMEOUT).application_name("wgkex-broker");
         if let Some(password) = password {
             server.password(password.expose());
         }
         let client = runtime.block_on(async {
-            let (client, connection) = within(CONNECT, server.connect(NoTls)).await?;
+            let (client, connection) = within(CONNECT_TIMEOUT, server.connect(NoTls)).await?;
             tokio::spawn(connection);
             Ok::<_, DatabaseError>(client)
         })?;
         let mut postgres = Self { client, statements: HashMap::new(), runtime, is_silent: false };
-        postgres.command(LIMITS)?;
+        postgres.command(SET_TIMEOUTS)?;
         postgres.check_encoding()?;
         postgres.migrate(migrations, mark)?;
         Ok(postgres)
@@ -81,11 +81,11 @@ impl Postgres {
         }
     }
 
-    pub fn begin(&mut self, access: Access) -> Result<(), DatabaseError> {
+    pub fn begin(&mut self, access: AccessMode) -> Result<(), DatabaseError> {
         self.command(BEGIN)?;
         match access {
-            Access::Read => Ok(()),
-            Access::Write => self.query(WRITERS, &[]).map(drop),
+            AccessMode::Read => Ok(()),
+            AccessMode::Write => self.query(TAKE_WRITE_LOCK, &[]).map(drop),
         }
     }
 
@@ -96,19 +96,19 @@ impl Postgres {
     }
 
     pub fn command(&mut self, sql: &str) -> Result<(), DatabaseError> {
-        let answer = self.runtime.block_on(within(STATEMENT, self.client.batch_execute(sql)));
+        let answer = self.runtime.block_on(within(STATEMENT_TIMEOUT, self.client.batch_execute(sql)));
         self.noted(answer)
     }
 
-    pub fn query(&mut self, sql: &'static str, values: &[Value]) -> Result<Vec<Row>, DatabaseError> {
+    pub fn query(&mut self, sql: &'static str, values: &[SqlValue]) -> Result<Vec<Row>, DatabaseError> {
         let statement = self.prepare(sql)?;
-        let answer = self.runtime.block_on(within(STATEMENT, self.client.query(&statement, &params(values))));
+        let answer = self.runtime.block_on(within(STATEMENT_TIMEOUT, self.client.query(&statement, &params(values))));
         self.noted(answer)?.iter().map(row).collect()
     }
 
-    pub fn execute(&mut self, sql: &'static str, values: &[Value]) -> Result<u64, DatabaseError> {
+    pub fn execute(&mut self, sql: &'static str, values: &[SqlValue]) -> Result<u64, DatabaseError> {
         let statement = self.prepare(sql)?;
-        let answer = self.runtime.block_on(within(STATEMENT, self.client.execute(&statement, &params(values))));
+        let answer = self.runtime.block_on(within(STATEMENT_TIMEOUT, self.client.execute(&statement, &params(values))));
         self.noted(answer)
     }
 
@@ -117,7 +117,7 @@ impl Postgres {
             return Ok(statement.clone());
         }
         let text = sql.replace('?', "$");
-        let answer = self.runtime.block_on(within(STATEMENT, self.client.prepare(&text)));
+        let answer = self.runtime.block_on(within(STATEMENT_TIMEOUT, self.client.prepare(&text)));
         let statement = self.noted(answer)?;
         self.statements.insert(sql, statement.clone());
         Ok(statement)
@@ -138,7 +138,7 @@ impl Postgres {
             return mark.check(found);
         }
         self.command(BEGIN)?;
-        self.command(WRITERS)?;
+        self.command(TAKE_WRITE_LOCK)?;
         self.command(CREATE_LAYOUT)?;
         let found = self.layout(known)?;
         for migration in migrations.0.iter().skip(usize::try_from(found).unwrap_or(usize::MAX)) {
@@ -190,23 +190,23 @@ fn reason(error: &tokio_postgres::Error) -> String {
     error.as_db_error().map(|error| error.message().to_owned()).or(cause).unwrap_or_else(|| error.to_string())
 }
 
-fn params(values: &[Value]) -> Vec<&(dyn ToSql + Sync)> {
+fn params(values: &[SqlValue]) -> Vec<&(dyn ToSql + Sync)> {
     values.iter().map(|value| value as &(dyn ToSql + Sync)).collect()
 }
 
 fn row(row: &tokio_postgres::Row) -> Result<Row, DatabaseError> {
     let value = |(column, of): (usize, &tokio_postgres::Column)| {
         let value = match *of.type_() {
-            Type::INT8 => row.try_get(column).map(Value::Integer),
-            Type::BYTEA => row.try_get(column).map(Value::Bytes),
-            _ => row.try_get(column).map(Value::Text),
+            Type::INT8 => row.try_get(column).map(SqlValue::Integer),
+            Type::BYTEA => row.try_get(column).map(SqlValue::Bytes),
+            _ => row.try_get(column).map(SqlValue::Text),
         };
         value.map_err(|error| DatabaseError::Corrupt(error.to_string()))
     };
     row.columns().iter().enumerate().map(value).collect::<Result<_, _>>().map(Row)
 }
 
-impl ToSql for Value {
+impl ToSql for SqlValue {
     fn to_sql(&self, kind: &Type, out: &mut BytesMut) -> Result<IsNull, Box<dyn std::error::Error + Sync + Send>> {
         match self {
             Self::Integer(number) => number.to_sql(kind, out),

@@ -4,7 +4,7 @@ use super::types::DatabaseError;
 
 /// A value of a column, or of a parameter.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Value {
+pub enum SqlValue {
     /// A whole number.
     Integer(i64),
     /// A text.
@@ -15,22 +15,22 @@ pub enum Value {
 
 /// A row of an answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Row(pub(super) Vec<Value>);
+pub struct Row(pub(super) Vec<SqlValue>);
 
-impl From<i64> for Value {
+impl From<i64> for SqlValue {
     fn from(number: i64) -> Self {
         Self::Integer(number)
     }
 }
 
-impl From<&str> for Value {
+impl From<&str> for SqlValue {
     fn from(text: &str) -> Self {
         Self::Text(text.to_owned())
     }
 }
 
 /// As 16 bytes, the highest first, so that the order of bytes is that of numbers.
-impl From<u128> for Value {
+impl From<u128> for SqlValue {
     fn from(number: u128) -> Self {
         Self::Bytes(number.to_be_bytes().to_vec())
     }
@@ -40,7 +40,7 @@ impl Row {
     /// The number in a column.
     pub fn integer(&self, column: usize) -> Result<i64, DatabaseError> {
         match self.0.get(column) {
-            Some(Value::Integer(number)) => Ok(*number),
+            Some(SqlValue::Integer(number)) => Ok(*number),
             other => Err(unexpected(column, other)),
         }
     }
@@ -48,7 +48,7 @@ impl Row {
     /// The text in a column.
     pub fn text(&self, column: usize) -> Result<&str, DatabaseError> {
         match self.0.get(column) {
-            Some(Value::Text(text)) => Ok(text),
+            Some(SqlValue::Text(text)) => Ok(text),
             other => Err(unexpected(column, other)),
         }
     }
@@ -56,7 +56,7 @@ impl Row {
     /// The number of up to 128 bits in a column.
     pub fn big(&self, column: usize) -> Result<u128, DatabaseError> {
         match self.0.get(column) {
-            Some(Value::Bytes(bytes)) => bytes.as_slice().try_into().map(u128::from_be_bytes),
+            Some(SqlValue::Bytes(bytes)) => bytes.as_slice().try_into().map(u128::from_be_bytes),
             other => return Err(unexpected(column, other)),
         }
         .map_err(|_| DatabaseError::Corrupt(format!("column {column} has another length")))
@@ -68,11 +68,11 @@ impl Row {
     }
 }
 
-fn unexpected(column: usize, found: Option<&Value>) -> DatabaseError {
+fn unexpected(column: usize, found: Option<&SqlValue>) -> DatabaseError {
     let kind = match found {
-        Some(Value::Integer(_)) => "a number",
-        Some(Value::Text(_)) => "a text",
-        Some(Value::Bytes(_)) => "bytes",
+        Some(SqlValue::Integer(_)) => "a number",
+        Some(SqlValue::Text(_)) => "a text",
+        Some(SqlValue::Bytes(_)) => "bytes",
         None => "nothing",
     };
     DatabaseError::Corrupt(format!("column {column} has {kind}"))

@@ -9,31 +9,31 @@ use wgkex_common::storage::schema::Schema;
 use wgkex_common::storage::sqlite;
 
 use super::filled_mark::FilledMark;
-use super::row::{Row, Value};
-use super::types::{Access, DatabaseError, Migrations};
+use super::row::{Row, SqlValue};
+use super::types::{AccessMode, DatabaseError, Migrations};
 
 /// The pages that are kept in memory, in KiB.
-const CACHE: i64 = 8 << 10;
+const CACHE_KIB: i64 = 8 << 10;
 
 pub(super) struct Sqlite(rusqlite::Connection);
 
 impl Sqlite {
     pub fn open(file: &Path, migrations: Migrations, mark: &FilledMark) -> Result<Self, DatabaseError> {
         let connection = sqlite::open_if(file, Schema { migrations: migrations.0 }, |found| mark.check(found))?;
-        connection.pragma_update(None, "cache_size", -CACHE)?;
+        connection.pragma_update(None, "cache_size", -CACHE_KIB)?;
         connection.set_prepared_statement_cache_capacity(64);
         Ok(Self(connection))
     }
 
-    pub fn begin(&mut self, access: Access) -> Result<(), DatabaseError> {
-        self.command(if access == Access::Write { "BEGIN IMMEDIATE" } else { "BEGIN" })
+    pub fn begin(&mut self, access: AccessMode) -> Result<(), DatabaseError> {
+        self.command(if access == AccessMode::Write { "BEGIN IMMEDIATE" } else { "BEGIN" })
     }
 
     pub fn command(&mut self, sql: &str) -> Result<(), DatabaseError> {
         Ok(self.0.execute_batch(sql)?)
     }
 
-    pub fn query(&mut self, sql: &str, values: &[Value]) -> Result<Vec<Row>, DatabaseError> {
+    pub fn query(&mut self, sql: &str, values: &[SqlValue]) -> Result<Vec<Row>, DatabaseError> {
         let mut statement = self.0.prepare_cached(sql)?;
         let columns = statement.column_count();
         let mut found = statement.query(params_from_iter(values))?;
@@ -45,27 +45,27 @@ impl Sqlite {
         Ok(rows)
     }
 
-    pub fn execute(&mut self, sql: &str, values: &[Value]) -> Result<u64, DatabaseError> {
+    pub fn execute(&mut self, sql: &str, values: &[SqlValue]) -> Result<u64, DatabaseError> {
         let changed = self.0.prepare_cached(sql)?.execute(params_from_iter(values))?;
         Ok(u64::try_from(changed).unwrap_or(u64::MAX))
     }
 }
 
-fn value(value: ValueRef<'_>, column: usize) -> Result<Value, DatabaseError> {
+fn value(value: ValueRef<'_>, column: usize) -> Result<SqlValue, DatabaseError> {
     let corrupt = |what: &str| DatabaseError::Corrupt(format!("column {column} has {what}"));
     match value {
-        ValueRef::Integer(number) => Ok(Value::Integer(number)),
+        ValueRef::Integer(number) => Ok(SqlValue::Integer(number)),
         ValueRef::Text(text) => match std::str::from_utf8(text) {
-            Ok(text) => Ok(Value::Text(text.to_owned())),
+            Ok(text) => Ok(SqlValue::Text(text.to_owned())),
             Err(_) => Err(corrupt("a text that is not UTF-8")),
         },
-        ValueRef::Blob(bytes) => Ok(Value::Bytes(bytes.to_vec())),
+        ValueRef::Blob(bytes) => Ok(SqlValue::Bytes(bytes.to_vec())),
         ValueRef::Null => Err(corrupt("nothing")),
         ValueRef::Real(_) => Err(corrupt("a fraction")),
     }
 }
 
-impl ToSql for Value {
+impl ToSql for SqlValue {
     fn to_sql(&self) -> rusqlite::Result<ToSqlOutput<'_>> {
         Ok(ToSqlOutput::Borrowed(match self {
             Self::Integer(number) => ValueRef::Integer(*number),

@@ -27,7 +27,7 @@ pub enum DatabaseError {
 
 /// Whether a job changes anything.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Access {
+pub enum AccessMode {
     /// It reads.
     Read,
     /// It may write. No other job that may write, of any broker, runs at the same time.

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-use wgkex_common::config::Problem;
+use wgkex_common::config::ConfigProblem;
 use wgkex_common::doctor::bus::{MqttFacts, Rights};
 use wgkex_common::doctor::clock::ClockFacts;
 use wgkex_common::doctor::files::{FileFacts, ListFacts, StateFacts};
@@ -16,7 +16,7 @@ use crate::tls::Validity;
 #[derive(Debug, Clone)]
 pub struct Facts {
     /// The warnings about the config.
-    pub config_warnings: Vec<Problem>,
+    pub config_warnings: Vec<ConfigProblem>,
     /// The status of the broker that answers on `broker_listen`, or why none answers.
     pub running: Result<Status, String>,
     /// Each port that the config names.

@@ -1,15 +1,15 @@
 use std::time::Duration;
 
 use serde_json::json;
-use wgkex_common::doctor::access::Access;
+use wgkex_common::doctor::access::FileAccess;
 use wgkex_common::doctor::bus::Rights;
 use wgkex_common::doctor::clock::ClockFacts;
 use wgkex_common::doctor::files::{FileFacts, ListFacts, StateFacts};
 use wgkex_common::doctor::sockets::PortOwner;
 use wgkex_common::doctor::{Level, worst};
 use wgkex_common::mqtt::Fault;
-use wgkex_common::mqtt::trial::{Echo, Failure};
-use wgkex_common::storage::process_lock::Holder;
+use wgkex_common::mqtt::trial::{ConnectFailure, EchoOutcome};
+use wgkex_common::storage::process_lock::LockHolder;
 
 use super::facts::*;
 use super::*;
@@ -38,14 +38,19 @@ fn stopped() -> Facts {
         mqtt: Some(MqttFacts {
             server: "mqtt:1883".into(),
             outcome: Ok(BusFacts {
-                rights: Rights { echo: Echo::Came, ..Rights::default() },
+                rights: Rights { echo: EchoOutcome::Came, ..Rights::default() },
                 hellos: ["gw1".to_owned()].into(),
                 heard: ["gw1".to_owned()].into(),
             }),
         }),
-        state: StateFacts { dir: "/state".into(), user: "wgkex".into(), access: Access::Granted, holder: Ok(None) },
-        lists: vec![ListFacts { key: "blacklist_file", path: "/list".into(), access: Access::Granted, damage: None }],
-        needed: vec![FileFacts { key: "registry.password_file", path: "/r".into(), access: Access::Granted }],
+        state: StateFacts { dir: "/state".into(), user: "wgkex".into(), access: FileAccess::Granted, holder: Ok(None) },
+        lists: vec![ListFacts {
+            key: "blacklist_file",
+            path: "/list".into(),
+            access: FileAccess::Granted,
+            damage: None,
+        }],
+        needed: vec![FileFacts { key: "registry.password_file", path: "/r".into(), access: FileAccess::Granted }],
         tokens: Some(Ok(3)),
         files: None,
         clock: ClockFacts { is_synchronised: Some(true), ..ClockFacts::default() },
@@ -75,7 +80,7 @@ fn well() -> Facts {
     for port in &mut facts.ports {
         port.owner = Ok(PortOwner::Process { pid: 7, name: "wgkex-broker".into() });
     }
-    facts.state.holder = Ok(Some(Holder { pid: Some(7), program: None }));
+    facts.state.holder = Ok(Some(LockHolder { pid: Some(7), program: None }));
     facts.files = Some(20_000);
     facts
 }
@@ -105,7 +110,7 @@ fn add_problem(facts: &mut Facts, kind: ProblemKind, subject: &str) {
 }
 
 fn no_mqtt(facts: &mut Facts, fault: Fault) {
-    facts.mqtt.as_mut().unwrap().outcome = Err(Failure { fault, cause: "the cause".into() });
+    facts.mqtt.as_mut().unwrap().outcome = Err(ConnectFailure { fault, cause: "the cause".into() });
 }
 
 fn taken(facts: &mut Facts) {
@@ -193,7 +198,7 @@ fn each_trouble_of_a_running_broker_is_named_with_what_to_do() {
             (Level::Warn, |facts| facts.files = Some(4096), "files: the running broker may open 4096", "LimitNOFILE"),
             (
                 Level::Fail,
-                |facts| facts.state.holder = Ok(Some(Holder { pid: Some(8), program: None })),
+                |facts| facts.state.holder = Ok(Some(LockHolder { pid: Some(8), program: None })),
                 "two brokers on one machine",
                 "end one",
             ),
@@ -236,13 +241,13 @@ fn each_trouble_of_ports_and_certificates_is_named_with_what_to_do() {
             (Level::Fail, |facts| facts.certificates[0].denied = Some("mode 600".into()), "mode 600", "chmod"),
             (
                 Level::Fail,
-                |facts| facts.needed[0].access = Access::Denied("mode 600".into()),
+                |facts| facts.needed[0].access = FileAccess::Denied("mode 600".into()),
                 "registry.password_file: wgkex cannot read /r: mode 600",
                 "chmod",
             ),
             (
                 Level::Warn,
-                |facts| facts.needed[0].access = Access::Unseen("denied".into()),
+                |facts| facts.needed[0].access = FileAccess::Unseen("denied".into()),
                 "/r cannot be looked at: denied",
                 "as root",
             ),
@@ -257,23 +262,23 @@ fn each_trouble_of_ports_and_certificates_is_named_with_what_to_do() {
             (Level::Fail, |facts| facts.ports[1].owner = Ok(PortOwner::Kernel), "not seen from here", "ss -tlnp"),
             (
                 Level::Warn,
-                |facts| facts.state.holder = Ok(Some(Holder { pid: Some(8), program: None })),
+                |facts| facts.state.holder = Ok(Some(LockHolder { pid: Some(8), program: None })),
                 "process 8 has the state file, and no broker answers on broker_listen",
                 "log",
             ),
             (
                 Level::Fail,
-                |facts| facts.state.access = Access::Denied("mode 500".into()),
+                |facts| facts.state.access = FileAccess::Denied("mode 500".into()),
                 "state: wgkex cannot write to /state: mode 500",
                 "install -d -m 700 -o wgkex /state",
             ),
             (
                 Level::Warn,
-                |facts| facts.state.access = Access::OnlyFor("root".into()),
+                |facts| facts.state.access = FileAccess::OnlyFor("root".into()),
                 "/state is writable for root and not for wgkex",
                 "--user NAME",
             ),
-            (Level::Fail, |facts| facts.lists[0].access = Access::Creatable, "/list is missing", "write it"),
+            (Level::Fail, |facts| facts.lists[0].access = FileAccess::Creatable, "/list is missing", "write it"),
         ],
     );
     let mut other = stopped();
@@ -287,7 +292,7 @@ fn each_trouble_of_ports_and_certificates_is_named_with_what_to_do() {
 fn a_credential_of_a_unit_that_does_not_run_is_no_failure() {
     let mut facts = well();
     facts.certificates[0].validity = Ok(None);
-    facts.needed[0].access = Access::OnlyWhileRunning;
+    facts.needed[0].access = FileAccess::OnlyWhileRunning;
     let findings = findings(&facts);
     let unchecked = findings.iter().filter(|finding| finding.found.ends_with("it is not checked")).count();
     assert!(worst(&findings) == Level::Ok && unchecked == 2, "{findings:?}");
@@ -315,7 +320,7 @@ fn a_broker_that_does_not_answer_is_to_be_restarted_and_its_ports_not_to_be_chan
 fn a_broker_that_answers_is_known_by_its_name_too() {
     let mut facts = well();
     running(&mut facts).pid = 1;
-    facts.state.holder = Ok(Some(Holder { pid: Some(1), program: None }));
+    facts.state.holder = Ok(Some(LockHolder { pid: Some(1), program: None }));
     assert_eq!(worst(&findings(&facts)), Level::Ok);
 }
 
@@ -334,7 +339,7 @@ fn each_trouble_of_another_mqtt_server_is_named_with_what_to_do() {
                 "subscribe to wgkex/x",
                 "the broker's user its rights",
             ),
-            (Level::Warn, |facts| bus(facts).rights.echo = Echo::Lost, "does not come back", "mqtt-acl"),
+            (Level::Warn, |facts| bus(facts).rights.echo = EchoOutcome::Lost, "does not come back", "mqtt-acl"),
             (
                 Level::Warn,
                 |facts| bus(facts).hellos.clear(),

@@ -17,21 +17,21 @@ use wgkex_common::access_lists::Admission;
 use wgkex_common::{Domain, KeyId, PublicKey, RejectReason, WorkerName};
 
 /// The most unestablished keys that are published and not acknowledged, of the 100 messages that may be.
-const MAX_UNESTABLISHED_SENT: usize = 64;
+const UNESTABLISHED_SENT_MAX: usize = 64;
 /// The most keys that are published and not acknowledged: so many that the MQTT session never lacks one.
-const MAX_SENT: usize = 128;
+const SENT_MAX: usize = 128;
 /// The most keys in each queue, that of established keys and that of the others; in a flood, more are of no use.
-const MAX_QUEUED: usize = 8_192;
+const QUEUED_MAX: usize = 8_192;
 /// The longest that a key is queued or unacknowledged: its router repeats its request sooner.
-const MAX_WAIT: Duration = Duration::from_secs(120);
+const WAIT_MAX: Duration = Duration::from_secs(120);
 /// How long a late key is kept: its router repeats its request every minute.
 const RETRY_WINDOW: Duration = Duration::from_secs(120);
 /// The most late keys; half of these places are for established ones.
-const MAX_LATE: usize = 32_768;
+const LATE_MAX: usize = 32_768;
 /// How long an answer is cached: its gateway may be offline by then.
 const ANSWER_TTL: Duration = Duration::from_secs(3);
 /// The most answers that are cached.
-const MAX_ANSWERS: usize = 4_096;
+const ANSWERS_MAX: usize = 4_096;
 
 /// The outcomes of a key since a request for it began.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -44,7 +44,7 @@ pub struct Confirmations {
 
 /// A place in the queue of publications.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Place {
+pub struct QueuePlace {
     /// The number of the publication.
     pub publication: u64,
     /// Whether it was queued before.
@@ -79,7 +79,7 @@ pub struct Publication {
 
 /// How much is in flight.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Load {
+pub struct InFlightLoad {
     /// Keys that wait to be published.
     pub queued: usize,
     /// Keys that are published and not acknowledged.
@@ -154,16 +154,16 @@ struct Flight {
     /// The requests that wait, by when they began.
     requests: BTreeSet<u64>,
     /// The last outcome of each gateway, and the number of the newest.
-    outcomes: BTreeMap<WorkerName, Outcome>,
+    outcomes: BTreeMap<WorkerName, InstallOutcome>,
     last_outcome: u64,
-    late: Option<Late>,
-    answer: Option<Answer>,
+    late: Option<LateConfirmations>,
+    answer: Option<CachedAnswer>,
     changed: Arc<Notify>,
 }
 
 /// The outcome of a key at a gateway.
 #[derive(Debug)]
-struct Outcome {
+struct InstallOutcome {
     number: u64,
     result: Result<(), RejectReason>,
 }
@@ -176,14 +176,14 @@ struct Queued {
 }
 
 #[derive(Debug)]
-struct Late {
+struct LateConfirmations {
     since: Instant,
     after: u64,
 }
 
 /// An answer to a router.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Answer {
+pub struct CachedAnswer {
     since: Instant,
     /// The gateway in it; none by version 1.
     pub worker: Option<WorkerName>,
@@ -234,7 +234,7 @@ impl InFlight {
 
     /// Begins a request for `key`: joins its publication, or queues one. None if too many keys are queued.
     pub fn request(&mut self, key: &KeyId, is_established: bool, now: Instant) -> Option<Ticket> {
-        let Place { publication, is_joined } = self.publish(key, is_established, now)?;
+        let QueuePlace { publication, is_joined } = self.publish(key, is_established, now)?;
         self.last += 1;
         let begun = self.last;
         let flight = self.keys.entry(key.clone()).or_default();
@@ -245,20 +245,20 @@ impl InFlight {
     }
 
     /// Queues a publication of `key`, unless there is one to join.
-    pub fn publish(&mut self, key: &KeyId, is_established: bool, now: Instant) -> Option<Place> {
+    pub fn publish(&mut self, key: &KeyId, is_established: bool, now: Instant) -> Option<QueuePlace> {
         if let Some(number) = self.keys.get(key).and_then(Flight::joinable) {
             self.promote(key, is_established);
-            return Some(Place { publication: number, is_joined: true });
+            return Some(QueuePlace { publication: number, is_joined: true });
         }
         let queue = &mut self.queue(is_established).keys;
-        if queue.len() >= MAX_QUEUED {
+        if queue.len() >= QUEUED_MAX {
             return None;
         }
         queue.push_back(key.clone());
         self.last += 1;
         let number = self.last;
         self.keys.entry(key.clone()).or_default().queued = Some(Queued { number, is_established, since: now });
-        Some(Place { publication: number, is_joined: false })
+        Some(QueuePlace { publication: number, is_joined: false })
     }
 
     /// Moves a queued key that became established to the queue of those, if there is room.
@@ -270,7 +270,7 @@ impl InFlight {
         } = self;
         let queued = self.keys.get_mut(key).and_then(|flight| flight.queued.as_mut());
         if let Some(queued) =
-            queued.filter(|queued| is_established && !queued.is_established && established.len() < MAX_QUEUED)
+            queued.filter(|queued| is_established && !queued.is_established && established.len() < QUEUED_MAX)
         {
             queued.is_established = true;
             unestablished.retain(|other| other != key);
@@ -281,12 +281,12 @@ impl InFlight {
     /// The next key to publish, if more may be sent now: established keys first.
     pub fn next(&mut self, now: Instant) -> Option<Publication> {
         loop {
-            if self.established.sent + self.unestablished.sent >= MAX_SENT {
+            if self.established.sent + self.unestablished.sent >= SENT_MAX {
                 return None;
             }
             let key = match self.established.keys.pop_front() {
                 Some(key) => key,
-                None if self.unestablished.sent < MAX_UNESTABLISHED_SENT => self.unestablished.keys.pop_front()?,
+                None if self.unestablished.sent < UNESTABLISHED_SENT_MAX => self.unestablished.keys.pop_front()?,
                 None => return None,
             };
             let Some(flight) = self.keys.get_mut(&key) else { continue };
@@ -304,7 +304,7 @@ impl InFlight {
     /// Whether an unacknowledged key is denied meanwhile, or took too long.
     #[must_use]
     pub fn is_given_up(&self, Publication { key, since, .. }: &Publication, now: Instant) -> bool {
-        is_over(*since, MAX_WAIT, now) || self.admission.denies(key.domain.name(), &key.key)
+        is_over(*since, WAIT_MAX, now) || self.admission.denies(key.domain.name(), &key.key)
     }
 
     /// The MQTT server acknowledged the key, or it was given up.
@@ -340,7 +340,7 @@ impl InFlight {
         for (key, result) in outcomes {
             let id = KeyId { domain: domain.clone(), key };
             if let Some(flight) = self.keys.get_mut(&id).filter(|flight| flight.needs_outcomes()) {
-                flight.outcomes.insert(worker.clone(), Outcome { number: self.last, result });
+                flight.outcomes.insert(worker.clone(), InstallOutcome { number: self.last, result });
                 flight.last_outcome = self.last;
                 flight.changed.notify_waiters();
             }
@@ -407,13 +407,13 @@ impl InFlight {
     /// A request timed out before its key was confirmed: outcomes from now on are kept for the router's next one, if there is
     /// room.
     pub fn timed_out(&mut self, key: &KeyId, is_established: bool, now: Instant) {
-        let max = if is_established { MAX_LATE } else { MAX_LATE / 2 };
+        let max = if is_established { LATE_MAX } else { LATE_MAX / 2 };
         if self.late_keys >= max {
             return;
         }
         let flight = self.keys.entry(key.clone()).or_default();
         self.late_keys += usize::from(flight.late.is_none());
-        flight.late = Some(Late { since: now, after: self.last });
+        flight.late = Some(LateConfirmations { since: now, after: self.last });
     }
 
     /// Takes the gateways that confirmed `key` after a request for it timed out.
@@ -437,7 +437,7 @@ impl InFlight {
             [None, Some(&key.domain)].into_iter().filter_map(invalidated).any(|invalidated| *invalidated >= number)
         };
         let is_over = is_over(late.since, RETRY_WINDOW, now);
-        let installed = flight.outcomes.iter().filter(|(worker, Outcome { number, result })| {
+        let installed = flight.outcomes.iter().filter(|(worker, InstallOutcome { number, result })| {
             result.is_ok() && *number > late.after && !is_over && !is_invalid(worker, *number)
         });
         installed.map(|(worker, _)| worker.clone()).collect()
@@ -445,12 +445,12 @@ impl InFlight {
 
     /// How much is in flight.
     #[must_use]
-    pub fn load(&self, now: Instant) -> Load {
+    pub fn load(&self, now: Instant) -> InFlightLoad {
         let queues = [&self.established, &self.unestablished];
         // A key that became established is behind younger ones; that of a request counts by the request.
         let fronts = queues.into_iter().filter_map(|queue| self.keys.get(queue.keys.front()?)?.queued.as_ref());
         let oldest = fronts.map(|queued| queued.since).chain(self.begun.values().next().copied()).min();
-        Load {
+        InFlightLoad {
             queued: queues.iter().map(|queue| queue.keys.len()).sum(),
             unacknowledged: queues.iter().map(|queue| queue.sent).sum(),
             waiting: self.begun.len(),
@@ -475,21 +475,21 @@ impl InFlight {
 
     /// Caches the answer to the router of `key`, if there is room.
     pub fn cache(&mut self, key: &KeyId, worker: Option<WorkerName>, now: Instant) {
-        if self.answers.len() >= MAX_ANSWERS {
+        if self.answers.len() >= ANSWERS_MAX {
             self.expire_answers(now);
         }
-        if self.answers.len() < MAX_ANSWERS {
+        if self.answers.len() < ANSWERS_MAX {
             let answer = &mut self.keys.entry(key.clone()).or_default().answer;
             if answer.is_none() {
                 self.answers.push_back(CachedKey { since: now, key: key.clone() });
             }
-            *answer = Some(Answer { since: now, worker });
+            *answer = Some(CachedAnswer { since: now, worker });
         }
     }
 
     /// The cached answer to the router of `key`.
     #[must_use]
-    pub fn cached(&self, key: &KeyId, now: Instant) -> Option<&Answer> {
+    pub fn cached(&self, key: &KeyId, now: Instant) -> Option<&CachedAnswer> {
         let answer = self.keys.get(key)?.answer.as_ref();
         answer.filter(|answer| !is_over(answer.since, ANSWER_TTL, now))
     }
@@ -534,7 +534,7 @@ impl InFlight {
             queue.keys.retain(|key| {
                 let Some(flight) = keys.get_mut(key) else { return false };
                 let denied = admission.denies(key.domain.name(), &key.key);
-                let given_up = flight.queued.take_if(|queued| denied || is_over(queued.since, MAX_WAIT, now));
+                let given_up = flight.queued.take_if(|queued| denied || is_over(queued.since, WAIT_MAX, now));
                 if let Some(Queued { number, .. }) = &given_up {
                     flight.failed = *number;
                     flight.changed.notify_waiters();

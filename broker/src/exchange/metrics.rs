@@ -2,7 +2,7 @@
 
 use prometheus::{Error, Histogram, IntCounter};
 
-use crate::metrics::Registry;
+use crate::metrics::MetricsRegistry;
 
 /// Clones count into the same ones.
 #[derive(Debug, Clone)]
@@ -19,7 +19,7 @@ pub struct Metrics {
 
 impl Metrics {
     /// Registers them, each at 0.
-    pub fn register(registry: &Registry) -> Result<Self, Error> {
+    pub fn register(registry: &MetricsRegistry) -> Result<Self, Error> {
         Ok(Self {
             confirmation: registry
                 .seconds("wgkex_broker_confirmation_seconds", "Time from publishing a key to its confirmation")?,
@@ -42,7 +42,7 @@ mod tests {
 
     #[test]
     fn every_series_is_there_from_the_start() {
-        let registry = Registry::default();
+        let registry = MetricsRegistry::default();
         Metrics::register(&registry).unwrap();
         assert_has(&registry, &["wgkex_broker_confirmation_seconds_count 0", "wgkex_broker_publish_failures_total 0"]);
     }

@@ -17,7 +17,7 @@ use wgkex_common::{PublicKey, config};
 use crate::client_ip::Client;
 
 /// The most keys, and clients, with a bucket of their own. A full bucket is dropped.
-const MAX_BUCKETS: usize = 65_536;
+const BUCKETS_MAX: usize = 65_536;
 
 /// A limit that was exceeded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,7 +48,7 @@ type BucketLimiter<S, C> = RateLimiter<<S as StateStore>::Key, Buckets<S>, C, No
 pub struct RateLimits<C: Clock = MonotonicClock> {
     clock: C,
     keys: Option<Keyed<(String, PublicKey), C>>,
-    clients: Option<Keyed<Bucket, C>>,
+    clients: Option<Keyed<ClientBucket, C>>,
     domains: Option<Keyed<String, C>>,
     global: Option<Limiter<InMemoryState, C>>,
 }
@@ -58,7 +58,7 @@ struct Limiter<S: StateStore, C: Clock> {
     /// Takes from them.
     taking: BucketLimiter<S, C>,
     /// Checks them, and takes nothing.
-    looking: BucketLimiter<S, C>,
+    peeking: BucketLimiter<S, C>,
 }
 
 /// Buckets that several limits share; `is_taken` is true for a limit that takes from them.
@@ -115,7 +115,7 @@ impl<K: Hash + Eq + Clone, S: ShrinkableKeyedStateStore<K>> ShrinkableKeyedState
 
 /// The bucket of one client, or the one that all clients without a bucket share.
 #[derive(Clone, PartialEq, Eq, Hash)]
-enum Bucket {
+enum ClientBucket {
     One(Client),
     Overflow,
 }
@@ -134,16 +134,16 @@ impl<C: Clock + Clone> RateLimits<C> {
     }
 
     /// Whether a request for an unknown key would be within the limits that do not depend on its client. Nothing is counted.
-    pub fn look(&self, key: &PublicKey, domain: &str) -> Result<(), Limited> {
+    pub fn peek(&self, key: &PublicKey, domain: &str) -> Result<(), Limited> {
         if let Some(domains) = &self.domains {
-            self.limited(Limit::Domain, domains.looking.check_key(&domain.to_owned()))?;
+            self.limited(Limit::Domain, domains.peeking.check_key(&domain.to_owned()))?;
         }
         if let Some(global) = &self.global {
-            self.limited(Limit::Global, global.looking.check())?;
+            self.limited(Limit::Global, global.peeking.check())?;
         }
         match &self.keys {
-            Some(keys) if keys.looking.len() < MAX_BUCKETS => {
-                self.limited(Limit::Key, keys.looking.check_key(&(domain.to_owned(), *key)))
+            Some(keys) if keys.peeking.len() < BUCKETS_MAX => {
+                self.limited(Limit::Key, keys.peeking.check_key(&(domain.to_owned(), *key)))
             }
             _ => Ok(()),
         }
@@ -154,9 +154,9 @@ impl<C: Clock + Clone> RateLimits<C> {
     /// only if a limit needs it: it parses headers.
     pub fn check(&self, key: &PublicKey, client: impl FnOnce() -> Client, domain: &str) -> Result<(), Limited> {
         if let Some(clients) = &self.clients {
-            let has_room = clients.taking.len() < MAX_BUCKETS;
+            let has_room = clients.taking.len() < BUCKETS_MAX;
             let client = client();
-            let bucket = if has_room { Bucket::One(client) } else { Bucket::Overflow };
+            let bucket = if has_room { ClientBucket::One(client) } else { ClientBucket::Overflow };
             if !client.is_this_machine() {
                 self.limited(Limit::Client, clients.taking.check_key(&bucket))?;
             }
@@ -174,7 +174,7 @@ impl<C: Clock + Clone> RateLimits<C> {
     /// public, so requests for it in one domain must not use up that of another.
     pub fn check_key(&self, key: &PublicKey, domain: &str) -> Result<(), Limited> {
         match &self.keys {
-            Some(keys) if keys.taking.len() < MAX_BUCKETS => {
+            Some(keys) if keys.taking.len() < BUCKETS_MAX => {
                 self.limited(Limit::Key, keys.taking.check_key(&(domain.to_owned(), *key)))
             }
             _ => Ok(()),
@@ -198,9 +198,9 @@ impl<C: Clock + Clone> RateLimits<C> {
 
 impl<S: StateStore, C: Clock + Clone> Limiter<S, C> {
     fn new(quota: config::Quota, store: S, clock: &C) -> Self {
-        let [taking, looking] =
+        let [taking, peeking] =
             Buckets::twice(store).map(|buckets| RateLimiter::new(rate(quota), buckets, clock.clone()));
-        Self { taking, looking }
+        Self { taking, peeking }
     }
 }
 
@@ -297,17 +297,17 @@ mod tests {
             let (limits, clock) = limits(config);
             for _ in 0..2 {
                 for _ in 0..10 {
-                    assert_eq!(limits.look(&key(0), "a"), Ok(()));
+                    assert_eq!(limits.peek(&key(0), "a"), Ok(()));
                 }
                 assert_eq!(limits.check(&key(0), || client(0), "a"), Ok(()), "looking took something");
             }
-            assert_eq!(limits.look(&key(0), "a"), limited(limit, 2));
-            assert_eq!(limits.look(&key(0), "a"), limits.check(&key(0), || client(0), "a"));
+            assert_eq!(limits.peek(&key(0), "a"), limited(limit, 2));
+            assert_eq!(limits.peek(&key(0), "a"), limits.check(&key(0), || client(0), "a"));
             clock.advance(SECOND * 2);
-            assert_eq!(limits.look(&key(0), "a"), Ok(()));
+            assert_eq!(limits.peek(&key(0), "a"), Ok(()));
         }
         let (limits, clock) = limits(config::Limits { per_key: two, ..NONE });
-        assert_eq!(limits.look(&key(0), "a"), Ok(()));
+        assert_eq!(limits.peek(&key(0), "a"), Ok(()));
         clock.advance(SECOND * 10);
         limits.evict_idle();
         assert!(limits.keys.as_ref().unwrap().taking.is_empty(), "nothing is left of a look");
@@ -372,11 +372,11 @@ mod tests {
     fn however_many_clients_there_are_the_room_is_bounded() {
         let config = config::Limits { per_key: quota(2, 1.0), per_client: quota(2, 1.0), ..NONE };
         let (limits, clock) = limits(config);
-        let most = u32::try_from(MAX_BUCKETS).unwrap();
+        let most = u32::try_from(BUCKETS_MAX).unwrap();
         let passed = (0..most + 1_000).filter(|n| limits.check(&key(*n), || client(*n), "a").is_ok()).count();
-        assert_eq!(passed, MAX_BUCKETS + 2, "the rest counts as one");
-        assert_eq!(limits.clients.as_ref().unwrap().taking.len(), MAX_BUCKETS + 1);
-        assert!(limits.keys.as_ref().unwrap().taking.len() <= MAX_BUCKETS);
+        assert_eq!(passed, BUCKETS_MAX + 2, "the rest counts as one");
+        assert_eq!(limits.clients.as_ref().unwrap().taking.len(), BUCKETS_MAX + 1);
+        assert!(limits.keys.as_ref().unwrap().taking.len() <= BUCKETS_MAX);
         clock.advance(SECOND * 10);
         limits.evict_idle();
         assert!(limits.clients.as_ref().unwrap().taking.is_empty() && limits.keys.as_ref().unwrap().taking.is_empty());

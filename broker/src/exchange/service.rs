@@ -18,12 +18,12 @@ use wgkex_common::{Domain, KeyId, WorkerName};
 
 use crate::client_ip::Client;
 use crate::exchange::handle::{InFlightHandle, PendingRequest};
-use crate::exchange::in_flight::{Answer, Confirmations};
+use crate::exchange::in_flight::{CachedAnswer, Confirmations};
 use crate::exchange::rate_limit::{Limited, RateLimits};
 use crate::exchange::{Metrics, Rejection};
 use crate::fleet::gateways::Online;
 use crate::fleet::selection::Selection;
-use crate::fleet::status::Standing;
+use crate::fleet::status::GatewayRating;
 use crate::fleet::{Choice, Fleet, KeyConflict};
 
 /// The state of a key when a request for it begins.
@@ -37,7 +37,7 @@ struct KnownKey {
 
 /// The outcome that a request would have.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Outlook {
+pub struct ExpectedAnswer {
     /// Why it would be rejected at once.
     pub rejection: Option<Rejection>,
     /// The gateway that it would be given first; version 1 gives none.
@@ -45,7 +45,7 @@ pub struct Outlook {
     /// Whether that is the best gateway of those that confirmed the key after the previous request timed out.
     pub is_late: bool,
     /// Each gateway in the choice, or why it is not.
-    pub standings: Vec<Standing>,
+    pub standings: Vec<GatewayRating>,
 }
 
 /// Answers routers. Clones share everything.
@@ -89,7 +89,7 @@ impl Exchange {
         self.enter(id)?;
         let status = self.status(id, client)?;
         if status.is_too_frequent
-            && let Some(Answer { worker: Some(worker), .. }) = self.cached(id)
+            && let Some(CachedAnswer { worker: Some(worker), .. }) = self.cached(id)
             && let Some(selection) = self.fleet.select_again(id, &worker, now())
         {
             return Ok(selection.data);
@@ -125,16 +125,16 @@ impl Exchange {
     /// The outcome that a request for the key would have now, by the checks and the choice that serve requests. Nothing
     /// is counted, published or logged.
     #[must_use]
-    pub fn outlook(&self, id: &KeyId) -> Outlook {
-        let admitted = self.ready(id).and_then(|()| self.admit(id, || self.limits.look(&id.key, id.domain.name())));
+    pub fn expected_answer(&self, id: &KeyId) -> ExpectedAnswer {
+        let admitted = self.ready(id).and_then(|()| self.admit(id, || self.limits.peek(&id.key, id.domain.name())));
         let late = self.in_flight.lock().late(id, now());
         let Choice { preferred, best, standings } = self.fleet.choice(id, has_confirmed(&late), now());
         let (is_late, gateway) = (preferred.is_some(), preferred.or(best));
         let rejection = admitted.err().or(gateway.is_none().then_some(Rejection::NoGateway));
-        Outlook { rejection, gateway, is_late, standings }
+        ExpectedAnswer { rejection, gateway, is_late, standings }
     }
 
-    fn cached(&self, id: &KeyId) -> Option<Answer> {
+    fn cached(&self, id: &KeyId) -> Option<CachedAnswer> {
         self.in_flight.lock().cached(id, now()).cloned()
     }
 

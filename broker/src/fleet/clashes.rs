@@ -39,12 +39,12 @@ pub(super) fn find(published: &[PublishedData]) -> Vec<Problem> {
 }
 
 /// The gateways that publish the same value.
-struct Group<'a> {
+struct ClashingGateways<'a> {
     workers: BTreeSet<&'a WorkerName>,
     keys: BTreeSet<wgkex_common::PublicKey>,
 }
 
-impl Group<'_> {
+impl ClashingGateways<'_> {
     fn problem(&self, kind: ProblemKind, what: &str) -> Problem {
         let names: Vec<_> = self.workers.iter().map(|worker| worker.as_str()).collect();
         let subject = names.join(", ");
@@ -53,10 +53,13 @@ impl Group<'_> {
 }
 
 /// The gateways of each value that several publish.
-fn shared<'a, K: Ord>(published: &'a [PublishedData], what: impl Fn(&'a PublishedData) -> K) -> BTreeMap<K, Group<'a>> {
-    let mut groups: BTreeMap<K, Group<'a>> = BTreeMap::new();
+fn shared<'a, K: Ord>(
+    published: &'a [PublishedData],
+    what: impl Fn(&'a PublishedData) -> K,
+) -> BTreeMap<K, ClashingGateways<'a>> {
+    let mut groups: BTreeMap<K, ClashingGateways<'a>> = BTreeMap::new();
     for each in published {
-        let new = || Group { workers: BTreeSet::new(), keys: BTreeSet::new() };
+        let new = || ClashingGateways { workers: BTreeSet::new(), keys: BTreeSet::new() };
         let group = groups.entry(what(each)).or_insert_with(new);
         group.workers.insert(&each.worker);
         group.keys.insert(each.data.public_key);

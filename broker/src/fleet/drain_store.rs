@@ -24,7 +24,7 @@ const LAYOUT: u32 = 1;
 /// The file in `state_dir`.
 pub const FILE: StateFile = StateFile::json("broker.drain.json", LAYOUT);
 /// How often to check for drains that are over.
-const INTERVAL: Duration = Duration::from_secs(1);
+const EXPIRY_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Keeps the drains on disk. Clones share it.
 #[derive(Clone)]
@@ -73,7 +73,7 @@ impl DrainStore {
         let mut hangups = Hangups::listen();
         loop {
             let is_hangup = tokio::select! {
-                () = sleep(INTERVAL) => false,
+                () = sleep(EXPIRY_CHECK_INTERVAL) => false,
                 () = hangups.next() => true,
             };
             let _writing = self.writing.lock().await;

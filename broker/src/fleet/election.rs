@@ -28,7 +28,7 @@ pub fn since() -> u64 {
 pub struct Election {
     own: BrokerName,
     served: Served,
-    others: BTreeMap<BrokerName, Candidate>,
+    others: BTreeMap<BrokerName, CandidateBroker>,
     /// The time from which it no longer waits for its own messages.
     decided: Instant,
     /// Its own status was received back, and its hello: the server delivers them behind the retained ones of other
@@ -39,7 +39,7 @@ pub struct Election {
 }
 
 #[derive(Debug, Default)]
-struct Candidate {
+struct CandidateBroker {
     is_online: bool,
     serves: bool,
     /// The service that it announces, or announced last.
@@ -49,7 +49,7 @@ struct Candidate {
     passed_over: Option<Served>,
 }
 
-impl Candidate {
+impl CandidateBroker {
     fn changed(&mut self, now: Instant) {
         self.absent = if self.is_online && self.serves { None } else { self.absent.or(Some(now)) };
     }
@@ -129,13 +129,13 @@ impl Election {
 
     /// This broker stood still for so long that others may have passed it over: it ranks behind them from now on, as
     /// after a restart.
-    pub fn come_last(&mut self) {
+    pub fn rank_last(&mut self) {
         let others = self.others.values().filter_map(|candidate| Some(candidate.served.as_ref()?.since));
         self.served.since = others.fold(self.served.since, u64::max).saturating_add(1);
     }
 
     /// A broker does not answer although it is online: it is not elected until it is restarted.
-    pub fn pass_over(&mut self, broker: &BrokerName) {
+    pub fn skip_broker(&mut self, broker: &BrokerName) {
         if let Some(candidate) = self.others.get_mut(broker) {
             candidate.passed_over = candidate.served.clone();
         }
@@ -151,11 +151,11 @@ impl Election {
     }
 
     /// The candidate of this name; a new one is absent at once.
-    fn candidate(&mut self, broker: BrokerName, now: Instant) -> Option<&mut Candidate> {
+    fn candidate(&mut self, broker: BrokerName, now: Instant) -> Option<&mut CandidateBroker> {
         let is_known = self.others.contains_key(&broker);
         let has_room = self.others.len() < BROKERS_MAX && broker != self.own;
         let long_ago = now.checked_sub(ABSENCE_TIMEOUT).unwrap_or(now);
-        let new = || Candidate { absent: Some(long_ago), ..Candidate::default() };
+        let new = || CandidateBroker { absent: Some(long_ago), ..CandidateBroker::default() };
         (is_known || has_room).then(|| self.others.entry(broker).or_insert_with(new))
     }
 }
@@ -209,10 +209,10 @@ mod tests {
         assert_eq!((who(&election, 22).as_deref(), who(&election, 23).as_deref()), (Some("c"), Some("b")));
         election.on_bus(true, at(24));
         assert_eq!(who(&election, 24).as_deref(), Some("c"));
-        election.pass_over(&name("c"));
+        election.skip_broker(&name("c"));
         election.on_hello(name("f"), Some(served(20, "r")), at(24));
         assert_eq!(who(&election, 25).as_deref(), Some("b"));
-        election.come_last();
+        election.rank_last();
         assert_eq!((who(&election, 25).as_deref(), election.served().since), (Some("f"), 31), "behind a, which has 30");
         election.on_hello(name("c"), Some(served(11, "r")), at(25));
         assert_eq!(who(&election, 25).as_deref(), Some("c"), "one that was started again is not passed over");

@@ -18,11 +18,11 @@ use crate::fleet::status::{ORIGINAL, OfflineReason};
 /// minute after which every worker publishes its counts again, and those of ours their hello.
 const UNSUPPORTED_LIFETIME: Duration = Duration::from_secs(65);
 /// How long a worker whose status is online may publish nothing. The original skips a count when its dump was interrupted.
-const LIVENESS: Duration = Duration::from_secs(150);
+const ONLINE_SILENCE_MAX: Duration = Duration::from_secs(150);
 /// A status that goes offline so soon after all domains did is that of a worker that stops: it publishes those first.
 const STOP_DURATION: Duration = Duration::from_secs(5);
 /// The same count again within this time is a repetition for a program that has just connected: new counts are published every minute.
-pub(super) const REPEATED: Duration = Duration::from_secs(50);
+pub(super) const REPEATED_COUNT_WINDOW: Duration = Duration::from_secs(50);
 
 /// A worker's messages, and the state that follows from them.
 #[derive(Debug, Default)]
@@ -34,8 +34,8 @@ pub(super) struct Gateway {
     /// When it last came online, or stopped draining; none if it was online before this broker connected.
     pub came_back: Option<Instant>,
     /// Its program when it was last online.
-    program: Program,
-    status: Option<Status>,
+    program: GatewayProgram,
+    status: Option<StatusMessage>,
     /// When it last published anything of its own, since its status was last offline.
     last_sign: Option<Instant>,
     /// When it last published a count or a confirmation, since its status was last offline.
@@ -58,7 +58,7 @@ pub(super) struct Gateway {
     /// counting.
     pub removed_data: BTreeSet<Domain>,
     /// The peers of each domain with a count; none if the domain is offline.
-    pub peers: BTreeMap<Domain, Option<Peers>>,
+    pub peers: BTreeMap<Domain, Option<GatewayLoad>>,
     /// When each domain that is offline here became so, if this broker has seen it.
     down_since: BTreeMap<Domain, Instant>,
     /// The last new count of each domain.
@@ -69,14 +69,14 @@ pub(super) struct Gateway {
 
 /// The peers of a gateway in a domain.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Peers {
+pub struct GatewayLoad {
     /// Those with handshakes, by its last count.
     pub connected: u64,
     /// The answers that named it since then, those that other brokers are taken to have given included.
     pub assigned: u64,
 }
 
-impl Peers {
+impl GatewayLoad {
     /// All of them.
     #[must_use]
     pub fn total(self) -> u64 {
@@ -84,7 +84,7 @@ impl Peers {
     }
 }
 
-impl Sum for Peers {
+impl Sum for GatewayLoad {
     fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
         all.fold(Self::default(), |sum, each| Self {
             connected: sum.connected + each.connected,
@@ -114,13 +114,13 @@ enum OfflineSign {
 pub(super) struct Memory {
     offline: Option<OfflineSince>,
     came_back: Option<Instant>,
-    program: Program,
+    program: GatewayProgram,
     clock: PeerClock,
 }
 
 /// The program of a gateway.
 #[derive(Debug, Clone, Default)]
-enum Program {
+enum GatewayProgram {
     /// No message of it was received.
     #[default]
     Unknown,
@@ -132,7 +132,7 @@ enum Program {
 
 /// A status message.
 #[derive(Debug, Clone, Copy)]
-struct Status {
+struct StatusMessage {
     at: Instant,
     online: bool,
 }
@@ -216,7 +216,7 @@ impl Gateway {
     }
 
     /// The peers of all domains.
-    pub fn peers(&self) -> Peers {
+    pub fn peers(&self) -> GatewayLoad {
         self.peers.values().copied().flatten().sum()
     }
 
@@ -235,9 +235,9 @@ impl Gateway {
         match (&self.hello, &self.program) {
             (Some(hello), _) => Some(&hello.version),
             (None, _) if self.online => Some(ORIGINAL),
-            (None, Program::Ours(version)) => Some(version),
-            (None, Program::Original) => Some(ORIGINAL),
-            (None, Program::Unknown) => None,
+            (None, GatewayProgram::Ours(version)) => Some(version),
+            (None, GatewayProgram::Original) => Some(ORIGINAL),
+            (None, GatewayProgram::Unknown) => None,
         }
     }
 
@@ -288,8 +288,8 @@ impl Gateway {
 
     fn on_online(&mut self) {
         self.offline = None;
-        if self.hello.is_none() && matches!(self.program, Program::Unknown) {
-            self.program = Program::Original;
+        if self.hello.is_none() && matches!(self.program, GatewayProgram::Unknown) {
+            self.program = GatewayProgram::Original;
         }
     }
 
@@ -300,7 +300,7 @@ impl Gateway {
         }
         let at = self.status.map(|status| status.at);
         let last = self.last_sign.max(self.last_service).or(at);
-        let silence = last.map_or(LIVENESS, |last| now.saturating_duration_since(last));
+        let silence = last.map_or(ONLINE_SILENCE_MAX, |last| now.saturating_duration_since(last));
         self.refresh(Some(now), OfflineSign::Silence(silence), now);
         true
     }
@@ -309,10 +309,10 @@ impl Gateway {
     /// status: either may be from another client, or be a last will that was published late.
     fn alive_until(&self) -> Option<Instant> {
         match (self.status, self.last_sign, self.last_service) {
-            (Some(Status { online: true, .. }), Some(sign), _) => Some(sign + LIVENESS),
-            (Some(Status { online: true, at }), None, _) => Some(at + UNSUPPORTED_LIFETIME),
+            (Some(StatusMessage { online: true, .. }), Some(sign), _) => Some(sign + ONLINE_SILENCE_MAX),
+            (Some(StatusMessage { online: true, at }), None, _) => Some(at + UNSUPPORTED_LIFETIME),
             // Its status is offline, or there is none: the server delivers none, or a client removed it.
-            (Some(Status { online: false, .. }) | None, _, service) => {
+            (Some(StatusMessage { online: false, .. }) | None, _, service) => {
                 service.map(|service| service + UNSUPPORTED_LIFETIME)
             }
         }
@@ -343,13 +343,13 @@ impl Gateway {
     /// A worker of ours publishes its hello before its status. One that comes online without a hello is another program
     /// under the same name, and a hello that was received as retained is not its own.
     pub fn apply_status(&mut self, online: bool, retained: bool, now: Instant) {
-        self.status = Some(Status { at: now, online });
+        self.status = Some(StatusMessage { at: now, online });
         self.is_unresponsive = false;
         if !online {
             (self.last_sign, self.last_service, self.is_hello_live) = (None, None, false);
         }
         if online && !retained && !self.is_hello_live {
-            (self.hello, self.expired_hello, self.program) = (None, None, Program::Original);
+            (self.hello, self.expired_hello, self.program) = (None, None, GatewayProgram::Original);
         }
         // A retained status may be of any age.
         self.refresh(Some(now).filter(|_| !retained), OfflineSign::Status, now);
@@ -361,7 +361,7 @@ impl Gateway {
             self.came_back = Some(now);
         }
         if let Some(hello) = &hello {
-            self.program = Program::Ours(hello.version.clone());
+            self.program = GatewayProgram::Ours(hello.version.clone());
         }
         (self.hello, self.expired_hello, self.hello_renewed) = (hello, None, Some(now));
         if self.is_hello_live {
@@ -423,13 +423,14 @@ impl Gateway {
     fn has_counted(&self, domain: &Domain, now: Instant) -> bool {
         let came_online = self.status.and_then(|status| status.online.then_some(status.at));
         let last = self.last_counted.get(domain).copied().max(came_online);
-        last.is_some_and(|last| now.saturating_duration_since(last) < LIVENESS)
+        last.is_some_and(|last| now.saturating_duration_since(last) < ONLINE_SILENCE_MAX)
     }
 
     /// Whether a count was only published again for a program that has just connected: it does not include the answers
     /// since.
     fn is_repeated(&self, domain: &Domain, peers: u64, now: Instant) -> bool {
-        let is_same = |count: &Count| count.peers == peers && now.saturating_duration_since(count.at) < REPEATED;
+        let is_same =
+            |count: &Count| count.peers == peers && now.saturating_duration_since(count.at) < REPEATED_COUNT_WINDOW;
         self.peers.get(domain).is_some_and(Option::is_some) && self.counts.get(domain).is_some_and(is_same)
     }
 
@@ -450,7 +451,7 @@ impl Gateway {
             PeerCount::Connected(peers) if self.is_repeated(&domain, peers, now) => None,
             PeerCount::Connected(peers) => {
                 self.counts.insert(domain.clone(), Count { at: now, peers });
-                self.peers.insert(domain, Some(Peers { connected: peers, assigned: 0 }))
+                self.peers.insert(domain, Some(GatewayLoad { connected: peers, assigned: 0 }))
             }
             PeerCount::Offline => self.peers.insert(domain, None),
             PeerCount::Removed => self.peers.remove(&domain),

@@ -17,7 +17,7 @@ use wgkex_common::{BrokerName, Config, Domain, KeyId, PublicKey, Reserved, Topic
 use crate::fleet::drains::{Drains, TooManyDrains};
 use crate::fleet::gateway::{Gateway, Memory, PeerCount};
 use crate::fleet::reach::Reach;
-use crate::fleet::selection::{Candidate, Contender, DrainPhase, Selection, Shares};
+use crate::fleet::selection::{CandidateGateway, Contender, DrainPhase, Selection, Shares};
 use crate::fleet::status::GatewayStatus;
 
 pub use self::report::FleetProblems;
@@ -30,9 +30,9 @@ const NAMES_MAX: usize = 4096;
 const TIMEOUT_LOG_INTERVAL: Duration = Duration::from_secs(10);
 /// The retained states are complete after this time without a retained message: a server keeps the order of messages of one
 /// topic only (MQTT 3.1.1 section 4.6).
-const QUIET: Duration = Duration::from_millis(250);
+const RETAINED_QUIET: Duration = Duration::from_millis(250);
 /// The longest wait for retained messages after the own status was received.
-const QUIET_MAX: Duration = Duration::from_secs(10);
+const RETAINED_WAIT_MAX: Duration = Duration::from_secs(10);
 
 /// Every gateway and broker on the bus. All of them are forgotten when the connection is lost; the retained states are
 /// complete once the broker has received its own status and then no retained message for a moment.
@@ -80,7 +80,7 @@ pub struct Router<'a> {
     /// Its domain.
     pub domain: &'a Domain,
     /// The gateway where it is connected: one that drains keeps it.
-    pub home: Option<&'a WorkerName>,
+    pub current_gateway: Option<&'a WorkerName>,
     /// The time of its request.
     pub now: Instant,
 }
@@ -229,7 +229,8 @@ impl Gateways {
     pub fn check_synced(&mut self, now: Instant) -> bool {
         let Some(echo) = self.echo.filter(|_| !self.is_synced) else { return false };
         let age = |since: Instant| now.saturating_duration_since(since);
-        self.is_synced = age(self.last_retained.unwrap_or(echo).max(echo)) >= QUIET || age(echo) >= QUIET_MAX;
+        self.is_synced =
+            age(self.last_retained.unwrap_or(echo).max(echo)) >= RETAINED_QUIET || age(echo) >= RETAINED_WAIT_MAX;
         if self.is_synced {
             self.last_known = None;
         }
@@ -416,8 +417,12 @@ impl Gateways {
         let candidates = self.by_name.iter().filter_map(|(worker, gateway)| {
             let (data, confirms) = (gateway.serves(router.domain)?, gateway.confirms());
             let contender = || self.contender(worker, gateway, router.now);
-            let candidate =
-                || Candidate { contender: contender(), data, confirms, is_home: router.home == Some(worker) };
+            let candidate = || CandidateGateway {
+                contender: contender(),
+                data,
+                confirms,
+                is_current: router.current_gateway == Some(worker),
+            };
             eligible(worker, confirms).then(candidate)
         });
         self.shares(router.now).select(candidates)

@@ -9,7 +9,7 @@ use wgkex_common::{Domain, KeyId, WorkerName};
 use crate::fleet::gateways::{Gateways, Online, Router};
 use crate::fleet::live_keys::LiveKeys;
 use crate::fleet::selection::Selection;
-use crate::fleet::status::Standing;
+use crate::fleet::status::GatewayRating;
 
 /// The gateways and the live keys. Clones share them.
 #[derive(Clone)]
@@ -35,7 +35,7 @@ pub struct Choice {
     /// The best one of all.
     pub best: Option<WorkerName>,
     /// Each gateway in the choice, or why it is not.
-    pub standings: Vec<Standing>,
+    pub standings: Vec<GatewayRating>,
 }
 
 impl Fleet {
@@ -85,12 +85,13 @@ impl Fleet {
     /// peer from here on, so that requests at the same time spread; if the request fails, the gateway's own next count
     /// corrects that.
     pub fn select(&self, id: &KeyId, eligible: impl Fn(&WorkerName, bool) -> bool, now: Instant) -> Option<Selection> {
-        let home = self.home(id, now);
+        let current_gateway = self.current_gateway(id, now);
         let mut gateways = self.gateways();
         if !gateways.is_synced() {
             return None;
         }
-        let selection = gateways.select(Router { domain: &id.domain, home: home.as_ref(), now }, eligible)?;
+        let selection =
+            gateways.select(Router { domain: &id.domain, current_gateway: current_gateway.as_ref(), now }, eligible)?;
         gateways.on_assigned(&selection.worker, &id.domain);
         Some(selection)
     }
@@ -98,13 +99,14 @@ impl Fleet {
     /// The gateway that the router was given a moment ago, if it still can be.
     #[must_use]
     pub fn select_again(&self, id: &KeyId, worker: &WorkerName, now: Instant) -> Option<Selection> {
-        self.gateways().select(Router { domain: &id.domain, home: None, now }, |name, _| name == worker)
+        self.gateways().select(Router { domain: &id.domain, current_gateway: None, now }, |name, _| name == worker)
     }
 
     /// The choice that [`Self::select`] would make; nothing is counted.
     pub fn choice(&self, id: &KeyId, prefers: impl Fn(&WorkerName, bool) -> bool, now: Instant) -> Choice {
-        let home = self.home(id, now);
-        let (gateways, router) = (self.gateways(), Router { domain: &id.domain, home: home.as_ref(), now });
+        let current_gateway = self.current_gateway(id, now);
+        let (gateways, router) =
+            (self.gateways(), Router { domain: &id.domain, current_gateway: current_gateway.as_ref(), now });
         let worker = |selection: Selection| selection.worker;
         Choice {
             preferred: gateways.select(router, prefers).map(worker),
@@ -124,8 +126,8 @@ impl Fleet {
     }
 
     /// The gateway where the router is connected; it only counts while some gateway drains.
-    fn home(&self, id: &KeyId, now: Instant) -> Option<WorkerName> {
+    fn current_gateway(&self, id: &KeyId, now: Instant) -> Option<WorkerName> {
         let is_any_draining = self.gateways().is_any_draining();
-        is_any_draining.then(|| self.live().home(id, now).cloned()).flatten()
+        is_any_draining.then(|| self.live().current_gateway(id, now).cloned()).flatten()
     }
 }

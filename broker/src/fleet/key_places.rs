@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use wgkex_common::WorkerName;
 
 /// The most gateways that get a number; messages of others about keys are not remembered.
-const MAX_GATEWAYS: usize = 64;
+const GATEWAYS_MAX: usize = 64;
 /// A router that requests a gateway again so soon after it was sent back to its gateway is not connected there.
 const STAY_RETRY_MINUTES: u16 = 5;
 
@@ -74,7 +74,7 @@ impl GatewayNumbers {
     fn number(&mut self, worker: &WorkerName) -> Option<usize> {
         let found = self.names.iter().position(|name| name == worker);
         found.or_else(|| {
-            (self.names.len() < MAX_GATEWAYS).then(|| {
+            (self.names.len() < GATEWAYS_MAX).then(|| {
                 self.names.push(worker.clone());
                 self.names.len() - 1
             })
@@ -102,7 +102,7 @@ impl GatewayNumbers {
 
     /// This broker named `worker` to the router.
     pub fn give(&mut self, places: &mut KeyPlaces, worker: &WorkerName, now: Instant) {
-        let stays = self.home(places, now) == Some(worker);
+        let stays = self.current_gateway(places, now) == Some(worker);
         places.given = self.ordinal(worker);
         places.stayed_at = stays.then(|| self.minute(now));
     }
@@ -110,15 +110,15 @@ impl GatewayNumbers {
     /// The gateway where the router is connected: this broker named it to the router, and it is the one that last reported
     /// handshakes. None for a router that requests one again soon after it was sent back there.
     #[must_use]
-    pub fn home(&self, places: &KeyPlaces, now: Instant) -> Option<&WorkerName> {
+    pub fn current_gateway(&self, places: &KeyPlaces, now: Instant) -> Option<&WorkerName> {
         let is_recent = |at: NonZeroU16| {
             let minute = self.minute(now).get();
             // The minutes start again at 1, and never are 0.
             let passed = if minute >= at.get() { minute - at.get() } else { minute + (u16::MAX - at.get()) };
             passed < STAY_RETRY_MINUTES
         };
-        let is_home = places.given == places.handshakes && !places.stayed_at.is_some_and(is_recent);
-        self.name(places.given.filter(|_| is_home))
+        let is_current = places.given == places.handshakes && !places.stayed_at.is_some_and(is_recent);
+        self.name(places.given.filter(|_| is_current))
     }
 
     /// The gateway that last reported handshakes of a key.
@@ -170,16 +170,16 @@ mod tests {
         let begun = Instant::now();
         let (mut numbers, mut places) = (GatewayNumbers::new(begun), KeyPlaces::default());
         numbers.on_handshake(&mut places, &worker(2));
-        assert_eq!(numbers.home(&places, begun), None, "only the gateway claims it");
+        assert_eq!(numbers.current_gateway(&places, begun), None, "only the gateway claims it");
         numbers.give(&mut places, &worker(1), begun);
-        assert_eq!(numbers.home(&places, begun), None, "another one claims it");
+        assert_eq!(numbers.current_gateway(&places, begun), None, "another one claims it");
         numbers.on_handshake(&mut places, &worker(1));
-        assert_eq!(numbers.home(&places, begun), Some(&worker(1)));
+        assert_eq!(numbers.current_gateway(&places, begun), Some(&worker(1)));
         numbers.on_handshake(&mut places, &worker(2));
-        assert_eq!(numbers.home(&places, begun), None, "it may have moved");
+        assert_eq!(numbers.current_gateway(&places, begun), None, "it may have moved");
         numbers.on_handshake(&mut places, &worker(1));
         numbers.give(&mut places, &worker(2), begun);
-        assert_eq!(numbers.home(&places, begun), None, "it was sent elsewhere");
+        assert_eq!(numbers.current_gateway(&places, begun), None, "it was sent elsewhere");
     }
 
     #[test]
@@ -191,9 +191,13 @@ mod tests {
             let at = |minutes: u64| begun + Duration::from_secs(60 * (first + minutes));
             numbers.on_handshake(&mut places, &worker(1));
             numbers.give(&mut places, &worker(1), at(0));
-            assert_eq!(numbers.home(&places, at(0)), Some(&worker(1)), "its first request since it is connected");
+            assert_eq!(
+                numbers.current_gateway(&places, at(0)),
+                Some(&worker(1)),
+                "its first request since it is connected"
+            );
             numbers.give(&mut places, &worker(1), at(0));
-            let homes = [0, 1, 4, 5, 90].map(|minutes| numbers.home(&places, at(minutes)).is_some());
+            let homes = [0, 1, 4, 5, 90].map(|minutes| numbers.current_gateway(&places, at(minutes)).is_some());
             assert_eq!(homes, [false, false, false, true, true], "{first}");
         }
     }
@@ -201,13 +205,13 @@ mod tests {
     #[test]
     fn however_many_gateways_there_are_the_room_is_bounded() {
         let (mut numbers, mut places) = (GatewayNumbers::new(Instant::now()), KeyPlaces::default());
-        for n in 0..MAX_GATEWAYS + 10 {
+        for n in 0..GATEWAYS_MAX + 10 {
             numbers.confirm(&mut places, &worker(n), true, Instant::now());
             numbers.on_handshake(&mut places, &worker(n));
         }
         let named = numbers.named(&places, Instant::now());
-        assert_eq!((numbers.names.len(), named.confirmed.len()), (MAX_GATEWAYS, MAX_GATEWAYS));
-        assert_eq!(named.handshakes, Some(worker(MAX_GATEWAYS - 1)));
+        assert_eq!((numbers.names.len(), named.confirmed.len()), (GATEWAYS_MAX, GATEWAYS_MAX));
+        assert_eq!(named.handshakes, Some(worker(GATEWAYS_MAX - 1)));
         assert_eq!(size_of::<KeyPlaces>(), 16);
     }
 }

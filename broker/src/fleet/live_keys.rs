@@ -12,7 +12,7 @@ use wgkex_common::access_lists::Admission;
 use wgkex_common::address::claim::{self, Claim, ClaimState};
 use wgkex_common::config::{self, Cleanup};
 use wgkex_common::storage::key_store::{KeyRecord, Keys, WriteBuffer};
-use wgkex_common::sync::CHUNK;
+use wgkex_common::sync::CHUNK_KEYS_MAX;
 use wgkex_common::wire::message::{Age, SnapshotChunk, SyncRequest};
 use wgkex_common::{BrokerName, Config, Domain, KeyId, PublicKey, WorkerName};
 
@@ -23,7 +23,7 @@ use crate::fleet::unrequested::{HandshakeReport, UnrequestedKeys};
 const SAME_REQUEST: Duration = Duration::from_secs(3);
 /// Smaller differences of age are ignored in another broker's snapshot: ages are whole seconds and chunks take their time, so
 /// that two brokers would send each other the same keys for ever.
-const SAME_AGE: Duration = Duration::from_secs(60);
+const AGE_TOLERANCE: Duration = Duration::from_secs(60);
 /// The fraction of all keys that may be established ones without their address.
 const DISPLACED_FRACTION: usize = 16;
 
@@ -273,8 +273,8 @@ impl LiveKeys {
 
     /// The gateway where the router of a key is connected, by its reports and by this broker's own answers.
     #[must_use]
-    pub fn home(&self, id: &KeyId, now: Instant) -> Option<&WorkerName> {
-        self.numbers.home(self.places(id)?, now)
+    pub fn current_gateway(&self, id: &KeyId, now: Instant) -> Option<&WorkerName> {
+        self.numbers.current_gateway(self.places(id)?, now)
     }
 
     /// This broker answered a request of the key's router with `worker`.
@@ -319,7 +319,7 @@ impl LiveKeys {
             let age = Duration::from_secs(*age_secs);
             if age < self.ttl {
                 let record = KeyRecord { last: now.checked_sub(age).unwrap_or(now), established: *established };
-                self.merge(&chunk.domain, *key, record, SAME_AGE, now);
+                self.merge(&chunk.domain, *key, record, AGE_TOLERANCE, now);
             }
         }
     }
@@ -417,7 +417,7 @@ impl LiveKeys {
         };
         let keys = keys.into_iter().flat_map(|keys| keys.range((start, Unbounded)));
         let mut wanted = keys.filter(|(_, live)| is_wanted(live));
-        let keys = wanted.by_ref().take(CHUNK).map(|(key, live)| {
+        let keys = wanted.by_ref().take(CHUNK_KEYS_MAX).map(|(key, live)| {
             (*key, Age { age_secs: age(live.record.last).as_secs(), has_handshake: live.record.established })
         });
         let keys = keys.collect();

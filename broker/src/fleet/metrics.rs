@@ -9,9 +9,9 @@ use wgkex_common::Domain;
 use wgkex_common::access_lists::metrics::ListMetrics;
 
 use crate::fleet::live_keys::LiveKeyCounts;
-use crate::fleet::reach::Reached;
-use crate::fleet::status::{DomainStatus, GatewayDomain, GatewayStatus};
-use crate::metrics::{Registry, set};
+use crate::fleet::reach::ReachCounts;
+use crate::fleet::status::{DomainGateways, GatewayDomain, GatewayStatus};
+use crate::metrics::{MetricsRegistry, set};
 
 /// Gauges of objects that appear and vanish: an object that is gone has no series.
 #[derive(Debug, Clone)]
@@ -61,7 +61,7 @@ pub struct Metrics {
 
 impl Metrics {
     /// Registers them, each at 0.
-    pub fn register(registry: &Registry) -> Result<Self, Error> {
+    pub fn register(registry: &MetricsRegistry) -> Result<Self, Error> {
         let metrics = Self {
             state_kept: registry.gauge("wgkex_broker_state_kept", "1 while the live keys are kept on disk")?,
             live: registry.gauges("wgkex_broker_live_keys", "Live keys by state", &["domain", "state"])?,
@@ -113,8 +113,8 @@ impl Metrics {
     }
 
     /// Takes over how many gateways serve each domain.
-    pub fn set_domains(&self, domains: &[DomainStatus]) {
-        for DomainStatus { name, gateways } in domains {
+    pub fn set_domains(&self, domains: &[DomainGateways]) {
+        for DomainGateways { name, gateways } in domains {
             set(&self.domain_gateways.with_label_values(&[name]), gateways.len());
         }
     }
@@ -136,7 +136,7 @@ impl Metrics {
         self.gateway_connected.set(peers(|domain| domain.connected));
         self.gateway_assigned.set(peers(|domain| domain.assigned));
         let routers = |gateway: &GatewayStatus| {
-            let Reached { reached, waiting, unreached } = gateway.reach;
+            let ReachCounts { reached, waiting, unreached } = gateway.reach;
             [("reached", reached), ("waiting", waiting), ("unreached", unreached)]
         };
         self.gateway_routers.set(gateways.iter().flat_map(|gateway| {
@@ -162,19 +162,19 @@ mod tests {
 
     #[test]
     fn every_series_is_there_from_the_start() {
-        let registry = Registry::default();
+        let registry = MetricsRegistry::default();
         Metrics::register(&registry).unwrap();
         assert_has(&registry, &[r#"wgkex_broker_gateways{state="online"} 0"#]);
     }
 
     #[test]
     fn a_gateway_has_series_as_long_as_it_is_known() {
-        use crate::fleet::status::{DomainState, DrainSource, Draining};
+        use crate::fleet::status::{DrainSource, Draining, GatewayDomainState};
 
-        let registry = Registry::default();
+        let registry = MetricsRegistry::default();
         let metrics = Metrics::register(&registry).unwrap();
         let domain =
-            |connected| GatewayDomain { domain: "ff_a".into(), state: DomainState::Up, connected, assigned: 2 };
+            |connected| GatewayDomain { domain: "ff_a".into(), state: GatewayDomainState::Up, connected, assigned: 2 };
         let drain = wgkex_common::wire::drain::Drain { since: 7, until: None, reason: None, deadline: None };
         let draining = Draining { by: DrainSource::Broker, drain };
         let gateway = |name: &str, online, connected| GatewayStatus {
@@ -186,14 +186,14 @@ mod tests {
             domains: vec![domain(connected)],
             connected,
             assigned: 2,
-            reach: Reached { reached: 4, waiting: 5, unreached: 6 },
+            reach: ReachCounts { reached: 4, waiting: 5, unreached: 6 },
             weight: 1.0,
             share: 1.0,
             target: 1.0,
             last_known_secs: None,
         };
         metrics.set_gateways(&[gateway("gw1", true, 7), gateway("gw2", false, 0)]);
-        metrics.set_domains(&[DomainStatus { name: "ff_a".into(), gateways: Vec::new() }]);
+        metrics.set_domains(&[DomainGateways { name: "ff_a".into(), gateways: Vec::new() }]);
         assert_has(
             &registry,
             &[

@@ -9,32 +9,32 @@ use serde::{Deserialize, Serialize};
 use wgkex_common::{Domain, PublicKey, WorkerName};
 
 /// A router that still requests a gateway so long after it was first given one, without a handshake there, does not reach it.
-const PATIENCE: Duration = Duration::from_secs(300);
+const UNREACHED_AFTER: Duration = Duration::from_secs(300);
 /// An answer is forgotten after this long.
-const MEMORY: Duration = Duration::from_secs(1_200);
+const ANSWER_LIFETIME: Duration = Duration::from_secs(1_200);
 /// The most answers that are remembered; others are not watched.
-const MAX_ANSWERS: usize = 20_000;
+const ANSWERS_MAX: usize = 20_000;
 /// A gateway with fewer unreached routers is not reported: a single router may have a local problem.
 const MIN_UNREACHED: u64 = 3;
 
 /// The answers that named a gateway, in the last 20 minutes.
 #[derive(Debug, Default)]
 pub struct Reach {
-    answers: HashMap<Given, Answer>,
+    answers: HashMap<AnsweredRouter, AnswerTimes>,
     /// How many of them each gateway has in each state; none without any.
-    counts: BTreeMap<WorkerName, Reached>,
+    counts: BTreeMap<WorkerName, ReachCounts>,
 }
 
 /// A router that was given a gateway.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-struct Given {
+struct AnsweredRouter {
     key: PublicKey,
     domain: Domain,
     gateway: WorkerName,
 }
 
 #[derive(Debug)]
-struct Answer {
+struct AnswerTimes {
     first: Instant,
     last: Instant,
     /// The gateway reported a handshake of the router.
@@ -43,7 +43,7 @@ struct Answer {
 
 /// The routers that were given a gateway in the last 20 minutes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Reached {
+pub struct ReachCounts {
     /// The routers with a handshake there.
     pub reached: u64,
     /// The routers without one so far.
@@ -52,12 +52,12 @@ pub struct Reached {
     pub unreached: u64,
 }
 
-impl Answer {
+impl AnswerTimes {
     /// The counter of the gateway that includes this answer.
-    fn place<'a>(&self, Reached { reached, waiting, unreached }: &'a mut Reached) -> &'a mut u64 {
+    fn place<'a>(&self, ReachCounts { reached, waiting, unreached }: &'a mut ReachCounts) -> &'a mut u64 {
         if self.is_reached {
             reached
-        } else if self.last.saturating_duration_since(self.first) >= PATIENCE {
+        } else if self.last.saturating_duration_since(self.first) >= UNREACHED_AFTER {
             unreached
         } else {
             waiting
@@ -65,7 +65,7 @@ impl Answer {
     }
 }
 
-impl Reached {
+impl ReachCounts {
     /// Whether so many routers do not reach the gateway that it is the cause: at a gateway without any `connected`
     /// router, one is enough.
     #[must_use]
@@ -78,8 +78,8 @@ impl Reached {
 impl Reach {
     /// A router was given a gateway; `is_reached` if that is the one that last reported handshakes of it.
     pub fn on_given(&mut self, gateway: &WorkerName, domain: &Domain, key: PublicKey, is_reached: bool, now: Instant) {
-        let given = Given { key, domain: domain.clone(), gateway: gateway.clone() };
-        if self.answers.len() >= MAX_ANSWERS && !self.answers.contains_key(&given) {
+        let given = AnsweredRouter { key, domain: domain.clone(), gateway: gateway.clone() };
+        if self.answers.len() >= ANSWERS_MAX && !self.answers.contains_key(&given) {
             return;
         }
         let counts = self.counts.entry(gateway.clone()).or_default();
@@ -89,7 +89,7 @@ impl Reach {
                 *answer.place(counts) -= 1;
                 answer
             }
-            Entry::Vacant(unknown) => unknown.insert(Answer { first: now, last: now, is_reached }),
+            Entry::Vacant(unknown) => unknown.insert(AnswerTimes { first: now, last: now, is_reached }),
         };
         answer.last = now;
         answer.is_reached |= is_reached;
@@ -98,7 +98,7 @@ impl Reach {
 
     /// A gateway reports a handshake of a router.
     pub fn on_handshake(&mut self, gateway: &WorkerName, domain: &Domain, key: PublicKey) {
-        let given = Given { key, domain: domain.clone(), gateway: gateway.clone() };
+        let given = AnsweredRouter { key, domain: domain.clone(), gateway: gateway.clone() };
         if let (Some(answer), Some(counts)) = (self.answers.get_mut(&given), self.counts.get_mut(gateway)) {
             *answer.place(counts) -= 1;
             answer.is_reached = true;
@@ -110,18 +110,18 @@ impl Reach {
     pub fn expire(&mut self, now: Instant) {
         let counts = &mut self.counts;
         self.answers.retain(|given, answer| {
-            let is_kept = now.saturating_duration_since(answer.last) < MEMORY;
+            let is_kept = now.saturating_duration_since(answer.last) < ANSWER_LIFETIME;
             if let (false, Some(counts)) = (is_kept, counts.get_mut(&given.gateway)) {
                 *answer.place(counts) -= 1;
             }
             is_kept
         });
-        counts.retain(|_, counts| *counts != Reached::default());
+        counts.retain(|_, counts| *counts != ReachCounts::default());
     }
 
     /// The routers of each gateway.
     #[must_use]
-    pub fn by_gateway(&self) -> &BTreeMap<WorkerName, Reached> {
+    pub fn by_gateway(&self) -> &BTreeMap<WorkerName, ReachCounts> {
         &self.counts
     }
 }
@@ -159,13 +159,13 @@ mod tests {
             reach.expire(at(begun, minute));
             let unreached = if minute < 5 { 0 } else { 2 };
             let reached = u64::from(minute >= 1);
-            let expected = Reached { reached, waiting: 4 - unreached - reached, unreached };
+            let expected = ReachCounts { reached, waiting: 4 - unreached - reached, unreached };
             assert_eq!(reach.by_gateway()[&gateway], expected, "{minute} min");
         }
         reach.on_handshake(&gateway, &domain, key(2));
-        assert_eq!(reach.by_gateway()[&gateway], Reached { reached: 2, waiting: 1, unreached: 1 });
+        assert_eq!(reach.by_gateway()[&gateway], ReachCounts { reached: 2, waiting: 1, unreached: 1 });
         reach.expire(at(begun, 20));
-        assert_eq!(reach.by_gateway()[&gateway], Reached { reached: 2, waiting: 0, unreached: 1 });
+        assert_eq!(reach.by_gateway()[&gateway], ReachCounts { reached: 2, waiting: 0, unreached: 1 });
         reach.expire(at(begun, 26));
         assert!(reach.by_gateway().is_empty());
     }
@@ -179,7 +179,7 @@ mod tests {
         reach.on_handshake(&other, &domain, key(2));
         reach.on_given(&gateway, &domain, key(1), false, at(begun, 9));
         reach.on_given(&gateway, &domain, key(2), false, at(begun, 9));
-        assert_eq!(reach.by_gateway()[&gateway], Reached { reached: 1, waiting: 0, unreached: 1 });
+        assert_eq!(reach.by_gateway()[&gateway], ReachCounts { reached: 1, waiting: 0, unreached: 1 });
         assert!(!reach.by_gateway().contains_key(&other));
     }
 
@@ -194,7 +194,7 @@ mod tests {
             (1, 3, 3, true),
             (1, 4, 3, false),
         ] {
-            let found = Reached { reached, waiting: 50, unreached };
+            let found = ReachCounts { reached, waiting: 50, unreached };
             assert_eq!(found.is_suspicious(connected), suspicious, "{found:?}");
         }
     }
@@ -206,7 +206,7 @@ mod tests {
             reach.on_given(&gateway, &domain, key(n), false, begun);
         }
         reach.expire(at(begun, 19));
-        assert_eq!(reach.by_gateway()[&gateway], Reached { waiting: MAX_ANSWERS as u64, ..Reached::default() });
+        assert_eq!(reach.by_gateway()[&gateway], ReachCounts { waiting: ANSWERS_MAX as u64, ..ReachCounts::default() });
     }
 
     proptest! {
@@ -224,7 +224,7 @@ mod tests {
                     2 => reach.on_handshake(&gateway, &domain, key(n)),
                     _ => reach.expire(now),
                 }
-                let mut recount: BTreeMap<WorkerName, Reached> = BTreeMap::new();
+                let mut recount: BTreeMap<WorkerName, ReachCounts> = BTreeMap::new();
                 for (given, answer) in &reach.answers {
                     *answer.place(recount.entry(given.gateway.clone()).or_default()) += 1;
                 }

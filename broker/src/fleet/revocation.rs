@@ -18,9 +18,9 @@ use wgkex_common::{PublicKey, RejectReason, WorkerName};
 use crate::fleet::gateways::Reachability;
 
 /// How long an admin call waits for all gateways together.
-pub const TIMEOUT: Duration = Duration::from_secs(2);
+pub const REVOCATION_TIMEOUT: Duration = Duration::from_secs(2);
 /// The most gateways whose results one call gets: more than any fleet has.
-const MAX_GATEWAYS: usize = 4096;
+const GATEWAYS_MAX: usize = 4096;
 
 /// A record of the access lists that denies a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -40,12 +40,12 @@ struct GatewayResult {
 /// The revocations that wait for results. Clones share them.
 #[derive(Debug, Clone, Default)]
 pub struct PendingRevocations {
-    calls: Arc<Mutex<HashMap<DenyRecord, Call>>>,
+    calls: Arc<Mutex<HashMap<DenyRecord, RevocationCall>>>,
 }
 
 /// Where the results of one revocation go, and which gateways have sent one: the first of each counts.
 #[derive(Debug)]
-struct Call {
+struct RevocationCall {
     results: mpsc::Sender<GatewayResult>,
     received: BTreeSet<WorkerName>,
 }
@@ -85,9 +85,9 @@ impl PendingRevocations {
     /// Waits for results of the record that denies `key` since `at`.
     #[must_use]
     pub fn begin(&self, key: PublicKey, at: u64) -> PendingRevocation {
-        let (sender, results) = mpsc::channel(MAX_GATEWAYS);
+        let (sender, results) = mpsc::channel(GATEWAYS_MAX);
         let record = DenyRecord { key, at };
-        self.calls().insert(record, Call { results: sender, received: BTreeSet::new() });
+        self.calls().insert(record, RevocationCall { results: sender, received: BTreeSet::new() });
         PendingRevocation { pending: self.clone(), record, results }
     }
 
@@ -96,7 +96,7 @@ impl PendingRevocations {
         let mut calls = self.calls();
         for (key, outcome) in revoked.keys {
             if let Some(call) = calls.get_mut(&DenyRecord { key, at: revoked.at })
-                && call.received.len() < MAX_GATEWAYS
+                && call.received.len() < GATEWAYS_MAX
                 && call.received.insert(worker.clone())
             {
                 let _ = call.results.try_send(GatewayResult { worker: worker.clone(), outcome });
@@ -104,7 +104,7 @@ impl PendingRevocations {
         }
     }
 
-    fn calls(&self) -> MutexGuard<'_, HashMap<DenyRecord, Call>> {
+    fn calls(&self) -> MutexGuard<'_, HashMap<DenyRecord, RevocationCall>> {
         self.calls.lock()
     }
 }
@@ -226,7 +226,7 @@ mod tests {
             pending.on_revoked(&name(worker), revoked);
         }
         let begun = Instant::now();
-        let results = waiting.results(reach(), begun + TIMEOUT).await;
+        let results = waiting.results(reach(), begun + REVOCATION_TIMEOUT).await;
         let wanted = [("gw1", "was not there"), ("gw2", "failed: xy"), ("gw3", "offline"), ("gw4", "cannot")];
         assert_eq!(texts(results), wanted.map(|(worker, text)| (worker.to_owned(), text.to_owned())).into());
         assert_eq!(begun.elapsed(), Duration::ZERO, "nobody is waited for in vain");
@@ -238,11 +238,11 @@ mod tests {
     async fn a_worker_with_many_outcomes_crowds_out_no_other() {
         let pending = PendingRevocations::default();
         let waiting = pending.begin(key(3), 7);
-        for _ in 0..2 * MAX_GATEWAYS {
+        for _ in 0..2 * GATEWAYS_MAX {
             pending.on_revoked(&name("gw1"), revoked(7, 3, "failed"));
         }
         pending.on_revoked(&name("gw2"), revoked(7, 3, "removed"));
-        let results = waiting.results(reach(), Instant::now() + TIMEOUT).await;
+        let results = waiting.results(reach(), Instant::now() + REVOCATION_TIMEOUT).await;
         let failed = GatewayOutcome::Failed(RejectReason::Other("failed".into()));
         assert_eq!((&results["gw1"], &results["gw2"]), (&failed, &GatewayOutcome::Removed));
     }
@@ -253,9 +253,9 @@ mod tests {
         let waiting = pending.begin(key(3), 7);
         pending.on_revoked(&name("gw2"), revoked(7, 3, "removed"));
         let begun = Instant::now();
-        let results = waiting.results(reach(), begun + TIMEOUT).await;
+        let results = waiting.results(reach(), begun + REVOCATION_TIMEOUT).await;
         assert_eq!((&results["gw1"], &results["gw2"]), (&GatewayOutcome::TimedOut, &GatewayOutcome::Removed));
-        assert_eq!(begun.elapsed(), TIMEOUT);
+        assert_eq!(begun.elapsed(), REVOCATION_TIMEOUT);
         let failed = GatewayOutcome::Failed(RejectReason::Kernel);
         let not_done = [GatewayOutcome::TimedOut, GatewayOutcome::Offline, GatewayOutcome::Unsupported, failed];
         assert!(GatewayOutcome::Removed.is_done() && GatewayOutcome::Absent.is_done());

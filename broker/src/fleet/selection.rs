@@ -10,9 +10,9 @@ use wgkex_common::WorkerName;
 use wgkex_common::wire::message::WorkerData;
 
 /// A gateway that came back is filled once it has this part of the peers that it should have.
-const FILLED: f64 = 0.9;
+const FILLED_FRACTION: f64 = 0.9;
 /// A fleet whose first gateway came online so recently starts as a whole: none of them is filled slowly.
-const START: Duration = Duration::from_secs(60);
+const FLEET_START: Duration = Duration::from_secs(60);
 
 /// A gateway that is online, whether it can serve the router or not.
 #[derive(Debug, Clone, Copy)]
@@ -39,12 +39,12 @@ pub(super) enum DrainPhase {
 
 /// A gateway that can serve the router.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Candidate<'a> {
+pub(super) struct CandidateGateway<'a> {
     pub contender: Contender<'a>,
     pub data: &'a WorkerData,
     pub confirms: bool,
     /// The router is connected there.
-    pub is_home: bool,
+    pub is_current: bool,
 }
 
 /// The gateway that is selected for a router.
@@ -126,7 +126,7 @@ impl<'a> Shares<'a> {
                 shares.fill_time = shares.fill_time.max(age.unwrap_or(fill_time).min(fill_time));
             }
         }
-        if shares.fill_time < fill_time.min(START) {
+        if shares.fill_time < fill_time.min(FLEET_START) {
             shares.fill_time = Duration::ZERO;
         }
         let configured: f64 = weights.values().sum();
@@ -152,12 +152,12 @@ impl<'a> Shares<'a> {
     /// The candidate furthest below its target. One that was unresponsive, drains, or weighs nothing, is the last resort, and
     /// one that removes peers only where there is none of these; but one that drains keeps the routers that are connected
     /// there, until it removes them.
-    pub fn select<'b>(&self, candidates: impl Iterator<Item = Candidate<'b>>) -> Option<Selection> {
+    pub fn select<'b>(&self, candidates: impl Iterator<Item = CandidateGateway<'b>>) -> Option<Selection> {
         let ranked =
-            candidates.map(|candidate| (self.rank_for_router(candidate.contender, candidate.is_home), candidate));
+            candidates.map(|candidate| (self.rank_for_router(candidate.contender, candidate.is_current), candidate));
         let best =
             ranked.min_by(|(a, _), (b, _)| a.tier.place().cmp(&b.tier.place()).then(a.excess.total_cmp(&b.excess)));
-        best.map(|(_, Candidate { contender, data, confirms, .. })| Selection {
+        best.map(|(_, CandidateGateway { contender, data, confirms, .. })| Selection {
             worker: contender.worker.clone(),
             confirms,
             data: data.clone(),
@@ -165,9 +165,9 @@ impl<'a> Shares<'a> {
     }
 
     /// The place of a gateway in the choice for a router that is connected there, or is not.
-    pub fn rank_for_router(&self, contender: Contender<'_>, is_home: bool) -> Rank {
+    pub fn rank_for_router(&self, contender: Contender<'_>, is_current: bool) -> Rank {
         let rank = self.rank(contender);
-        let stays = is_home && rank.tier == Tier::Draining;
+        let stays = is_current && rank.tier == Tier::Draining;
         Rank { tier: if stays { Tier::Stays } else { rank.tier }, ..rank }
     }
 
@@ -197,7 +197,7 @@ impl<'a> Shares<'a> {
         }
         let fair = self.total_peers * self.weight(worker) / self.online_weight;
         let grown = age.as_secs_f64() / self.fill_time.as_secs_f64();
-        peers < FILLED * fair && peers >= grown * fair
+        peers < FILLED_FRACTION * fair && peers >= grown * fair
     }
 }
 
@@ -214,30 +214,30 @@ mod tests {
 
     /// A gateway in a table: peers, seconds since it came back, whether it drains.
     #[derive(Debug, Clone, Copy)]
-    struct Row {
+    struct GatewayRow {
         peers: u64,
         age: Option<u64>,
         drain: Option<DrainPhase>,
     }
 
-    fn there(peers: u64) -> Row {
-        Row { peers, age: None, drain: None }
+    fn there(peers: u64) -> GatewayRow {
+        GatewayRow { peers, age: None, drain: None }
     }
 
-    fn back(peers: u64, age: u64) -> Row {
-        Row { age: Some(age), ..there(peers) }
+    fn back(peers: u64, age: u64) -> GatewayRow {
+        GatewayRow { age: Some(age), ..there(peers) }
     }
 
-    fn draining(peers: u64) -> Row {
-        Row { drain: Some(DrainPhase::Keeps), ..there(peers) }
+    fn draining(peers: u64) -> GatewayRow {
+        GatewayRow { drain: Some(DrainPhase::Keeps), ..there(peers) }
     }
 
-    fn removing(peers: u64) -> Row {
-        Row { drain: Some(DrainPhase::Removes), ..there(peers) }
+    fn removing(peers: u64) -> GatewayRow {
+        GatewayRow { drain: Some(DrainPhase::Removes), ..there(peers) }
     }
 
     /// The gateway, by its place in `rows`, that each of `routers` new ones is given, all at once.
-    fn given(rows: &[Row], over: Duration, home: Option<usize>, routers: usize) -> Vec<usize> {
+    fn given(rows: &[GatewayRow], over: Duration, current_gateway: Option<usize>, routers: usize) -> Vec<usize> {
         let names: Vec<WorkerName> = (0..rows.len()).map(|n| format!("gw{n}").parse().unwrap()).collect();
         let data = WorkerData {
             external_address: "a".into(),
@@ -259,11 +259,11 @@ mod tests {
                 })
                 .collect();
             let shares = Shares::new(&weights, over, contenders.iter().copied());
-            let candidates = contenders.iter().enumerate().map(|(number, contender)| Candidate {
+            let candidates = contenders.iter().enumerate().map(|(number, contender)| CandidateGateway {
                 contender: *contender,
                 data: &data,
                 confirms: true,
-                is_home: home == Some(number),
+                is_current: current_gateway == Some(number),
             });
             let selection = shares.select(candidates).unwrap();
             let number = names.iter().position(|name| *name == selection.worker).unwrap();
@@ -279,7 +279,7 @@ mod tests {
 
     #[test]
     fn a_gateway_that_drains_gets_a_router_only_if_it_is_there_or_there_is_no_other() {
-        for (rows, home, expected) in [
+        for (rows, current_gateway, expected) in [
             (&[there(90), draining(5)][..], None, 0),
             (&[there(90), draining(5)], Some(1), 1),
             (&[there(90), draining(500)], Some(1), 1),
@@ -292,7 +292,7 @@ mod tests {
             (&[removing(90), removing(5)], Some(0), 1),
             (&[removing(5)], Some(0), 0),
         ] {
-            assert_eq!(given(rows, OVER, home, 1), [expected], "{rows:?} {home:?}");
+            assert_eq!(given(rows, OVER, current_gateway, 1), [expected], "{rows:?} {current_gateway:?}");
         }
     }
 

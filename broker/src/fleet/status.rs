@@ -6,7 +6,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use wgkex_common::wire::drain::Drain;
 
-use crate::fleet::reach::Reached;
+use crate::fleet::reach::ReachCounts;
 
 /// The [`GatewayStatus::version`] of a worker of the original.
 pub const ORIGINAL: &str = "original";
@@ -33,7 +33,7 @@ pub struct GatewayStatus {
     pub assigned: u64,
     /// The routers that this broker answered with it.
     #[serde(default)]
-    pub reach: Reached,
+    pub reach: ReachCounts,
     /// Its weight.
     pub weight: f64,
     /// Its part of all weights.
@@ -94,7 +94,7 @@ pub struct GatewayDomain {
     /// The domain's name.
     pub domain: String,
     /// Whether routers can use it there, as far as the gateway publishes.
-    pub state: DomainState,
+    pub state: GatewayDomainState,
     /// Peers with handshakes, by its last count.
     pub connected: u64,
     /// The answers that named it since that count.
@@ -104,7 +104,7 @@ pub struct GatewayDomain {
 /// The state of a domain, as a gateway publishes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum DomainState {
+pub enum GatewayDomainState {
     /// It has counted its peers.
     Up,
     /// It has not counted its peers so far.
@@ -115,7 +115,7 @@ pub enum DomainState {
 
 /// A domain that is served here.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DomainStatus {
+pub struct DomainGateways {
     /// The domain's name.
     pub name: String,
     /// The gateways that install keys of it now.
@@ -124,7 +124,7 @@ pub struct DomainStatus {
 
 /// A gateway in the choice for a router of a domain.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Standing {
+pub struct GatewayRating {
     /// The worker's name.
     pub name: String,
     /// Its part of all weights.
@@ -281,10 +281,10 @@ impl GatewayDomain {
     pub fn note(&self, is_online: bool) -> String {
         match self.state {
             _ if !is_online => "offline".into(),
-            DomainState::Up => self.connected.to_string(),
-            DomainState::NotCounted => "not counted yet".into(),
-            DomainState::Down(None) => "interface missing (-1)".into(),
-            DomainState::Down(Some(seconds)) => format!("interface missing (-1) for {}", age(seconds)),
+            GatewayDomainState::Up => self.connected.to_string(),
+            GatewayDomainState::NotCounted => "not counted yet".into(),
+            GatewayDomainState::Down(None) => "interface missing (-1)".into(),
+            GatewayDomainState::Down(Some(seconds)) => format!("interface missing (-1) for {}", age(seconds)),
         }
     }
 }
@@ -322,9 +322,9 @@ mod tests {
         let note = |state, is_online| {
             GatewayDomain { domain: "ff_a".into(), state, connected: 7, assigned: 1 }.note(is_online)
         };
-        assert_eq!([note(DomainState::Up, true), note(DomainState::Up, false)], ["7", "offline"]);
-        assert_eq!(note(DomainState::Down(Some(150)), true), "interface missing (-1) for 2 min");
-        assert_eq!(note(DomainState::NotCounted, true), "not counted yet");
+        assert_eq!([note(GatewayDomainState::Up, true), note(GatewayDomainState::Up, false)], ["7", "offline"]);
+        assert_eq!(note(GatewayDomainState::Down(Some(150)), true), "interface missing (-1) for 2 min");
+        assert_eq!(note(GatewayDomainState::NotCounted, true), "not counted yet");
     }
 
     #[test]

@@ -22,7 +22,7 @@ use wgkex_common::access_lists::{Entry, List};
 use wgkex_common::config::Secret;
 use wgkex_common::drain::DrainRequest;
 use wgkex_common::http::connections::Connections;
-use wgkex_common::http::{Server, Settings, readable, resource};
+use wgkex_common::http::{HttpServer, HttpSettings, readable, resource};
 use wgkex_common::mqtt::{Message, MqttHandle};
 use wgkex_common::runtime::log::AUDIT;
 use wgkex_common::time_text::{self, unix};
@@ -33,7 +33,7 @@ use crate::exchange::Exchange;
 use crate::fleet::Fleet;
 use crate::fleet::drain_store::{DrainOutcome, DrainStore};
 use crate::fleet::revocation::{self, GatewayOutcome, PendingRevocations};
-use crate::http::body::{self, Unread};
+use crate::http::body::{self, BodyError};
 use crate::http::error;
 use crate::http::key_reports::{self, WhereReport};
 
@@ -100,10 +100,10 @@ pub fn token_hash(token: &str) -> String {
 }
 
 /// The server of admin calls on `listener`; it runs when awaited, and ends with the program.
-pub fn server(listener: TcpListener, admin: Admin) -> std::io::Result<Server> {
-    let settings = Settings { threads: 1, tls: None, drain: Duration::ZERO };
+pub fn server(listener: TcpListener, admin: Admin) -> std::io::Result<HttpServer> {
+    let settings = HttpSettings { threads: 1, tls: None, drain: Duration::ZERO };
     let throttle = Arc::new(Mutex::new(AuditThrottle::default()));
-    wgkex_common::http::server(listener, settings, &Connections::few(), move || {
+    wgkex_common::http::server(listener, settings, &Connections::for_few_clients(), move || {
         let (guard, throttle) = (admin.clone(), throttle.clone());
         Routes::new().configure(routes(&admin)).wrap_fn(move |request, service| {
             let call = if guard.is_authorized(&request) {
@@ -191,7 +191,7 @@ async fn keys(admin: Data<Admin>, query: Query<BTreeMap<String, String>>) -> Htt
 }
 
 async fn find(admin: Data<Admin>, query: Query<BTreeMap<String, String>>) -> HttpResponse {
-    admin.look("where", &query, &["key"], |_, found, _| json!(found)).await
+    admin.report_on_key("where", &query, &["key"], |_, found, _| json!(found)).await
 }
 
 async fn explain(admin: Data<Admin>, query: Query<BTreeMap<String, String>>) -> HttpResponse {
@@ -202,7 +202,7 @@ async fn explain(admin: Data<Admin>, query: Query<BTreeMap<String, String>>) -> 
         let domains = if domains.is_empty() { &admin.domains } else { &domains };
         json!(key_reports::explain(&admin.exchange, domains, found))
     };
-    admin.look("explain", &query, &["key", "domain"], explained).await
+    admin.report_on_key("explain", &query, &["key", "domain"], explained).await
 }
 
 impl AuditThrottle {
@@ -228,7 +228,7 @@ impl Admin {
     }
 
     /// Answers a call that reports on one key, by `report` of where it is and of the requested domain.
-    async fn look(
+    async fn report_on_key(
         &self,
         call: &str,
         query: &BTreeMap<String, String>,
@@ -312,7 +312,7 @@ impl Admin {
     }
 
     async fn apply(&self, entry: Entry, on: bool) -> Result<Value, ApiError> {
-        let until = Instant::now() + revocation::TIMEOUT;
+        let until = Instant::now() + revocation::REVOCATION_TIMEOUT;
         let Entry { list, key, .. } = entry;
         let changed = self.lists.change(entry, on).await;
         let Changed { record, was_present: was_on, persisted: kept } = changed
@@ -366,9 +366,9 @@ fn list_named(name: &str) -> Result<List, ApiError> {
 
 async fn read(body: Payload) -> Result<Map<String, Value>, ApiError> {
     let body = body::read(body, BODY_MAX).await.map_err(|unread| match unread {
-        Unread::Incomplete => bad_request("the body is not complete"),
-        Unread::Slow => ApiError(StatusCode::REQUEST_TIMEOUT, "the body did not arrive in time".into()),
-        Unread::TooLarge => {
+        BodyError::Incomplete => bad_request("the body is not complete"),
+        BodyError::Slow => ApiError(StatusCode::REQUEST_TIMEOUT, "the body did not arrive in time".into()),
+        BodyError::TooLarge => {
             ApiError(StatusCode::PAYLOAD_TOO_LARGE, format!("the body is too large: {BODY_MAX} bytes are allowed"))
         }
     })?;

@@ -10,13 +10,13 @@ use futures_util::StreamExt as _;
 use tokio::time::{Instant, timeout_at};
 
 /// The most bytes that are read of a body that is too large, so that its sender receives the answer.
-const DRAIN: usize = 1 << 20;
+const DISCARDED_BYTES_MAX: usize = 1 << 20;
 /// How long the body of a request may take to arrive.
-const TIMEOUT: Duration = Duration::from_secs(5);
+const BODY_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Why a body is not read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Unread {
+pub enum BodyError {
     /// It ended too early.
     Incomplete,
     /// It did not arrive in time.
@@ -26,20 +26,20 @@ pub enum Unread {
 }
 
 /// The body, of at most so many bytes, whatever its content type.
-pub async fn read(mut body: Payload, most: usize) -> Result<BytesMut, Unread> {
-    let (mut taken, mut size, until) = (BytesMut::new(), 0, Instant::now() + TIMEOUT);
+pub async fn read(mut body: Payload, most: usize) -> Result<BytesMut, BodyError> {
+    let (mut taken, mut size, until) = (BytesMut::new(), 0, Instant::now() + BODY_TIMEOUT);
     loop {
         let part = match timeout_at(until, body.next()).await {
-            Ok(Some(part)) => part.map_err(|_| Unread::Incomplete)?,
+            Ok(Some(part)) => part.map_err(|_| BodyError::Incomplete)?,
             Ok(None) if size <= most => return Ok(taken),
-            Err(_) if size <= most => return Err(Unread::Slow),
-            Ok(None) | Err(_) => return Err(Unread::TooLarge),
+            Err(_) if size <= most => return Err(BodyError::Slow),
+            Ok(None) | Err(_) => return Err(BodyError::TooLarge),
         };
         size += part.len();
         if size <= most {
             taken.extend_from_slice(&part);
-        } else if size > DRAIN {
-            return Err(Unread::TooLarge);
+        } else if size > DISCARDED_BYTES_MAX {
+            return Err(BodyError::TooLarge);
         }
     }
 }

@@ -19,7 +19,7 @@ use wgkex_common::wire::message::WorkerData;
 
 use crate::client_ip::{Client, address_of_request, client_of_request, is_in, is_private};
 use crate::exchange::{Rejection, request};
-use crate::http::body::{self, Unread};
+use crate::http::body::{self, BodyError};
 use crate::http::{App, error};
 
 /// The path of version 1.
@@ -174,12 +174,12 @@ impl Rejection {
     }
 }
 
-impl From<Unread> for Rejection {
-    fn from(unread: Unread) -> Self {
+impl From<BodyError> for Rejection {
+    fn from(unread: BodyError) -> Self {
         match unread {
-            Unread::Incomplete => Self::Body("the body is not complete"),
-            Unread::Slow => Self::Slow,
-            Unread::TooLarge => Self::TooLarge,
+            BodyError::Incomplete => Self::Body("the body is not complete"),
+            BodyError::Slow => Self::Slow,
+            BodyError::TooLarge => Self::TooLarge,
         }
     }
 }

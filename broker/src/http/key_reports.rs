@@ -11,10 +11,10 @@ use wgkex_common::access_lists::service::ListedEntry;
 use wgkex_common::{Domain, KeyId, PublicKey};
 
 use crate::exchange::in_flight::FlightTrace;
-use crate::exchange::{Exchange, Outlook, Rejection};
+use crate::exchange::{Exchange, ExpectedAnswer, Rejection};
 use crate::fleet::key_places::NamedPlaces;
 use crate::fleet::live_keys::{KeyState, KeyTrace};
-use crate::fleet::status::Standing;
+use crate::fleet::status::GatewayRating;
 
 /// Where a key is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,7 +35,7 @@ pub struct KeyInDomain {
     /// Its state; none if no router sent it and no gateway reports it.
     pub state: Option<KeyState>,
     /// Its admission by the access lists of this broker.
-    pub access: Access,
+    pub access: KeyAdmission,
     /// How many seconds ago this run of the broker first received it.
     pub first_secs: Option<u64>,
     /// How many seconds ago a router last sent it, or it last had a handshake.
@@ -64,7 +64,7 @@ pub struct Confirming {
 /// The admission of a key by the access lists.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Access {
+pub enum KeyAdmission {
     /// It is admitted.
     Allowed,
     /// It is admitted, and never swept.
@@ -125,7 +125,7 @@ pub struct ExplainedDomain {
     /// The domain's name.
     pub domain: String,
     /// Why it would be rejected at once.
-    pub refused: Option<Refused>,
+    pub refused: Option<ExplainedRejection>,
     /// The gateway that version 2 would name, or await first.
     pub gateway: Option<String>,
     /// Why that one.
@@ -133,12 +133,12 @@ pub struct ExplainedDomain {
     /// The limits of new keys would count; that of the router's address cannot be looked at.
     pub is_new: bool,
     /// Each gateway in the choice.
-    pub standings: Vec<Standing>,
+    pub standings: Vec<GatewayRating>,
 }
 
 /// A rejection.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Refused {
+pub struct ExplainedRejection {
     /// The HTTP status.
     pub status: u16,
     /// The word of the metrics.
@@ -166,10 +166,10 @@ pub fn find(exchange: &Exchange, domains: &BTreeSet<Domain>, key: PublicKey, lis
             return None;
         }
         let access = match admission.verdict(domain.name(), &key) {
-            Verdict::Denied => Access::Denied,
-            Verdict::NotAllowlisted => Access::NotAllowlisted,
-            Verdict::Allowed if admission.trusts(&key) => Access::Trusted,
-            Verdict::Allowed => Access::Allowed,
+            Verdict::Denied => KeyAdmission::Denied,
+            Verdict::NotAllowlisted => KeyAdmission::NotAllowlisted,
+            Verdict::Allowed if admission.trusts(&key) => KeyAdmission::Trusted,
+            Verdict::Allowed => KeyAdmission::Allowed,
         };
         Some(KeyInDomain::new(domain, access, trace, flight, exchange))
     };
@@ -182,8 +182,8 @@ pub fn explain(exchange: &Exchange, domains: &BTreeSet<Domain>, now: WhereReport
     let key = now.key;
     let explained = |domain: &Domain| {
         let id = KeyId { domain: domain.clone(), key };
-        let (outlook, is_new) = (exchange.outlook(&id), exchange.fleet.is_established(&id).is_none());
-        ExplainedDomain::new(domain, outlook, is_new, &now, exchange)
+        let (expected_answer, is_new) = (exchange.expected_answer(&id), exchange.fleet.is_established(&id).is_none());
+        ExplainedDomain::new(domain, expected_answer, is_new, &now, exchange)
     };
     ExplainReport { key, domains: domains.iter().map(explained).collect(), now }
 }
@@ -191,7 +191,7 @@ pub fn explain(exchange: &Exchange, domains: &BTreeSet<Domain>, now: WhereReport
 impl KeyInDomain {
     fn new(
         domain: &Domain,
-        access: Access,
+        access: KeyAdmission,
         trace: Option<&KeyTrace>,
         flight: Option<FlightTrace>,
         exchange: &Exchange,
@@ -249,8 +249,14 @@ impl From<ListedEntry> for ListedKey {
 }
 
 impl ExplainedDomain {
-    fn new(domain: &Domain, outlook: Outlook, is_new: bool, now: &WhereReport, exchange: &Exchange) -> Self {
-        let Outlook { rejection, gateway, is_late, standings } = outlook;
+    fn new(
+        domain: &Domain,
+        expected_answer: ExpectedAnswer,
+        is_new: bool,
+        now: &WhereReport,
+        exchange: &Exchange,
+    ) -> Self {
+        let ExpectedAnswer { rejection, gateway, is_late, standings } = expected_answer;
         let chosen = gateway.as_ref().and_then(|name| standings.iter().find(|each| each.name == name.as_str()));
         let why = chosen.map(|chosen| match chosen.last_resort.as_ref().or(chosen.note.as_ref()) {
             _ if is_late => {
@@ -260,7 +266,7 @@ impl ExplainedDomain {
             Some(note) => note.clone(),
             None => format!("it is the furthest below its target: {:+.1}", chosen.distance),
         });
-        let refused = rejection.map(|rejection| Refused {
+        let refused = rejection.map(|rejection| ExplainedRejection {
             status: rejection.status_code().as_u16(),
             reason: rejection.reason().into(),
             message: rejection.to_string(),

@@ -5,7 +5,7 @@ use strum::VariantNames as _;
 use wgkex_common::http::connections::Closed;
 
 use crate::exchange::Rejection;
-use crate::metrics::Registry;
+use crate::metrics::MetricsRegistry;
 
 /// The versions of the key exchange, as labels.
 pub const APIS: [&str; 2] = ["v1", "v2"];
@@ -29,7 +29,7 @@ pub struct Metrics {
 
 impl Metrics {
     /// Registers them, each at 0.
-    pub fn register(registry: &Registry) -> Result<Self, Error> {
+    pub fn register(registry: &MetricsRegistry) -> Result<Self, Error> {
         let refused = "wgkex_broker_keys_refused_total";
         let keys_refused = registry.counters(refused, "Keys refused", &["api", "reason"])?;
         for api in APIS {
@@ -70,7 +70,7 @@ mod tests {
 
     #[test]
     fn every_series_is_there_from_the_start() {
-        let registry = Registry::default();
+        let registry = MetricsRegistry::default();
         Metrics::register(&registry).unwrap();
         assert_has(
             &registry,

@@ -8,7 +8,7 @@ use parking_lot::Mutex;
 use crate::fleet::status::{Problem, ProblemKind};
 
 /// The most proxies that are named: more of them have one cause.
-const MAX: usize = 8;
+const NAMED_PROXIES_MAX: usize = 8;
 
 /// The addresses of proxies nearby that are not trusted, as far as they have forwarded requests.
 #[derive(Debug, Default)]
@@ -18,7 +18,7 @@ impl MissedProxies {
     /// Records a proxy; true if it is to be named, as it was not so far.
     pub fn add(&self, proxy: IpAddr) -> bool {
         let mut known = self.0.lock();
-        (known.len() < MAX) && known.insert(proxy.to_canonical())
+        (known.len() < NAMED_PROXIES_MAX) && known.insert(proxy.to_canonical())
     }
 
     /// Whether there is any.
@@ -49,7 +49,7 @@ mod tests {
         assert!(missed.add(proxy(1)) && !missed.add(proxy(1)) && missed.is_any());
         assert!(!missed.add("::ffff:10.0.0.1".parse().unwrap()));
         let named = (2..100).filter(|n| missed.add(proxy(*n))).count();
-        assert_eq!((named, missed.problems().len()), (MAX - 1, MAX));
+        assert_eq!((named, missed.problems().len()), (NAMED_PROXIES_MAX - 1, NAMED_PROXIES_MAX));
         let first = &missed.problems()[0];
         assert!(first.subject == "10.0.0.1" && first.text.starts_with("proxy 10.0.0.1 is not in trusted_proxies"));
     }

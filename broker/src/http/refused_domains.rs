@@ -7,9 +7,9 @@ use wgkex_common::PublicKey;
 use wgkex_common::runtime::logged_once::LoggedOnce;
 
 /// The longest name that is shown whole, in characters.
-const MAX_SHOWN: usize = 32;
+const SHOWN_MAX: usize = 32;
 /// The part that is shown of a longer one, and of a key.
-const PREFIX: usize = 8;
+const SHOWN_CHARS: usize = 8;
 
 /// The names that were logged.
 #[derive(Debug)]
@@ -30,9 +30,9 @@ impl RefusedDomains {
 
 /// A bounded text of plain characters, and never a key.
 fn shown(name: &str) -> String {
-    let is_long = name.chars().nth(MAX_SHOWN).is_some() || name.parse::<PublicKey>().is_ok();
+    let is_long = name.chars().nth(SHOWN_MAX).is_some() || name.parse::<PublicKey>().is_ok();
     let plain = |c: char| if c.is_alphanumeric() || "_-.".contains(c) { c } else { '?' };
-    let text: String = name.chars().take(if is_long { PREFIX } else { MAX_SHOWN }).map(plain).collect();
+    let text: String = name.chars().take(if is_long { SHOWN_CHARS } else { SHOWN_MAX }).map(plain).collect();
     if is_long { text + "..." } else { text }
 }
 

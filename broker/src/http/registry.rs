@@ -19,24 +19,24 @@ use tokio::time::timeout;
 use wgkex_common::http::resource_refusing;
 
 use crate::database::{DatabaseError, Transaction};
-use crate::http::body::{self, Unread};
+use crate::http::body::{self, BodyError};
 use crate::http::retry_later;
-use crate::registry::model::{Fields, InvalidField};
+use crate::registry::model::{CallFields, InvalidField};
 use crate::registry::store::{self, ServerConfig};
-use crate::registry::{CallError, Refusal, Registry};
+use crate::registry::{CallError, CallRefusal, Registry};
 
 /// The largest body of a call.
 const BODY_MAX: usize = 64 << 10;
 /// The part of a large answer that is handed on at once.
-const PART: usize = 16 << 10;
+const ANSWER_PART_BYTES: usize = 16 << 10;
 /// How long a caller waits for others to have read their large answers.
 const LARGE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a caller waits in all, once its body is there: for other brokers, for others' answers, and for the database.
-const CALL_TIMEOUT: Duration = Duration::from_secs(9);
+const CALLER_WAIT_MAX: Duration = Duration::from_secs(9);
 
 /// The operation of a route.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Operation {
+enum RouteOperation {
     ListClients,
     ListServers,
     ServerConfig,
@@ -54,23 +54,23 @@ enum Operation {
 const PREFIX: &str = "/api/v1";
 
 /// The routes, without the slash at the end.
-const ROUTES: [(&str, Operation); 11] = [
-    ("/api/v1/client/list_all", Operation::ListClients),
-    ("/api/v1/server/list_all", Operation::ListServers),
-    ("/api/v1/server/config", Operation::ServerConfig),
-    ("/api/v1/server/wireguard_ip", Operation::ServerAddress),
-    ("/api/v1/server/exists", Operation::ServerExists),
-    ("/api/v1/client/config", Operation::ClientConfig),
-    ("/api/v1/server/add", Operation::AddServer),
-    ("/api/v1/client/add", Operation::AddClient),
-    ("/api/v1/client/delete", Operation::DeleteClient),
-    ("/api/v1/server/delete", Operation::DeleteServer),
-    ("/api/v1/server/remove_peer", Operation::RemovePeer),
+const ROUTES: [(&str, RouteOperation); 11] = [
+    ("/api/v1/client/list_all", RouteOperation::ListClients),
+    ("/api/v1/server/list_all", RouteOperation::ListServers),
+    ("/api/v1/server/config", RouteOperation::ServerConfig),
+    ("/api/v1/server/wireguard_ip", RouteOperation::ServerAddress),
+    ("/api/v1/server/exists", RouteOperation::ServerExists),
+    ("/api/v1/client/config", RouteOperation::ClientConfig),
+    ("/api/v1/server/add", RouteOperation::AddServer),
+    ("/api/v1/client/add", RouteOperation::AddClient),
+    ("/api/v1/client/delete", RouteOperation::DeleteClient),
+    ("/api/v1/server/delete", RouteOperation::DeleteServer),
+    ("/api/v1/server/remove_peer", RouteOperation::RemovePeer),
 ];
 
 /// Why a call is answered with an error.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-enum Rejection {
+enum CallRejection {
     #[error(
         "user and password are missing or wrong (Authorization: Basic); the broker has read the password at its start"
     )]
@@ -128,7 +128,7 @@ pub fn label(path: &str) -> Option<&'static str> {
     ROUTES.iter().map(|(route, _)| *route).find(|route| *route == path)
 }
 
-impl Operation {
+impl RouteOperation {
     fn is_read(self) -> bool {
         match self {
             Self::ListClients
@@ -143,12 +143,12 @@ impl Operation {
 }
 
 impl Registry {
-    async fn answer(&self, operation: Operation, request: &HttpRequest, body: Payload) -> HttpResponse {
-        let is_open = self.is_client_config_open && operation == Operation::ClientConfig;
+    async fn answer(&self, operation: RouteOperation, request: &HttpRequest, body: Payload) -> HttpResponse {
+        let is_open = self.is_client_config_open && operation == RouteOperation::ClientConfig;
         let result = if is_open || self.login.admits(request.headers()) {
             self.call(operation, request, body).await
         } else {
-            Err(Rejection::Unauthorized)
+            Err(CallRejection::Unauthorized)
         };
         result.unwrap_or_else(|rejection| {
             self.metrics.refused.with_label_values(&[rejection.label()]).inc();
@@ -158,10 +158,10 @@ impl Registry {
 
     async fn call(
         &self,
-        operation: Operation,
+        operation: RouteOperation,
         request: &HttpRequest,
         body: Payload,
-    ) -> Result<HttpResponse, Rejection> {
+    ) -> Result<HttpResponse, CallRejection> {
         let body = body::read(body, BODY_MAX).await?;
         let fields = fields(&body, if operation.is_read() { request.query_string() } else { "" })?;
         in_time(self.perform(operation, request, &fields)).await
@@ -169,51 +169,51 @@ impl Registry {
 
     async fn perform(
         &self,
-        operation: Operation,
+        operation: RouteOperation,
         request: &HttpRequest,
-        fields: &Fields,
-    ) -> Result<HttpResponse, Rejection> {
+        fields: &CallFields,
+    ) -> Result<HttpResponse, CallRejection> {
         match operation {
-            Operation::ListClients => {
+            RouteOperation::ListClients => {
                 let place = self.large_place().await?;
                 Ok(json_answer(self.read_json(store::list_clients).await?, Some(place)))
             }
-            Operation::ListServers => Ok(json_answer(self.read_json(store::list_servers).await?, None)),
-            Operation::ServerConfig => self.server_config(fields, request).await,
-            Operation::ServerAddress => {
+            RouteOperation::ListServers => Ok(json_answer(self.read_json(store::list_servers).await?, None)),
+            RouteOperation::ServerConfig => self.server_config(fields, request).await,
+            RouteOperation::ServerAddress => {
                 let name = fields.server_name()?;
                 let address = self.read(move |tables| store::wireguard_ip(tables, &name)).await?;
                 Ok(HttpResponse::Ok().json(json!({ "server_wg_ip": address })))
             }
-            Operation::ServerExists => {
+            RouteOperation::ServerExists => {
                 let name = fields.server_name()?;
                 empty(StatusCode::OK, self.read(move |tables| store::require_server(tables, &name))).await
             }
-            Operation::ClientConfig => {
+            RouteOperation::ClientConfig => {
                 let (client, server, key) = (fields.client_name()?, fields.server_name()?, fields.known_key()?);
                 let read = self.read_json(move |tables| store::client_config(tables, &client, &server, key));
                 Ok(json_answer(read.await?, None))
             }
-            Operation::AddServer => {
+            RouteOperation::AddServer => {
                 let new = fields.new_server()?;
                 let add = move |tables: &mut Transaction<'_>, _| {
                     store::add_server(tables, &new, store::new_id(), None).map(|()| Vec::new())
                 };
                 empty(StatusCode::CREATED, self.change(add)).await
             }
-            Operation::AddClient => {
+            RouteOperation::AddClient => {
                 let new = fields.new_client()?;
                 empty(StatusCode::CREATED, self.change(move |tables, now| store::add_client(tables, &new, now))).await
             }
-            Operation::DeleteClient => {
+            RouteOperation::DeleteClient => {
                 let name = fields.client_name()?;
                 empty(StatusCode::OK, self.change(move |tables, now| store::delete_client(tables, &name, now))).await
             }
-            Operation::DeleteServer => {
+            RouteOperation::DeleteServer => {
                 let name = fields.server_name()?;
                 empty(StatusCode::OK, self.change(move |tables, _| store::delete_server(tables, &name))).await
             }
-            Operation::RemovePeer => {
+            RouteOperation::RemovePeer => {
                 let (client, server) = (fields.client_name()?, fields.server_name()?);
                 empty(StatusCode::OK, self.change(move |tables, now| store::remove_peer(tables, &client, &server, now)))
                     .await
@@ -222,7 +222,7 @@ impl Registry {
     }
 
     /// The clients of a server; 304 if the caller has them as they are.
-    async fn server_config(&self, fields: &Fields, request: &HttpRequest) -> Result<HttpResponse, Rejection> {
+    async fn server_config(&self, fields: &CallFields, request: &HttpRequest) -> Result<HttpResponse, CallRejection> {
         let name = fields.server_name()?;
         let known = request.headers().get_all(IF_NONE_MATCH).filter_map(|value| value.to_str().ok());
         let mut known: Vec<String> = known
@@ -255,23 +255,23 @@ impl Registry {
     }
 
     /// A place for an answer that may be large and that no other caller shares.
-    async fn large_place(&self) -> Result<OwnedSemaphorePermit, Rejection> {
+    async fn large_place(&self) -> Result<OwnedSemaphorePermit, CallRejection> {
         let place = timeout(LARGE_TIMEOUT, self.large_answers.clone().acquire_owned()).await;
-        place.ok().and_then(Result::ok).ok_or(Rejection::Busy)
+        place.ok().and_then(Result::ok).ok_or(CallRejection::Busy)
     }
 }
 
 /// The result of a call; an error before callers give up.
-async fn in_time<T>(call: impl Future<Output = Result<T, Rejection>>) -> Result<T, Rejection> {
+async fn in_time<T>(call: impl Future<Output = Result<T, CallRejection>>) -> Result<T, CallRejection> {
     let late = |_| DatabaseError::Unavailable("the call takes too long".into());
-    timeout(CALL_TIMEOUT, call).await.map_err(|elapsed| CallError::from(late(elapsed)))?
+    timeout(CALLER_WAIT_MAX, call).await.map_err(|elapsed| CallError::from(late(elapsed)))?
 }
 
 /// An answer that is handed on in parts, so that the unsent rest is held once for all its readers.
 fn json_answer(json: Bytes, place: Option<OwnedSemaphorePermit>) -> HttpResponse {
     let size = u64::try_from(json.len()).unwrap_or(u64::MAX);
     let parts = stream::unfold((json, place), |(mut rest, place)| async move {
-        let part = rest.split_to(PART.min(rest.len()));
+        let part = rest.split_to(ANSWER_PART_BYTES.min(rest.len()));
         (!part.is_empty()).then_some((Ok::<_, actix_web::Error>(part), (rest, place)))
     });
     let body = SizedStream::new(size, Box::pin(parts));
@@ -286,34 +286,36 @@ fn quoted(version: &str) -> String {
 async fn empty(
     status: StatusCode,
     call: impl Future<Output = Result<(), CallError>>,
-) -> Result<HttpResponse, Rejection> {
+) -> Result<HttpResponse, CallRejection> {
     call.await?;
     Ok(HttpResponse::new(status))
 }
 
 /// The fields of a call: the object in its body or, without a body, its query.
-fn fields(body: &[u8], query: &str) -> Result<Fields, Rejection> {
+fn fields(body: &[u8], query: &str) -> Result<CallFields, CallRejection> {
     if body.is_empty() {
         return from_query(query);
     }
     let body = body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body);
     match serde_json::from_slice(body) {
-        Ok(Value::Object(fields)) => Ok(Fields(fields)),
-        Ok(_) => Err(Rejection::Body("the body must be a JSON object")),
-        Err(_) => Err(Rejection::Body("the body must be JSON in UTF-8")),
+        Ok(Value::Object(fields)) => Ok(CallFields(fields)),
+        Ok(_) => Err(CallRejection::Body("the body must be a JSON object")),
+        Err(_) => Err(CallRejection::Body("the body must be JSON in UTF-8")),
     }
 }
 
-fn from_query(query: &str) -> Result<Fields, Rejection> {
-    let invalid = Rejection::Body("the query must have the form name=value&name=value, in UTF-8");
+fn from_query(query: &str) -> Result<CallFields, CallRejection> {
+    let invalid = CallRejection::Body("the query must have the form name=value&name=value, in UTF-8");
     if percent_decode_str(query).decode_utf8().is_err() {
         return Err(invalid);
     }
     let pairs = Query::<Vec<(String, String)>>::from_query(query).map_err(|_| invalid)?;
-    Ok(Fields(pairs.into_inner().into_iter().map(|(name, value)| (name, Value::String(value))).collect::<Map<_, _>>()))
+    Ok(CallFields(
+        pairs.into_inner().into_iter().map(|(name, value)| (name, Value::String(value))).collect::<Map<_, _>>(),
+    ))
 }
 
-impl Rejection {
+impl CallRejection {
     fn status(&self) -> StatusCode {
         match self {
             Self::Unauthorized => StatusCode::UNAUTHORIZED,
@@ -321,14 +323,14 @@ impl Rejection {
             Self::Slow => StatusCode::REQUEST_TIMEOUT,
             Self::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Call(CallError::Refused(refusal)) => match refusal {
-                Refusal::UnknownServer | Refusal::UnknownPeering => StatusCode::NOT_FOUND,
-                Refusal::NoLease => StatusCode::BAD_REQUEST,
-                Refusal::NameTaken
-                | Refusal::KeyTaken
-                | Refusal::NetworkTaken
-                | Refusal::NetworkChanged
-                | Refusal::LeaseTaken => StatusCode::CONFLICT,
-                Refusal::Exhausted => StatusCode::SERVICE_UNAVAILABLE,
+                CallRefusal::UnknownServer | CallRefusal::UnknownPeering => StatusCode::NOT_FOUND,
+                CallRefusal::NoLease => StatusCode::BAD_REQUEST,
+                CallRefusal::NameTaken
+                | CallRefusal::KeyTaken
+                | CallRefusal::NetworkTaken
+                | CallRefusal::NetworkChanged
+                | CallRefusal::LeaseTaken => StatusCode::CONFLICT,
+                CallRefusal::Exhausted => StatusCode::SERVICE_UNAVAILABLE,
             },
             Self::Busy | Self::Call(CallError::Database(_) | CallError::Elsewhere(_)) => {
                 StatusCode::SERVICE_UNAVAILABLE
@@ -341,11 +343,11 @@ impl Rejection {
         match self {
             Self::Field(invalid) => Some(invalid.field),
             Self::Call(CallError::Refused(refusal)) => match refusal {
-                Refusal::UnknownServer | Refusal::NameTaken | Refusal::Exhausted => Some("server_name"),
-                Refusal::UnknownPeering => Some("client_name"),
-                Refusal::KeyTaken => Some("public_key"),
-                Refusal::NoLease | Refusal::LeaseTaken => Some("lease"),
-                Refusal::NetworkTaken | Refusal::NetworkChanged => Some("network_address"),
+                CallRefusal::UnknownServer | CallRefusal::NameTaken | CallRefusal::Exhausted => Some("server_name"),
+                CallRefusal::UnknownPeering => Some("client_name"),
+                CallRefusal::KeyTaken => Some("public_key"),
+                CallRefusal::NoLease | CallRefusal::LeaseTaken => Some("lease"),
+                CallRefusal::NetworkTaken | CallRefusal::NetworkChanged => Some("network_address"),
             },
             Self::Unauthorized
             | Self::Body(_)
@@ -387,23 +389,23 @@ impl Rejection {
     }
 }
 
-impl From<Unread> for Rejection {
-    fn from(unread: Unread) -> Self {
+impl From<BodyError> for CallRejection {
+    fn from(unread: BodyError) -> Self {
         match unread {
-            Unread::Incomplete => Self::Body("the body is not complete"),
-            Unread::Slow => Self::Slow,
-            Unread::TooLarge => Self::TooLarge,
+            BodyError::Incomplete => Self::Body("the body is not complete"),
+            BodyError::Slow => Self::Slow,
+            BodyError::TooLarge => Self::TooLarge,
         }
     }
 }
 
-impl From<InvalidField> for Rejection {
+impl From<InvalidField> for CallRejection {
     fn from(invalid: InvalidField) -> Self {
         Self::Field(invalid)
     }
 }
 
-impl From<CallError> for Rejection {
+impl From<CallError> for CallRejection {
     fn from(error: CallError) -> Self {
         Self::Call(error)
     }
@@ -422,7 +424,7 @@ mod tests {
         let begun = Instant::now();
         let waits_for_a_place_and_for_the_database = async {
             sleep(Duration::from_secs(4)).await;
-            pending::<Result<(), Rejection>>().await
+            pending::<Result<(), CallRejection>>().await
         };
         let rejection = in_time(waits_for_a_place_and_for_the_database).await.unwrap_err();
         assert_eq!(rejection.status(), StatusCode::SERVICE_UNAVAILABLE);

@@ -12,17 +12,17 @@ use wgkex_common::WorkerName;
 use wgkex_common::access_lists::service::ListSnapshot;
 
 use crate::exchange::Rejection;
-use crate::exchange::in_flight::Load;
+use crate::exchange::in_flight::InFlightLoad;
 use crate::fleet::live_keys::LiveKeyCounts;
-use crate::fleet::status::{DomainStatus, GatewayStatus, Problem, ProblemKind};
+use crate::fleet::status::{DomainGateways, GatewayStatus, Problem, ProblemKind};
 use crate::http::App;
 use crate::http::metrics::APIS;
 use crate::mqtt_server::RefusedClient;
 use crate::registry::{Registry, RegistryStatus};
-use crate::tenants::{FrontDoor, HubTrouble, TenantStatus, Troubles};
+use crate::tenants::{HubProblem, TenantProblems, TenantStatus, TenantsHttpState};
 
 /// The path of the status as JSON.
-pub const PATH: &str = "/status.json";
+pub const STATUS_PATH: &str = "/status.json";
 
 /// The broker and its fleet at one time.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -39,7 +39,7 @@ pub struct Status {
     /// The problems that an operator should check, the worst first.
     pub problems: Vec<Problem>,
     /// The domains that are served.
-    pub domains: Vec<DomainStatus>,
+    pub domains: Vec<DomainGateways>,
     /// The gateways on the bus.
     pub gateways: Vec<GatewayStatus>,
     /// The clients that this broker's MQTT server refused last, the newest first.
@@ -88,12 +88,12 @@ pub struct Durations {
     /// 99 of 100 were shorter, in seconds.
     pub p99: Option<f64>,
     /// How many were at most so long.
-    pub buckets: Vec<Bucket>,
+    pub buckets: Vec<HistogramBucket>,
 }
 
 /// How many durations were at most so long.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct Bucket {
+pub struct HistogramBucket {
     /// The limit, in seconds.
     pub le: f64,
     /// How many.
@@ -107,12 +107,13 @@ impl Durations {
         let metric = histogram.metric();
         let found = metric.get_histogram();
         let buckets = found.get_bucket().iter();
-        let buckets = buckets.map(|bucket| Bucket { le: bucket.upper_bound(), count: bucket.cumulative_count() });
+        let buckets =
+            buckets.map(|bucket| HistogramBucket { le: bucket.upper_bound(), count: bucket.cumulative_count() });
         // The last bucket is for all, and JSON has no infinity.
         Self::counted(found.get_sample_count(), buckets.filter(|bucket| bucket.le.is_finite()).collect())
     }
 
-    fn counted(count: u64, buckets: Vec<Bucket>) -> Self {
+    fn counted(count: u64, buckets: Vec<HistogramBucket>) -> Self {
         let durations = Self { count, p50: None, p99: None, buckets };
         let (p50, p99) = (durations.quantile(0.5), durations.quantile(0.99));
         Self { p50, p99, ..durations }
@@ -128,7 +129,7 @@ impl Durations {
         if !is_later {
             return self.clone();
         }
-        let buckets = pairs.map(|(now, then)| Bucket { le: now.le, count: now.count - then.count });
+        let buckets = pairs.map(|(now, then)| HistogramBucket { le: now.le, count: now.count - then.count });
         Self::counted(self.count - before.count, buckets.collect())
     }
 
@@ -141,7 +142,7 @@ impl Durations {
         let last = || self.buckets.last().map(|bucket| bucket.le);
         let Some(at) = at else { return last().filter(|_| self.count > 0) };
         let (low, below) = at.checked_sub(1).map_or((0.0, 0), |at| (self.buckets[at].le, self.buckets[at].count));
-        let Bucket { le, count } = self.buckets[at];
+        let HistogramBucket { le, count } = self.buckets[at];
         Some(low + (le - low) * (rank - number(below)) / number((count - below).max(1)))
     }
 }
@@ -149,7 +150,7 @@ impl Durations {
 impl App {
     /// The broker and its fleet now.
     pub fn status(&self, now: Instant) -> Status {
-        let unready = self.unready();
+        let not_ready_reason = self.not_ready_reason();
         let (domains, gateways, fleet) = {
             let gateways = self.fleet.gateways();
             (gateways.domain_statuses(), gateways.shown(now), gateways.problems(now))
@@ -167,7 +168,7 @@ impl App {
             text: "addresses of tenants are not written to disk: after a restart of this broker members may get others"
                 .into(),
         });
-        let not_ready = unready.as_ref().map(|reason| Problem {
+        let not_ready = not_ready_reason.as_ref().map(|reason| Problem {
             kind: ProblemKind::NotReady,
             subject: String::new(),
             text: format!("not ready: {reason}"),
@@ -180,20 +181,20 @@ impl App {
         problems.extend(registry.as_ref().and_then(registry_problem));
         let refused = self.registry.iter().flat_map(Registry::refused);
         problems.extend(refused.map(|((worker, server), reason)| refused_server(&worker, &server, &reason)));
-        problems.extend(self.tenants.iter().flat_map(|tenants| tenants_problems(&tenants.troubles())));
+        problems.extend(self.tenants.iter().flat_map(|tenants| tenants_problems(&tenants.problems())));
         problems.sort();
         problems.dedup();
         Status {
             version: env!("CARGO_PKG_VERSION").into(),
             pid: std::process::id(),
             uptime_secs: now.saturating_duration_since(self.started).as_secs(),
-            ready: unready.is_none(),
+            ready: not_ready_reason.is_none(),
             problems,
             domains,
             gateways,
-            refused_clients: self.client_troubles.refused(now),
+            refused_clients: self.client_problems.refused(now),
             keys: self.keys(now),
-            tenants: self.tenants.as_ref().map(FrontDoor::status),
+            tenants: self.tenants.as_ref().map(TenantsHttpState::status),
             registry,
         }
     }
@@ -207,7 +208,7 @@ impl App {
                         and again";
             problem(String::new(), text.to_owned())
         });
-        let of_clients = self.client_troubles.ids_in_use(now).into_iter().map(|id| {
+        let of_clients = self.client_problems.ids_in_use(now).into_iter().map(|id| {
             let text = format!("two programs use the MQTT client id {id}: each ends the other's connection");
             problem(id, text)
         });
@@ -220,7 +221,7 @@ impl App {
             let count = |reason: &str| self.metrics.keys_refused.with_label_values(&[api, reason]).get();
             Rejection::VARIANTS.iter().map(|reason| ((*reason).to_owned(), count(reason))).collect()
         };
-        let Load { queued, unacknowledged, waiting, oldest } = self.exchange.in_flight.lock().load(now);
+        let InFlightLoad { queued, unacknowledged, waiting, oldest } = self.exchange.in_flight.lock().load(now);
         let live = self.fleet.live().counts().fold(LiveKeyCounts::default(), |sum, (_, each)| LiveKeyCounts {
             established: sum.established + each.established,
             unestablished: sum.unestablished + each.unestablished,
@@ -268,7 +269,7 @@ fn refused_server(worker: &WorkerName, server: &str, reason: &str) -> Problem {
     Problem { kind: ProblemKind::ServerRefused, subject: worker.to_string(), text }
 }
 
-fn tenants_problems(Troubles { strangers, hub }: &Troubles) -> Vec<Problem> {
+fn tenants_problems(TenantProblems { strangers, hub }: &TenantProblems) -> Vec<Problem> {
     let apart = strangers.iter().map(|broker| {
         let text = format!(
             "broker {broker} has other tenants.pool, tenant_length, grace or hub: members there and members here do not see \
@@ -278,8 +279,8 @@ fn tenants_problems(Troubles { strangers, hub }: &Troubles) -> Vec<Problem> {
     });
     let hub = hub.iter().map(|(worker, trouble)| {
         let text = match trouble {
-            HubTrouble::Missing => format!("worker {worker}, which tenants.hub names, has not announced a hub"),
-            HubTrouble::OtherNetworks => {
+            HubProblem::Missing => format!("worker {worker}, which tenants.hub names, has not announced a hub"),
+            HubProblem::OtherNetworks => {
                 format!("the hub of tenants is not used: worker {worker} has other tenants.pool or tenant_length")
             }
         };
@@ -313,10 +314,10 @@ pub fn list_problems(lists: &ListSnapshot) -> Vec<Problem> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::metrics::Registry;
+    use crate::metrics::MetricsRegistry;
 
     fn seconds(observed: &[f64]) -> Durations {
-        let histogram = Registry::default().seconds("x", "x").unwrap();
+        let histogram = MetricsRegistry::default().seconds("x", "x").unwrap();
         for seconds in observed {
             histogram.observe(*seconds);
         }

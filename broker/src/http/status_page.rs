@@ -201,10 +201,12 @@ fn table_of_registry(registry: &RegistryStatus) -> Markup {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fleet::reach::Reached;
+    use crate::fleet::reach::ReachCounts;
     use wgkex_common::wire::drain::Drain;
 
-    use crate::fleet::status::{DomainState, DrainSource, Draining, Offline, OfflineReason, Problem, ProblemKind};
+    use crate::fleet::status::{
+        DrainSource, Draining, GatewayDomainState, Offline, OfflineReason, Problem, ProblemKind,
+    };
     use crate::http::status::Durations;
 
     fn status(ready: bool, problems: Vec<Problem>, gateways: Vec<GatewayStatus>) -> Status {
@@ -259,10 +261,10 @@ mod tests {
             draining: Vec::new(),
             version: Some("original".into()),
             offline: None,
-            domains: vec![domain("ff_a", DomainState::Up), domain("ff_c", DomainState::Down(Some(9)))],
+            domains: vec![domain("ff_a", GatewayDomainState::Up), domain("ff_c", GatewayDomainState::Down(Some(9)))],
             connected: 7,
             assigned: 5,
-            reach: Reached { unreached: 6, ..Reached::default() },
+            reach: ReachCounts { unreached: 6, ..ReachCounts::default() },
             weight: 84.0,
             share: 0.5,
             target: 9.5,

@@ -9,15 +9,15 @@ use percent_encoding::percent_decode_str;
 use wgkex_common::http::resource;
 
 use crate::http::{App, error};
-use crate::tenants::FrontDoor;
+use crate::tenants::TenantsHttpState;
 use crate::tenants::id::{IdError, TenantId};
 use crate::tenants::message::Form;
-use crate::tenants::opening::Opening;
-use crate::tenants::socket::Socket;
+use crate::tenants::socket::TenantSocket;
 use crate::tenants::tokens::TokenError;
+use crate::tenants::upgrade_request::UpgradeRequest;
 
 /// The beginning of a WebSocket's path; the tenant's id follows.
-pub const PATH: &str = "/tenants/";
+pub const TENANTS_PATH: &str = "/tenants/";
 
 /// Why there is no upgrade.
 #[derive(Debug, thiserror::Error)]
@@ -40,10 +40,10 @@ pub fn routes(config: &mut ServiceConfig) {
 }
 
 async fn upgrade(app: Data<App>, request: HttpRequest, body: Payload) -> Result<HttpResponse, UpgradeError> {
-    let Some(FrontDoor { handle, tokens, metrics, .. }) = app.tenants.clone() else {
+    let Some(TenantsHttpState { handle, tokens, metrics, .. }) = app.tenants.clone() else {
         return Err(UpgradeError::NoWebSocket);
     };
-    let tenant = TenantId::of_path(request.uri().path().strip_prefix(PATH).unwrap_or_default());
+    let tenant = TenantId::of_path(request.uri().path().strip_prefix(TENANTS_PATH).unwrap_or_default());
     let tenant = tenant.map_err(UpgradeError::Id)?;
     if !request.headers().contains_key(UPGRADE) {
         return Err(UpgradeError::NoWebSocket);
@@ -53,18 +53,20 @@ async fn upgrade(app: Data<App>, request: HttpRequest, body: Payload) -> Result<
     }
     let (response, session, messages) = actix_ws::handle(&request, body).map_err(UpgradeError::Handshake)?;
     let connection = app.connections.upgrade(&request).ok_or(UpgradeError::Full)?;
-    let opening = opening(&request, tenant, &app);
+    let upgrade_request = upgrade_request(&request, tenant, &app);
     let messages = messages.aggregate_continuations();
-    actix_web::rt::spawn(Socket { session, messages, connection, opening, tenants: handle, metrics }.run());
+    actix_web::rt::spawn(
+        TenantSocket { session, messages, connection, upgrade_request, tenants: handle, metrics }.run(),
+    );
     Ok(response)
 }
 
 /// A client's endpoint is shown only if the client requests those of others.
-fn opening(request: &HttpRequest, tenant: TenantId, app: &App) -> Opening {
+fn upgrade_request(request: &HttpRequest, tenant: TenantId, app: &App) -> UpgradeRequest {
     let wants = |name| query(request, name).as_deref() == Some("1");
     let form = Form { endpoints: wants("endpoints"), hub: wants("hub") };
     let endpoint = if form.endpoints { app.client_address(request) } else { None };
-    Opening { client: app.client(request), tenant, form, endpoint }
+    UpgradeRequest { client: app.client(request), tenant, form, endpoint }
 }
 
 /// The token of a client, in a header or, for browsers, in the query.

@@ -10,14 +10,14 @@ use crate::mqtt_server::filter::{covers, matches};
 
 /// An operation of a client on a topic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Operation {
+pub(crate) enum TopicOperation {
     /// To publish on it.
     Publish,
     /// To subscribe to it.
     Subscribe,
 }
 
-impl Operation {
+impl TopicOperation {
     /// Both.
     pub const ALL: [Self; 2] = [Self::Publish, Self::Subscribe];
 
@@ -34,26 +34,26 @@ impl Operation {
 const NAME: &str = "%u";
 
 /// The rights of each role on Parker's topics (contract section 5).
-const PARKER: [(Role, Operation, &str); 9] = [
-    (Role::Worker, Operation::Publish, "parker/wireguard-metrics/%u/connected_peers"),
-    (Role::Worker, Operation::Publish, "parker/wireguard-worker/%u/status"),
-    (Role::Worker, Operation::Publish, "parker/wireguard-worker/%u/data"),
-    (Role::Worker, Operation::Subscribe, "parker/wireguard/+"),
-    (Role::Worker, Operation::Subscribe, "parker/wireguard-worker/+/data"),
-    (Role::Worker, Operation::Subscribe, "parker/wireguard-broker/+/status"),
-    (Role::Broker, Operation::Publish, "parker/wireguard/+"),
-    (Role::Broker, Operation::Publish, "parker/wireguard-broker/+/status"),
-    (Role::Broker, Operation::Subscribe, "parker/#"),
+const PARKER: [(Role, TopicOperation, &str); 9] = [
+    (Role::Worker, TopicOperation::Publish, "parker/wireguard-metrics/%u/connected_peers"),
+    (Role::Worker, TopicOperation::Publish, "parker/wireguard-worker/%u/status"),
+    (Role::Worker, TopicOperation::Publish, "parker/wireguard-worker/%u/data"),
+    (Role::Worker, TopicOperation::Subscribe, "parker/wireguard/+"),
+    (Role::Worker, TopicOperation::Subscribe, "parker/wireguard-worker/+/data"),
+    (Role::Worker, TopicOperation::Subscribe, "parker/wireguard-broker/+/status"),
+    (Role::Broker, TopicOperation::Publish, "parker/wireguard/+"),
+    (Role::Broker, TopicOperation::Publish, "parker/wireguard-broker/+/status"),
+    (Role::Broker, TopicOperation::Subscribe, "parker/#"),
 ];
 
 /// The rights of one user to publish and to subscribe.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Access {
+pub(crate) struct TopicAccess {
     publish: Vec<String>,
     subscribe: Vec<String>,
 }
 
-impl Access {
+impl TopicAccess {
     /// The rights of every client where there are no users: all topics but those that begin with `$`.
     pub fn everything() -> Self {
         Self { publish: vec!["#".into()], subscribe: vec!["#".into()] }
@@ -61,7 +61,10 @@ impl Access {
 
     /// The rights of the user `name`.
     pub fn of(role: Role, name: &str) -> Self {
-        Self { publish: filters(role, Operation::Publish, name), subscribe: filters(role, Operation::Subscribe, name) }
+        Self {
+            publish: filters(role, TopicOperation::Publish, name),
+            subscribe: filters(role, TopicOperation::Subscribe, name),
+        }
     }
 
     /// Whether a message on `topic` may be published.
@@ -76,17 +79,19 @@ impl Access {
 }
 
 /// The filters of the topics with which the user `name` may do this, in the order in which lists have them.
-pub(crate) fn filters(role: Role, operation: Operation, name: &str) -> Vec<String> {
+pub(crate) fn filters(role: Role, operation: TopicOperation, name: &str) -> Vec<String> {
     let parker = PARKER.iter().filter(|row| (row.0, row.1) == (role, operation)).map(|row| row.2.replace(NAME, name));
     match (role, operation) {
         (Role::Worker, _) => match (name.parse(), operation) {
-            (Ok(worker), Operation::Publish) => worker_publishes(&worker).into_iter().chain(parker).collect(),
-            (Ok(worker), Operation::Subscribe) => parker.chain(worker_subscribes(&worker)).collect(),
+            (Ok(worker), TopicOperation::Publish) => worker_publishes(&worker).into_iter().chain(parker).collect(),
+            (Ok(worker), TopicOperation::Subscribe) => parker.chain(worker_subscribes(&worker)).collect(),
             // The config has no such user.
             (Err(NameError), _) => Vec::new(),
         },
-        (Role::Broker, Operation::Publish) => broker_publishes().into_iter().chain(parker).collect(),
-        (Role::Broker, Operation::Subscribe) => parker.chain(Topic::ROOTS.map(|root| format!("{root}/#"))).collect(),
+        (Role::Broker, TopicOperation::Publish) => broker_publishes().into_iter().chain(parker).collect(),
+        (Role::Broker, TopicOperation::Subscribe) => {
+            parker.chain(Topic::ROOTS.map(|root| format!("{root}/#"))).collect()
+        }
     }
 }
 
@@ -132,12 +137,12 @@ mod tests {
 
     use super::*;
 
-    fn worker() -> Access {
-        Access::of(Role::Worker, "gw1")
+    fn worker() -> TopicAccess {
+        TopicAccess::of(Role::Worker, "gw1")
     }
 
-    fn broker() -> Access {
-        Access::of(Role::Broker, "wgkex")
+    fn broker() -> TopicAccess {
+        TopicAccess::of(Role::Broker, "wgkex")
     }
 
     /// Every topic there is, of the worker `worker` and the broker b1; whether the worker gw1 and a broker may publish on it,
@@ -212,7 +217,7 @@ mod tests {
 
     #[test]
     fn no_user_publishes_on_topics_of_the_server() {
-        for access in [worker(), broker(), Access::everything()] {
+        for access in [worker(), broker(), TopicAccess::everything()] {
             assert!(!access.can_publish("$SYS/broker/version") && !access.can_subscribe("$SYS/#"));
         }
     }

@@ -13,47 +13,47 @@ use tokio::time::sleep;
 use tracing::warn;
 
 use crate::metrics::set;
-use crate::mqtt_server::client_troubles::ClientTroubles;
+use crate::mqtt_server::client_problems::ClientProblems;
 use crate::mqtt_server::log::{Log, LogPosition, LogReader, LogWriter};
-use crate::mqtt_server::message::Message;
+use crate::mqtt_server::message::PublishedMessage;
 use crate::mqtt_server::metrics::Metrics;
 use crate::mqtt_server::quota::{Account, LogThrottle};
-use crate::mqtt_server::retained::{Found, Retained, RetainedFull, Unwritten};
+use crate::mqtt_server::retained::{RetainedFull, RetainedMessages, RetainedPage, Unwritten};
 use crate::mqtt_server::takeovers::client_id;
 
 /// The shortest time between two warnings that there is no room.
 const WARNING_INTERVAL: Duration = Duration::from_secs(60);
 /// How far the last reader may be behind for a user that publishes much at once to go on; it is less than for the
 /// others, so that they need not wait for its messages.
-const MAX_LAG_OF_BURST: u64 = 4 << 20;
+const LAG_OF_BURST_MAX: u64 = 4 << 20;
 /// The same for every client.
-const MAX_LAG: u64 = 8 << 20;
+const LAG_MAX: u64 = 8 << 20;
 /// The same for this broker itself, and for the readers of clients only: it reads its own messages after that.
-const MAX_LAG_OF_OWN: u64 = 12 << 20;
+const LAG_OF_OWN_MAX: u64 = 12 << 20;
 /// How often to check whether a will can be published.
-const WILL_RETRY: Duration = Duration::from_millis(10);
+const WILL_RETRY_INTERVAL: Duration = Duration::from_millis(10);
 
 /// The state of the embedded server. Every connection has a part in it by its [`ClientSlot`].
 pub struct MessageBroker {
     log: Log,
     /// One lock for both, so that the message retained last on a topic was also published last.
     shared: Mutex<BrokerState>,
-    clients: Arc<Mutex<BTreeMap<String, Registration>>>,
+    clients: Arc<Mutex<BTreeMap<String, ConnectedClient>>>,
     /// The clients that it had trouble with.
-    pub troubles: ClientTroubles,
+    pub problems: ClientProblems,
     began: Instant,
     metrics: Metrics,
 }
 
 struct BrokerState {
     writer: LogWriter,
-    retained: Retained,
+    retained: RetainedMessages,
     /// When the warning that there is no room was logged.
     warned: LogThrottle,
 }
 
 /// A client that is connected.
-struct Registration {
+struct ConnectedClient {
     /// Asks its connection to end.
     takeover: Arc<Notify>,
     /// Closed when it has ended.
@@ -65,7 +65,7 @@ struct Registration {
 /// The only connection of a client; when it is dropped, the next one may be registered.
 pub struct ClientSlot {
     client: String,
-    clients: Arc<Mutex<BTreeMap<String, Registration>>>,
+    clients: Arc<Mutex<BTreeMap<String, ConnectedClient>>>,
     takeover: Arc<Notify>,
     last_read: Arc<AtomicU64>,
     began: Instant,
@@ -74,35 +74,35 @@ pub struct ClientSlot {
 
 impl MessageBroker {
     /// A broker for so many connections, with these retained messages.
-    pub fn open(retained: Retained, connections: usize, metrics: Metrics) -> anyhow::Result<Self> {
+    pub fn open(retained: RetainedMessages, connections: usize, metrics: Metrics) -> anyhow::Result<Self> {
         let (log, writer) = Log::start(connections)?;
         let shared = Mutex::new(BrokerState { writer, retained, warned: LogThrottle::default() });
         Ok(Self {
             log,
             shared,
             clients: Arc::default(),
-            troubles: ClientTroubles::default(),
+            problems: ClientProblems::default(),
             began: Instant::now(),
             metrics,
         })
     }
 
     /// Publishes a message to all subscribers, and retains it if it is to be retained.
-    pub fn publish(&self, slot: &ClientSlot, message: &Message) {
+    pub fn publish(&self, slot: &ClientSlot, message: &PublishedMessage) {
         self.shared.lock().publish(message, slot.user(), &self.metrics);
     }
 
     /// Whether a client has to wait before it publishes, until others have read the published messages.
     pub fn must_wait(&self, account: &Account) -> bool {
         if account.is_own {
-            return self.log.lag_of_clients() > MAX_LAG_OF_OWN;
+            return self.log.lag_of_clients() > LAG_OF_OWN_MAX;
         }
         let lag = self.log.lag();
-        lag > MAX_LAG || (lag > MAX_LAG_OF_BURST && account.is_bursting(Instant::now().into()))
+        lag > LAG_MAX || (lag > LAG_OF_BURST_MAX && account.is_bursting(Instant::now().into()))
     }
 
-    /// The retained messages of `filter` behind the topic `after`, see [`Retained::find`].
-    pub fn find(&self, filter: &str, after: Option<&str>, most: (usize, usize)) -> Found {
+    /// The retained messages of `filter` behind the topic `after`, see [`RetainedMessages::find`].
+    pub fn find(&self, filter: &str, after: Option<&str>, most: (usize, usize)) -> RetainedPage {
         self.shared.lock().retained.find(filter, after, most)
     }
 
@@ -130,7 +130,7 @@ impl MessageBroker {
         loop {
             let mut gone = {
                 let mut clients = self.clients.lock();
-                let Some(registration) =
+                let Some(connected) =
                     clients.get(client).or_else(|| longest_silent(&clients, client, account.max_clients))
                 else {
                     if clients.len() >= room {
@@ -138,8 +138,8 @@ impl MessageBroker {
                     }
                     return Some(self.slot(&mut clients, client));
                 };
-                registration.takeover.notify_one();
-                registration.gone.clone()
+                connected.takeover.notify_one();
+                connected.gone.clone()
             };
             // Nothing is ever sent: it ends with the sender.
             let _ = gone.changed().await;
@@ -148,7 +148,7 @@ impl MessageBroker {
 
     fn on_takeover(&self, client: &str) {
         self.metrics.takeovers.inc();
-        if self.troubles.on_takeover(client, Instant::now()) {
+        if self.problems.on_takeover(client, Instant::now()) {
             warn!(
                 client = client_id(client),
                 "two programs use this name as their client id: each ends the other's connection"
@@ -156,18 +156,20 @@ impl MessageBroker {
         }
     }
 
-    fn slot(&self, clients: &mut BTreeMap<String, Registration>, client: &str) -> ClientSlot {
+    fn slot(&self, clients: &mut BTreeMap<String, ConnectedClient>, client: &str) -> ClientSlot {
         let (takeover, (sender, gone)) = (Arc::new(Notify::new()), watch::channel(()));
         let last_read = Arc::new(AtomicU64::new(nanos(self.began)));
-        clients
-            .insert(client.to_owned(), Registration { takeover: takeover.clone(), gone, last_read: last_read.clone() });
+        clients.insert(
+            client.to_owned(),
+            ConnectedClient { takeover: takeover.clone(), gone, last_read: last_read.clone() },
+        );
         set(&self.metrics.clients, clients.len());
         let (client, clients, began) = (client.to_owned(), self.clients.clone(), self.began);
         ClientSlot { client, clients, takeover, last_read, began, _gone: sender }
     }
 
     /// The message to be published when the connection in this slot is lost.
-    pub fn set_will(&self, slot: &ClientSlot, will: Message) {
+    pub fn set_will(&self, slot: &ClientSlot, will: PublishedMessage) {
         self.shared.lock().retained.set_will(&slot.client, will);
     }
 
@@ -176,8 +178,8 @@ impl MessageBroker {
         if let Some(reader) = &mut reader {
             reader.leave();
         }
-        while will_is_due && self.log.lag() > MAX_LAG {
-            sleep(WILL_RETRY).await;
+        while will_is_due && self.log.lag() > LAG_MAX {
+            sleep(WILL_RETRY_INTERVAL).await;
         }
         self.publish_will(&slot, will_is_due);
         if let Some(reader) = reader {
@@ -220,7 +222,7 @@ impl MessageBroker {
 }
 
 impl BrokerState {
-    fn publish(&mut self, message: &Message, by: Option<&str>, metrics: &Metrics) {
+    fn publish(&mut self, message: &PublishedMessage, by: Option<&str>, metrics: &Metrics) {
         if message.retain {
             let kept = self.retained.store(message, by);
             set(&metrics.retained, self.retained.len());
@@ -237,21 +239,19 @@ impl BrokerState {
 
 /// The client of `client`'s user from which no data was received for the longest time, if the user has `most` clients.
 fn longest_silent<'a>(
-    clients: &'a BTreeMap<String, Registration>,
+    clients: &'a BTreeMap<String, ConnectedClient>,
     client: &str,
     most: usize,
-) -> Option<&'a Registration> {
+) -> Option<&'a ConnectedClient> {
     if clients.len() < most {
         return None;
     }
     let user = client.split_inclusive('\n').next().unwrap_or_default();
-    let of_user = clients
-        .range(user.to_owned()..)
-        .take_while(|(name, _)| name.starts_with(user))
-        .map(|(_, registration)| registration);
-    let (count, longest) = of_user.fold((0, None), |(count, longest): (usize, Option<&Registration>), registration| {
-        let is_longer = longest.is_none_or(|longest| registration.last_read() < longest.last_read());
-        (count + 1, if is_longer { Some(registration) } else { longest })
+    let of_user =
+        clients.range(user.to_owned()..).take_while(|(name, _)| name.starts_with(user)).map(|(_, connected)| connected);
+    let (count, longest) = of_user.fold((0, None), |(count, longest): (usize, Option<&ConnectedClient>), connected| {
+        let is_longer = longest.is_none_or(|longest| connected.last_read() < longest.last_read());
+        (count + 1, if is_longer { Some(connected) } else { longest })
     });
     longest.filter(|_| count >= most)
 }
@@ -260,7 +260,7 @@ fn nanos(since: Instant) -> u64 {
     u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX)
 }
 
-impl Registration {
+impl ConnectedClient {
     fn last_read(&self) -> u64 {
         self.last_read.load(Ordering::Relaxed)
     }
@@ -268,7 +268,7 @@ impl Registration {
 
 impl ClientSlot {
     /// Data was received from the client.
-    pub fn touch(&self) {
+    pub fn note_activity(&self) {
         self.last_read.store(nanos(self.began), Ordering::Relaxed);
     }
 

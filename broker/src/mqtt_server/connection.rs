@@ -12,25 +12,27 @@ use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep_until, 
 use tracing::warn;
 
 use crate::mqtt_server::broker::{ClientSlot, MessageBroker};
-use crate::mqtt_server::handshake::Stream;
+use crate::mqtt_server::handshake::ClientStream;
 use crate::mqtt_server::log::{Lagged, LogMessage, LogReader};
-use crate::mqtt_server::message::Message;
+use crate::mqtt_server::message::PublishedMessage;
 use crate::mqtt_server::metrics::Metrics;
-use crate::mqtt_server::quota::{Account, Cost, DELIVERY, Held, LOOK, Offence, Slowed};
-use crate::mqtt_server::retained::Found;
+use crate::mqtt_server::quota::{
+    Account, COMPARED_TOPIC_COST, Cost, DELIVERY_COST, Offence, ReservedBytes, ThrottleReason,
+};
+use crate::mqtt_server::retained::RetainedPage;
 use crate::mqtt_server::session::{ClientSession, SessionAction};
 
 /// The largest packet. The longest of the bus, 2,000 confirmations, has 100 kB.
 const PACKET_MAX: usize = 1 << 20;
 /// The most bytes that wait to be written; then no more messages are taken from the log.
-const MAX_OUTPUT: usize = 64 << 10;
+const OUTPUT_MAX: usize = 64 << 10;
 /// The same for this broker's own connections: they are behind the log only if this is full.
-const MAX_OUTPUT_OWN: usize = 8 << 20;
+const OUTPUT_OWN_MAX: usize = 8 << 20;
 /// The most bytes that are read at once, and so processed before other connections have their turn.
-const MAX_INPUT: usize = 16 << 10;
+const INPUT_MAX: usize = 16 << 10;
 /// The longest that a client may read nothing.
 const STALLED_TIMEOUT: Duration = Duration::from_secs(30);
-/// The longest that a packet larger than [`MAX_INPUT`] may be incomplete.
+/// The longest that a packet larger than [`INPUT_MAX`] may be incomplete.
 const UNFINISHED_TIMEOUT: Duration = Duration::from_secs(30);
 /// The shortest pause of a client that is slowed down: a timer is too coarse for one pause per packet.
 const PAUSE_STEP: Duration = Duration::from_millis(10);
@@ -39,13 +41,13 @@ const PUBLISH: u8 = 3;
 /// The longest part of a topic that is logged, in characters.
 const TOPIC_SHOWN_MAX: usize = 100;
 /// How often to count how long a client keeps its reader from reading.
-const HOLD_UP_CHECK: Duration = Duration::from_millis(100);
+const WAIT_CHECK_INTERVAL: Duration = Duration::from_millis(100);
 /// How often to check the time limits.
-const CHECK_INTERVAL: Duration = Duration::from_secs(1);
+const LIMITS_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How a connection ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum End {
+pub enum ConnectionEnd {
     /// The client sent DISCONNECT.
     Disconnect,
     /// It did not, and this is why: its will is due.
@@ -76,13 +78,13 @@ enum ConnectionEvent {
 #[derive(Debug, Clone, Copy)]
 struct Pause {
     until: Instant,
-    reason: Slowed,
+    reason: ThrottleReason,
 }
 
 /// A client's connection.
 pub struct ClientConnection {
-    reader: ReadHalf<Box<dyn Stream>>,
-    writer: WriteHalf<Box<dyn Stream>>,
+    reader: ReadHalf<Box<dyn ClientStream>>,
+    writer: WriteHalf<Box<dyn ClientStream>>,
     input: BytesMut,
     output: BytesMut,
     /// Written data may still be in the stream.
@@ -97,7 +99,7 @@ pub struct ClientConnection {
     last_write: Instant,
     paused: Option<Pause>,
     /// Memory for a large packet that is not whole yet, and since when.
-    unfinished: Option<(Held, Instant)>,
+    unfinished: Option<(ReservedBytes, Instant)>,
     /// More of the retained messages can be sent at once.
     has_more: bool,
 }
@@ -105,7 +107,7 @@ pub struct ClientConnection {
 /// The parts with which the connection of an admitted client starts.
 pub struct ConnectionParts {
     /// The TCP or TLS stream.
-    pub stream: Box<dyn Stream>,
+    pub stream: Box<dyn ClientStream>,
     /// The data that the client sent behind its CONNECT.
     pub input: BytesMut,
     /// The data to be sent to it first.
@@ -149,8 +151,8 @@ impl ClientConnection {
     }
 
     /// Runs until the end. The caller closes the reader.
-    pub async fn run(mut self, slot: &ClientSlot) -> (End, Option<LogReader>) {
-        let mut tick = interval(CHECK_INTERVAL);
+    pub async fn run(mut self, slot: &ClientSlot) -> (ConnectionEnd, Option<LogReader>) {
+        let mut tick = interval(LIMITS_CHECK_INTERVAL);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             if let Err(end) = self.process_input(slot) {
@@ -170,11 +172,11 @@ impl ClientConnection {
             return self.next(slot, tick).await;
         }
         let began = Instant::now();
-        let event = timeout(HOLD_UP_CHECK, self.next(slot, tick)).await.unwrap_or(ConnectionEvent::Waited);
+        let event = timeout(WAIT_CHECK_INTERVAL, self.next(slot, tick)).await.unwrap_or(ConnectionEvent::Waited);
         let now = Instant::now();
         if let Some(log_reader) = &mut self.log_reader
             && log_reader.is_awaited()
-            && self.account.hold_up(now - began, now)
+            && self.account.charge_wait(now - began, now)
         {
             log_reader.leave();
         }
@@ -189,7 +191,7 @@ impl ClientConnection {
     }
 
     fn exceeds_rate(&self) -> bool {
-        self.paused.is_some_and(|pause| pause.reason == Slowed::Rate)
+        self.paused.is_some_and(|pause| pause.reason == ThrottleReason::Rate)
     }
 
     /// Waits for the next event. Output is written last, so that it is written together; only much output is written
@@ -198,9 +200,9 @@ impl ClientConnection {
         let can_deliver = self.has_output_room() && self.session.next_retained().is_none() && self.session.room() > 0;
         // This broker's own messages are few; they must not wait until it reads.
         let can_read = self.paused.is_none() && (self.has_output_room() || self.account.is_own);
-        let (has_output, is_much) = (!self.output.is_empty() || self.unflushed, self.output.len() >= MAX_OUTPUT);
+        let (has_output, is_much) = (!self.output.is_empty() || self.unflushed, self.output.len() >= OUTPUT_MAX);
         self.make_room();
-        let mut input = (&mut self.input).limit(MAX_INPUT);
+        let mut input = (&mut self.input).limit(INPUT_MAX);
         let resumes = until(self.paused.map(|pause| pause.until));
         let publishes = next(&mut self.log_reader, &self.session);
         let reads = self.reader.read_buf(&mut input);
@@ -228,9 +230,9 @@ impl ClientConnection {
         }
     }
 
-    fn handle(&mut self, event: ConnectionEvent, slot: &ClientSlot) -> Result<(), End> {
+    fn handle(&mut self, event: ConnectionEvent, slot: &ClientSlot) -> Result<(), ConnectionEnd> {
         match event {
-            ConnectionEvent::TakenOver => return Err(End::Lost("taken over")),
+            ConnectionEvent::TakenOver => return Err(ConnectionEnd::Lost("taken over")),
             ConnectionEvent::Tick { now, has_output } => {
                 if !has_output {
                     self.last_write = now;
@@ -243,20 +245,20 @@ impl ClientConnection {
                 self.last_read = Instant::now();
             }
             ConnectionEvent::Published(Ok(message)) => {
-                if let Some(message) = Message::decode(&message.bytes) {
+                if let Some(message) = PublishedMessage::decode(&message.bytes) {
                     self.session.deliver(message, &mut self.output);
                 }
             }
             // When it reconnects it gets the retained messages, and requests the others.
-            ConnectionEvent::Published(Err(Lagged)) => return Err(End::Lost("too slow")),
-            ConnectionEvent::Read(Ok(0)) => return Err(End::Lost("closed")),
+            ConnectionEvent::Published(Err(Lagged)) => return Err(ConnectionEnd::Lost("too slow")),
+            ConnectionEvent::Read(Ok(0)) => return Err(ConnectionEnd::Lost("closed")),
             ConnectionEvent::Read(Ok(_)) => {
-                slot.touch();
+                slot.note_activity();
                 self.last_read = Instant::now();
             }
             ConnectionEvent::Written(Ok(())) => self.last_write = Instant::now(),
             ConnectionEvent::Read(Err(_)) | ConnectionEvent::Written(Err(_)) => {
-                return Err(End::Lost("connection lost"));
+                return Err(ConnectionEnd::Lost("connection lost"));
             }
             ConnectionEvent::Retained | ConnectionEvent::Waited => {}
         }
@@ -264,17 +266,17 @@ impl ClientConnection {
     }
 
     fn has_output_room(&self) -> bool {
-        self.output.len() < if self.account.is_own { MAX_OUTPUT_OWN } else { MAX_OUTPUT }
+        self.output.len() < if self.account.is_own { OUTPUT_OWN_MAX } else { OUTPUT_MAX }
     }
 
-    fn timed_out(&self, now: Instant) -> Option<End> {
+    fn timed_out(&self, now: Instant) -> Option<ConnectionEnd> {
         let unfinished = self.unfinished.as_ref().map(|(_, since)| *since);
         if self.account.is_own {
             None
         } else if self.log_reader.as_ref().is_some_and(LogReader::is_lapped) {
-            Some(End::Lost("too slow"))
+            Some(ConnectionEnd::Lost("too slow"))
         } else if unfinished.is_some_and(|since| now.saturating_duration_since(since) > UNFINISHED_TIMEOUT) {
-            Some(End::Lost("a packet that does not end"))
+            Some(ConnectionEnd::Lost("a packet that does not end"))
         } else {
             let keep_alive = self.keep_alive.filter(|_| self.paused.is_none());
             timed_out(now, keep_alive.map(|keep_alive| (self.last_read, keep_alive)), self.last_write)
@@ -283,30 +285,30 @@ impl ClientConnection {
 
     /// Makes room for input, and frees the memory of large output.
     fn make_room(&mut self) {
-        self.input.reserve(MAX_INPUT);
-        if self.output.is_empty() && self.output.capacity() > MAX_OUTPUT {
+        self.input.reserve(INPUT_MAX);
+        if self.output.is_empty() && self.output.capacity() > OUTPUT_MAX {
             self.output = BytesMut::new();
         }
     }
 
     /// Frees the memory of a large packet: the data received behind it is in the same buffer.
     fn shrink(&mut self) {
-        let mut rest = BytesMut::with_capacity(self.input.len() + MAX_INPUT);
+        let mut rest = BytesMut::with_capacity(self.input.len() + INPUT_MAX);
         rest.extend_from_slice(&self.input);
         self.input = rest;
     }
 
     /// Takes the received packets, and sends some of the retained messages.
-    fn process_input(&mut self, slot: &ClientSlot) -> Result<(), End> {
+    fn process_input(&mut self, slot: &ClientSlot) -> Result<(), ConnectionEnd> {
         self.take_packets(slot)?;
         self.has_more = false;
-        if !self.exceeds_rate() && self.session.room() > 0 && self.output.len() < MAX_OUTPUT {
+        if !self.exceeds_rate() && self.session.room() > 0 && self.output.len() < OUTPUT_MAX {
             self.send_retained(slot);
         }
         Ok(())
     }
 
-    fn take_packets(&mut self, slot: &ClientSlot) -> Result<(), End> {
+    fn take_packets(&mut self, slot: &ClientSlot) -> Result<(), ConnectionEnd> {
         loop {
             if self.paused.is_some() {
                 return Ok(());
@@ -314,7 +316,7 @@ impl ClientConnection {
             // Only PUBLISH packets wait: others may wait for this client's acknowledgements.
             let publishes = self.input.first().is_some_and(|first| first >> 4 == PUBLISH);
             if publishes && self.broker.must_wait(&self.account) {
-                self.pause(Slowed::Behind, PAUSE_STEP);
+                self.pause(ThrottleReason::Behind, PAUSE_STEP);
                 return Ok(());
             }
             let before = self.input.len();
@@ -322,12 +324,12 @@ impl ClientConnection {
                 Ok(packet) => {
                     self.unfinished = None;
                     let bytes = before - self.input.len();
-                    if bytes > MAX_INPUT {
+                    if bytes > INPUT_MAX {
                         self.shrink();
                     }
                     let cost = Cost { work: self.session.work(&packet), bytes: bytes as u64 };
                     let actions = self.session.take(packet, self.broker.log_end(), &mut self.output);
-                    for action in actions.map_err(|violation| End::Lost(violation.0))? {
+                    for action in actions.map_err(|violation| ConnectionEnd::Lost(violation.0))? {
                         self.execute(action, slot)?;
                     }
                     self.charge(cost, slot);
@@ -336,35 +338,39 @@ impl ClientConnection {
                     self.expect(before + missing, slot);
                     return Ok(());
                 }
-                Err(mqttbytes::Error::PayloadSizeLimitExceeded(_)) => return Err(End::Lost("too large a packet")),
-                Err(_) => return Err(End::Lost("speaks no MQTT 3.1.1")),
+                Err(mqttbytes::Error::PayloadSizeLimitExceeded(_)) => {
+                    return Err(ConnectionEnd::Lost("too large a packet"));
+                }
+                Err(_) => return Err(ConnectionEnd::Lost("speaks no MQTT 3.1.1")),
             }
         }
     }
 
     /// A packet of so many bytes has begun: a large one is read once there is memory for all of it.
     fn expect(&mut self, bytes: usize, slot: &ClientSlot) {
-        if bytes <= MAX_INPUT || self.unfinished.is_some() {
+        if bytes <= INPUT_MAX || self.unfinished.is_some() {
             return;
         }
-        match self.account.hold(bytes) {
+        match self.account.reserve(bytes) {
             Some(held) => self.unfinished = Some((held, Instant::now())),
-            None => self.slow_down(Slowed::Unfinished, PAUSE_STEP, slot),
+            None => self.slow_down(ThrottleReason::Unfinished, PAUSE_STEP, slot),
         }
     }
 
     /// Sends some of the retained messages of a filter.
     fn send_retained(&mut self, slot: &ClientSlot) {
         let Some(cursor) = self.session.next_retained() else { return };
-        let most = (self.session.room(), MAX_OUTPUT - self.output.len());
-        let Found { messages, after, scanned, bytes } = self.broker.find(&cursor.filter, cursor.after.as_deref(), most);
-        let cost = Cost { work: scanned * LOOK + messages.len() as u64 * DELIVERY, bytes: bytes as u64 };
+        let most = (self.session.room(), OUTPUT_MAX - self.output.len());
+        let RetainedPage { messages, after, scanned, bytes } =
+            self.broker.find(&cursor.filter, cursor.after.as_deref(), most);
+        let cost =
+            Cost { work: scanned * COMPARED_TOPIC_COST + messages.len() as u64 * DELIVERY_COST, bytes: bytes as u64 };
         for message in messages {
             self.session.deliver(message, &mut self.output);
         }
         self.session.advance_retained(after);
         self.has_more =
-            self.session.next_retained().is_some() && self.session.room() > 0 && self.output.len() < MAX_OUTPUT;
+            self.session.next_retained().is_some() && self.session.room() > 0 && self.output.len() < OUTPUT_MAX;
         self.charge(cost, slot);
     }
 
@@ -372,29 +378,32 @@ impl ClientConnection {
         let wait = self.account.charge(cost, Instant::now());
         if !wait.is_zero() {
             self.has_more = false;
-            self.slow_down(Slowed::Rate, wait.max(PAUSE_STEP), slot);
+            self.slow_down(ThrottleReason::Rate, wait.max(PAUSE_STEP), slot);
         }
     }
 
     /// Pauses for a reason that is the user's.
-    fn slow_down(&mut self, reason: Slowed, wait: Duration, slot: &ClientSlot) {
+    fn slow_down(&mut self, reason: ThrottleReason, wait: Duration, slot: &ClientSlot) {
         self.pause(reason, wait);
         if self.account.may_warn(Offence::Excess) {
             warn!(client = %slot, reason = reason.reason(), "does more than it may: is slowed down");
         }
     }
 
-    fn pause(&mut self, reason: Slowed, wait: Duration) {
+    fn pause(&mut self, reason: ThrottleReason, wait: Duration) {
         self.paused = Some(Pause { until: Instant::now() + wait, reason });
         self.metrics.slowed.with_label_values(&[reason.reason()]).inc();
     }
 
-    fn execute(&mut self, action: SessionAction, slot: &ClientSlot) -> Result<(), End> {
+    fn execute(&mut self, action: SessionAction, slot: &ClientSlot) -> Result<(), ConnectionEnd> {
         match action {
             SessionAction::Publish(message) => self.broker.publish(slot, &message),
             SessionAction::Subscribe if self.log_reader.is_none() => {
-                self.log_reader =
-                    Some(self.broker.subscribe(self.account.is_own).map_err(|_| End::Lost("no place to listen"))?);
+                self.log_reader = Some(
+                    self.broker
+                        .subscribe(self.account.is_own)
+                        .map_err(|_| ConnectionEnd::Lost("no place to listen"))?,
+                );
             }
             SessionAction::Subscribe => {}
             SessionAction::Deny { operation, topic, is_first } => {
@@ -404,7 +413,7 @@ impl ClientConnection {
                     warn!(client = %slot, verb = operation.word(), topic, "not allowed: the publish is acknowledged and dropped, or the subscription refused");
                 }
             }
-            SessionAction::Disconnect => return Err(End::Disconnect),
+            SessionAction::Disconnect => return Err(ConnectionEnd::Disconnect),
         }
         Ok(())
     }
@@ -412,11 +421,11 @@ impl ClientConnection {
 
 /// Why a client counts as gone: nothing was read from it for longer than its keep-alive, or it took no output for too
 /// long.
-fn timed_out(now: Instant, last_read: Option<(Instant, Duration)>, last_write: Instant) -> Option<End> {
+fn timed_out(now: Instant, last_read: Option<(Instant, Duration)>, last_write: Instant) -> Option<ConnectionEnd> {
     if last_read.is_some_and(|(last_read, keep_alive)| now.saturating_duration_since(last_read) > keep_alive) {
-        return Some(End::Lost("silent"));
+        return Some(ConnectionEnd::Lost("silent"));
     }
-    (now.saturating_duration_since(last_write) > STALLED_TIMEOUT).then_some(End::Lost("reads nothing"))
+    (now.saturating_duration_since(last_write) > STALLED_TIMEOUT).then_some(ConnectionEnd::Lost("reads nothing"))
 }
 
 async fn until(moment: Option<Instant>) {
@@ -430,7 +439,7 @@ async fn next(log_reader: &mut Option<LogReader>, session: &ClientSession) -> Re
     match log_reader {
         Some(log_reader) => {
             fn topic(message: &LogMessage) -> &str {
-                Message::topic_of(&message.bytes).unwrap_or_default()
+                PublishedMessage::topic_of(&message.bytes).unwrap_or_default()
             }
             log_reader.next(|message| session.wants(topic(message), message.at)).await
         }
@@ -439,7 +448,11 @@ async fn next(log_reader: &mut Option<LogReader>, session: &ClientSession) -> Re
 }
 
 /// Writes some of the output, or flushes the stream. Dropping the future loses nothing.
-async fn write(writer: &mut WriteHalf<Box<dyn Stream>>, output: &mut BytesMut, unflushed: &mut bool) -> io::Result<()> {
+async fn write(
+    writer: &mut WriteHalf<Box<dyn ClientStream>>,
+    output: &mut BytesMut,
+    unflushed: &mut bool,
+) -> io::Result<()> {
     if output.is_empty() {
         writer.flush().await?;
         *unflushed = false;
@@ -461,9 +474,9 @@ mod tests {
         let limit = Duration::from_secs(7);
         for (last_read, last_write, expected) in [
             (Some((ago(7), limit)), ago(30), None),
-            (Some((ago(8), limit)), ago(0), Some(End::Lost("silent"))),
+            (Some((ago(8), limit)), ago(0), Some(ConnectionEnd::Lost("silent"))),
             (None, ago(30), None),
-            (None, ago(31), Some(End::Lost("reads nothing"))),
+            (None, ago(31), Some(ConnectionEnd::Lost("reads nothing"))),
             (Some((now + limit, limit)), now + limit, None),
         ] {
             assert_eq!(timed_out(now, last_read, last_write), expected);

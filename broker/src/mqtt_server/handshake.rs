@@ -13,11 +13,11 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_rustls::TlsAcceptor;
 
-use crate::mqtt_server::acl::Access;
+use crate::mqtt_server::acl::TopicAccess;
 use crate::mqtt_server::filter::is_topic;
 use crate::mqtt_server::handshake_limiter::HandshakePermit;
-use crate::mqtt_server::login_queue::Origin;
-use crate::mqtt_server::message::Message;
+use crate::mqtt_server::login_queue::LoginOrigin;
+use crate::mqtt_server::message::PublishedMessage;
 use crate::mqtt_server::quota::Account;
 use crate::mqtt_server::users::{Denied, Users};
 
@@ -30,18 +30,18 @@ const CONNECT_MAX: usize = 16 << 10;
 /// The longest client id, in bytes.
 const ID_MAX: usize = 1_000;
 /// The version of the protocol that is spoken here: MQTT 3.1.1.
-const LEVEL: u8 = 4;
+const PROTOCOL_LEVEL: u8 = 4;
 /// How many characters of a user's name and of a client id the log shows.
 const SHOWN_MAX: usize = 64;
 /// The first byte of a TLS connection, which is none of MQTT's.
 const TLS_RECORD: u8 = 0x16;
 
 /// A client's connection, with or without TLS.
-pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
-impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
+pub trait ClientStream: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<S: AsyncRead + AsyncWrite + Send + Unpin> ClientStream for S {}
 
 /// An address that clients connect to.
-pub struct Endpoint {
+pub struct MqttEndpoint {
     /// The users that may log in here.
     pub users: Users,
     /// TLS, which clients of other machines have to use if there is any.
@@ -55,13 +55,13 @@ pub struct AdmittedClient {
     /// A name that no other client has: user and client id.
     pub name: String,
     /// Its rights.
-    pub access: Access,
+    pub access: TopicAccess,
     /// The account that it shares with other connections of its user.
     pub account: Account,
     /// The user's name; empty where there are no users.
     pub user: String,
     /// The message to be published when its connection is lost.
-    pub will: Option<Message>,
+    pub will: Option<PublishedMessage>,
     /// How long it may send nothing.
     pub keep_alive: Option<Duration>,
 }
@@ -69,7 +69,7 @@ pub struct AdmittedClient {
 /// Why a client is not admitted; the names are the labels of metrics.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, IntoStaticStr, VariantNames)]
 #[strum(serialize_all = "snake_case")]
-pub enum Refusal {
+pub enum ConnectRefusal {
     /// It does not speak MQTT, or TLS where that is needed.
     Protocol,
     /// It did not send its CONNECT in time.
@@ -97,9 +97,9 @@ pub enum Refusal {
 
 /// A connection that is refused, for the log.
 #[derive(Debug)]
-pub struct Refused {
+pub struct RefusedConnection {
     /// The reason.
-    pub refusal: Refusal,
+    pub refusal: ConnectRefusal,
     /// Whether the user is one of the config.
     pub is_user: bool,
     /// The name and client id that it gave, if it got that far.
@@ -110,13 +110,13 @@ pub struct Refused {
     pub cause: Cow<'static, str>,
 }
 
-impl From<Refusal> for Refused {
-    fn from(refusal: Refusal) -> Self {
+impl From<ConnectRefusal> for RefusedConnection {
+    fn from(refusal: ConnectRefusal) -> Self {
         Self { refusal, is_user: false, user: None, client_id: None, cause: refusal.cause().into() }
     }
 }
 
-impl Refused {
+impl RefusedConnection {
     /// TLS was not agreed on.
     fn without_tls(error: &io::Error) -> Self {
         let text = error.to_string();
@@ -134,18 +134,19 @@ impl Refused {
         } else {
             format!("TLS: {text}").into()
         };
-        Self { cause, ..Self::from(Refusal::Protocol) }
+        Self { cause, ..Self::from(ConnectRefusal::Protocol) }
     }
 
     /// Whether any stranger on the internet makes such connections, such as a port scanner.
     #[must_use]
     pub fn is_noise(&self) -> bool {
-        let is_quiet = matches!(self.refusal, Refusal::Protocol | Refusal::Silent | Refusal::Evicted);
+        let is_quiet =
+            matches!(self.refusal, ConnectRefusal::Protocol | ConnectRefusal::Silent | ConnectRefusal::Evicted);
         is_quiet && self.cause == self.refusal.cause()
     }
 }
 
-impl Refusal {
+impl ConnectRefusal {
     /// The reason in words, about the client.
     fn cause(self) -> &'static str {
         match self {
@@ -180,20 +181,21 @@ impl Refusal {
     }
 }
 
-impl Endpoint {
+impl MqttEndpoint {
     /// Admits a client that sends its CONNECT in time; returns also the bytes behind that. It has no CONNACK yet.
     pub async fn admit(
         &self,
         stream: TcpStream,
         permit: &mut HandshakePermit,
-    ) -> Result<(Box<dyn Stream>, BytesMut, AdmittedClient), Refused> {
+    ) -> Result<(Box<dyn ClientStream>, BytesMut, AdmittedClient), RefusedConnection> {
         let deadline = Instant::now() + LOGIN_TIMEOUT;
-        let met = timeout_at(deadline, self.negotiate_tls(stream)).await.map_err(|_| Refusal::Silent)?;
-        let (mut stream, mut input) = (met.map_err(|error| Refused::without_tls(&error))?, BytesMut::new());
-        let read = timeout_at(deadline, read_connect(&mut stream, &mut input)).await.unwrap_or(Err(Refusal::Silent));
+        let met = timeout_at(deadline, self.negotiate_tls(stream)).await.map_err(|_| ConnectRefusal::Silent)?;
+        let (mut stream, mut input) = (met.map_err(|error| RefusedConnection::without_tls(&error))?, BytesMut::new());
+        let read =
+            timeout_at(deadline, read_connect(&mut stream, &mut input)).await.unwrap_or(Err(ConnectRefusal::Silent));
         let known = match read {
             Ok(connect) => {
-                let origin = Origin { client: permit.client(), is_known: permit.is_known() };
+                let origin = LoginOrigin { client: permit.client(), is_known: permit.is_known() };
                 // While its password waits to be verified, it has a place in that queue, and needs no permit.
                 permit.release();
                 let (user, client_id) =
@@ -201,12 +203,9 @@ impl Endpoint {
                 let is_user = connect.login.as_ref().is_some_and(|login| self.users.has(&login.username));
                 let authenticated = timeout_at(deadline, self.authenticate(connect, origin)).await;
                 permit.reacquire();
-                authenticated.unwrap_or_else(|_| Err(Refusal::Busy.into())).map_err(|refused| Refused {
-                    is_user,
-                    user,
-                    client_id: Some(client_id),
-                    ..refused
-                })
+                authenticated
+                    .unwrap_or_else(|_| Err(ConnectRefusal::Busy.into()))
+                    .map_err(|refused| RefusedConnection { is_user, user, client_id: Some(client_id), ..refused })
             }
             Err(refusal) => Err(refusal.into()),
         };
@@ -220,7 +219,7 @@ impl Endpoint {
     }
 
     /// Passwords and keys do not leave a machine unencrypted if they need not; connections within it may be.
-    async fn negotiate_tls(&self, stream: TcpStream) -> io::Result<Box<dyn Stream>> {
+    async fn negotiate_tls(&self, stream: TcpStream) -> io::Result<Box<dyn ClientStream>> {
         stream.set_nodelay(true)?;
         let Some(tls) = &self.tls else { return Ok(Box::new(stream)) };
         let mut first = [0];
@@ -232,35 +231,36 @@ impl Endpoint {
         }
     }
 
-    async fn authenticate(&self, connect: Connect, origin: Origin) -> Result<AdmittedClient, Refused> {
+    async fn authenticate(&self, connect: Connect, origin: LoginOrigin) -> Result<AdmittedClient, RefusedConnection> {
         let Connect { keep_alive: seconds, client_id, clean_session, last_will, login, .. } = connect;
         let (user, account) = self.users.admit(login, origin).await.map_err(|denied| match denied {
-            Denied::NoLogin => {
-                Refused { cause: "it gives no user and password".into(), ..Refused::from(Refusal::Password) }
-            }
+            Denied::NoLogin => RefusedConnection {
+                cause: "it gives no user and password".into(),
+                ..RefusedConnection::from(ConnectRefusal::Password)
+            },
             Denied::NoUser => {
                 let cause = "mqtt_listen.users has no user of this name".into();
-                Refused { cause, ..Refused::from(Refusal::Password) }
+                RefusedConnection { cause, ..RefusedConnection::from(ConnectRefusal::Password) }
             }
-            Denied::Wrong => Refusal::Password.into(),
-            Denied::TooOften => Refusal::Guesses.into(),
-            Denied::Crowded => Refusal::Full.into(),
+            Denied::Wrong => ConnectRefusal::Password.into(),
+            Denied::TooOften => ConnectRefusal::Guesses.into(),
+            Denied::Crowded => ConnectRefusal::Full.into(),
         })?;
         let id = match client_id.as_str() {
             "" if clean_session => user.new_id(),
             id if id.is_empty() || id.len() > ID_MAX || id.contains(char::is_control) => {
-                return Err(Refusal::ClientId.into());
+                return Err(ConnectRefusal::ClientId.into());
             }
             id => id.to_owned(),
         };
-        let name = user.client(&id).ok_or_else(|| Refused {
+        let name = user.client(&id).ok_or_else(|| RefusedConnection {
             cause: "a worker's client id begins with its user name: that has to be its host name".into(),
-            ..Refused::from(Refusal::ClientId)
+            ..RefusedConnection::from(ConnectRefusal::ClientId)
         })?;
         let (access, user) = (user.access(), user.into_name());
-        let will = last_will.map(Message::from);
+        let will = last_will.map(PublishedMessage::from);
         if will.as_ref().is_some_and(|will| !is_topic(&will.topic) || !access.can_publish(&will.topic)) {
-            return Err(Refusal::Will.into());
+            return Err(ConnectRefusal::Will.into());
         }
         // The connections of this broker itself are not lost as long as it runs.
         let keep_alive = (seconds > 0 && !account.is_own).then(|| Duration::from_secs(seconds.into()).mul_f32(1.5));
@@ -268,9 +268,9 @@ impl Endpoint {
     }
 }
 
-impl Refusal {
+impl ConnectRefusal {
     /// Sends the CONNACK, and waits until it was read: unread input here would make the system drop it on the way.
-    pub async fn send(self, mut stream: Box<dyn Stream>) {
+    pub async fn send(self, mut stream: Box<dyn ClientStream>) {
         let Some(code) = self.code() else { return };
         let _ = timeout(REFUSAL_TIMEOUT, async {
             let mut output = BytesMut::new();
@@ -295,29 +295,29 @@ fn shown(text: &str) -> String {
     text.chars().take(SHOWN_MAX).collect()
 }
 
-async fn read_connect(stream: &mut (impl AsyncRead + Unpin), input: &mut BytesMut) -> Result<Connect, Refusal> {
+async fn read_connect(stream: &mut (impl AsyncRead + Unpin), input: &mut BytesMut) -> Result<Connect, ConnectRefusal> {
     loop {
         match mqttbytes::check(input.iter(), CONNECT_MAX) {
             Ok(header) => return parse(input, header.frame_length()),
             Err(mqttbytes::Error::InsufficientBytes(_)) => {}
-            Err(_) => return Err(Refusal::Protocol),
+            Err(_) => return Err(ConnectRefusal::Protocol),
         }
         input.reserve(1024);
         if stream.read_buf(input).await.unwrap_or(0) == 0 {
-            return Err(Refusal::Protocol);
+            return Err(ConnectRefusal::Protocol);
         }
     }
 }
 
-fn parse(input: &mut BytesMut, length: usize) -> Result<Connect, Refusal> {
+fn parse(input: &mut BytesMut, length: usize) -> Result<Connect, ConnectRefusal> {
     match level(&input[..length]) {
-        Some(LEVEL) => {}
-        Some(_) => return Err(Refusal::Version),
-        None => return Err(Refusal::Protocol),
+        Some(PROTOCOL_LEVEL) => {}
+        Some(_) => return Err(ConnectRefusal::Version),
+        None => return Err(ConnectRefusal::Protocol),
     }
     match Packet::read(input, CONNECT_MAX) {
         Ok(Packet::Connect(connect)) => Ok(connect),
-        _ => Err(Refusal::Protocol),
+        _ => Err(ConnectRefusal::Protocol),
     }
 }
 
@@ -347,12 +347,12 @@ mod tests {
         assert_eq!(read(&connect).map(|connect| connect.client_id), Ok("x".into()));
         for version in [3, 5, 0, 255] {
             connect[8] = version;
-            assert_eq!(read(&connect).err(), Some(Refusal::Version));
+            assert_eq!(read(&connect).err(), Some(ConnectRefusal::Version));
         }
-        assert_eq!(read(b"\x10\x0c\0\x06MQIsdp\x03\x02\0\x3c").err(), Some(Refusal::Version));
+        assert_eq!(read(b"\x10\x0c\0\x06MQIsdp\x03\x02\0\x3c").err(), Some(ConnectRefusal::Version));
         for bytes in [&b"\xc0\0"[..], b"\x10\0", b"\x10\x04\0\x04MQ", b"GET / HTTP/1.1\r\n", b"\x10\x07\0\x04MQTT\x04"]
         {
-            assert_eq!(read(bytes).err(), Some(Refusal::Protocol), "{bytes:?}");
+            assert_eq!(read(bytes).err(), Some(ConnectRefusal::Protocol), "{bytes:?}");
         }
     }
 

@@ -11,11 +11,11 @@ use tokio::sync::Notify;
 use crate::client_ip::Client;
 
 /// The most connections of unknown clients that have not logged in, and the most of known ones.
-const MAX_WAITING: usize = 512;
+const WAITING_MAX: usize = 512;
 /// The most of one client, unless that is this machine.
-const MAX_PER_CLIENT: usize = 64;
+const PER_CLIENT_MAX: usize = 64;
 /// The most clients that are known for each user: those from which it logged in last.
-const MAX_KNOWN_PER_USER: usize = 8;
+const KNOWN_PER_USER_MAX: usize = 8;
 
 /// The permits of one endpoint. Clones share them.
 #[derive(Clone, Default)]
@@ -117,9 +117,9 @@ impl<H> Default for PermitTable<H> {
 impl<H> PermitTable<H> {
     /// Admits a connection; returns its id, and the handle of the one that is evicted for it.
     fn admit(&mut self, client: Client, handle: H) -> (u64, Option<H>) {
-        let oldest_of_client = self.of_clients.get(&client).filter(|own| own.len() >= MAX_PER_CLIENT);
+        let oldest_of_client = self.of_clients.get(&client).filter(|own| own.len() >= PER_CLIENT_MAX);
         let oldest_of_client = oldest_of_client.filter(|_| !client.is_this_machine()).and_then(BTreeSet::first);
-        let oldest = self.waiting.keys().next().filter(|_| self.waiting.len() >= MAX_WAITING);
+        let oldest = self.waiting.keys().next().filter(|_| self.waiting.len() >= WAITING_MAX);
         let evicted = oldest_of_client.or(oldest).copied().and_then(|oldest| self.remove(oldest));
         self.next += 1;
         self.waiting.insert(self.next, (client, handle));
@@ -163,7 +163,7 @@ impl Logins {
             *self.users.entry(client).or_default() += 1;
         }
         clients.push_back(client);
-        if clients.len() > MAX_KNOWN_PER_USER
+        if clients.len() > KNOWN_PER_USER_MAX
             && let Some(gone) = clients.pop_front()
             && let Some(users) = self.users.get_mut(&gone)
         {
@@ -188,27 +188,27 @@ mod tests {
     fn the_longest_waiting_goes_and_of_a_client_that_has_many_its_own() {
         let mut table = PermitTable::default();
         assert_eq!(table.admit(client(0), 0).1, None);
-        assert!((1..=MAX_PER_CLIENT).all(|n| table.admit(client(1), n).1.is_none()));
+        assert!((1..=PER_CLIENT_MAX).all(|n| table.admit(client(1), n).1.is_none()));
         assert_eq!(table.admit(client(1), 1_000).1, Some(1));
-        let others = MAX_WAITING - MAX_PER_CLIENT - 1;
+        let others = WAITING_MAX - PER_CLIENT_MAX - 1;
         assert!((0..others).all(|n| table.admit(client(2 + n), 2_000 + n).1.is_none()));
         assert_eq!(table.admit(client(1), 1_001).1, Some(2), "its own, as long as it has many");
         assert_eq!(table.admit(client(9_999), 3_000).1, Some(0));
         assert_eq!(table.admit(client(9_998), 3_001).1, Some(3));
-        assert_eq!(table.waiting.len(), MAX_WAITING);
+        assert_eq!(table.waiting.len(), WAITING_MAX);
     }
 
     #[test]
     fn this_machine_has_as_many_places_as_there_are() {
         let (mut table, loopback) = (PermitTable::default(), Client::from(IpAddr::from([127, 0, 0, 1])));
-        assert!((0..MAX_WAITING).all(|n| table.admit(loopback, n).1.is_none()));
-        assert_eq!(table.admit(loopback, MAX_WAITING).1, Some(0));
+        assert!((0..WAITING_MAX).all(|n| table.admit(loopback, n).1.is_none()));
+        assert_eq!(table.admit(loopback, WAITING_MAX).1, Some(0));
     }
 
     #[test]
     fn a_place_that_is_left_is_free() {
         let limiter = HandshakeLimiter::default();
-        for n in 0..10 * MAX_WAITING {
+        for n in 0..10 * WAITING_MAX {
             drop(limiter.acquire([10, 0, 0, u8::try_from(n % 200).unwrap()].into()));
         }
         let permits = limiter.0.lock();
@@ -222,8 +222,8 @@ mod tests {
         limiter.acquire([192, 0, 2, 1].into()).logged_in("gw1");
         let gateway = limiter.acquire([192, 0, 2, 1].into());
         assert!(gateway.is_known());
-        let crowd: Vec<_> = (0..2 * MAX_WAITING).map(|n| limiter.acquire(address(n))).collect();
-        for place in &crowd[..MAX_WAITING] {
+        let crowd: Vec<_> = (0..2 * WAITING_MAX).map(|n| limiter.acquire(address(n))).collect();
+        for place in &crowd[..WAITING_MAX] {
             place.evicted().notified().await;
         }
         let waits = tokio::time::timeout(std::time::Duration::from_millis(50), gateway.evicted().notified()).await;
@@ -233,7 +233,7 @@ mod tests {
     #[tokio::test]
     async fn a_connection_that_sent_its_connect_is_not_evicted_until_it_waits_again() {
         let limiter = HandshakeLimiter::default();
-        let crowd = || (0..MAX_WAITING).map(|n| limiter.acquire([10, 2, u8::try_from(n / 60).unwrap(), 1].into()));
+        let crowd = || (0..WAITING_MAX).map(|n| limiter.acquire([10, 2, u8::try_from(n / 60).unwrap(), 1].into()));
         let mut place = limiter.acquire([192, 0, 2, 1].into());
         let evicted = place.evicted();
         let waits = async || tokio::time::timeout(std::time::Duration::from_millis(50), evicted.notified()).await;
@@ -249,11 +249,11 @@ mod tests {
     fn a_user_makes_only_a_few_clients_known() {
         let mut logins = Logins::default();
         logins.note("gw2", client(0));
-        (0..=MAX_KNOWN_PER_USER).for_each(|n| logins.note("gw1", client(n)));
+        (0..=KNOWN_PER_USER_MAX).for_each(|n| logins.note("gw1", client(n)));
         logins.note("gw1", client(1));
         logins.note("gw1", client(100));
-        let known: Vec<_> = (0..=MAX_KNOWN_PER_USER).filter(|n| logins.is_known(client(*n))).collect();
+        let known: Vec<_> = (0..=KNOWN_PER_USER_MAX).filter(|n| logins.is_known(client(*n))).collect();
         assert_eq!(known, [0, 1, 3, 4, 5, 6, 7, 8], "that of another user, and the last ones");
-        assert_eq!(logins.users.len(), MAX_KNOWN_PER_USER + 1);
+        assert_eq!(logins.users.len(), KNOWN_PER_USER_MAX + 1);
     }
 }

@@ -22,7 +22,7 @@ use rumqttd::{Notification, RouterConfig};
 use tokio::task::yield_now;
 use tokio::time::sleep;
 
-use crate::mqtt_server::progress::{Progress, ReaderPosition};
+use crate::mqtt_server::progress::{LogProgress, ReaderPosition};
 
 /// The topic of all messages.
 const TOPIC: &str = "bus";
@@ -70,8 +70,8 @@ pub struct Log {
 /// How far all readers are.
 #[derive(Default, Clone)]
 struct ProgressOfAll {
-    clients: Arc<Progress>,
-    own: Arc<Progress>,
+    clients: Arc<LogProgress>,
+    own: Arc<LogProgress>,
 }
 
 #[derive(Default)]
@@ -122,7 +122,7 @@ impl Log {
         LogPosition(self.progress.clients.end())
     }
 
-    /// How many bytes the last reader has not read yet, see [`Progress::lag`].
+    /// How many bytes the last reader has not read yet, see [`LogProgress::lag`].
     pub fn lag(&self) -> u64 {
         self.lag_of_clients().max(self.progress.own.lag())
     }

@@ -10,7 +10,7 @@ pub const LANE_MAX: usize = 256;
 
 /// From where a user logs in.
 #[derive(Debug, Clone, Copy)]
-pub struct Origin {
+pub struct LoginOrigin {
     /// Which client it is.
     pub client: Client,
     /// A user logged in from there before.
@@ -46,7 +46,7 @@ impl<T> Default for Lane<T> {
 
 impl<T> LoginQueue<T> {
     /// Adds a login. If there is no room, returns the one to drop: the last one of the client with the most.
-    pub fn push(&mut self, Origin { client, is_known }: Origin, item: T) -> Option<T> {
+    pub fn push(&mut self, LoginOrigin { client, is_known }: LoginOrigin, item: T) -> Option<T> {
         let lane = if is_known { &mut self.known } else { &mut self.unknown };
         lane.push(client, item)
     }
@@ -128,16 +128,16 @@ mod tests {
 
     use super::*;
 
-    fn stranger(n: usize) -> Origin {
+    fn stranger(n: usize) -> LoginOrigin {
         let [.., high, low] = n.to_be_bytes();
-        Origin { client: IpAddr::from([10, 0, high, low]).into(), is_known: false }
+        LoginOrigin { client: IpAddr::from([10, 0, high, low]).into(), is_known: false }
     }
 
-    fn known(n: usize) -> Origin {
-        Origin { is_known: true, ..stranger(n) }
+    fn known(n: usize) -> LoginOrigin {
+        LoginOrigin { is_known: true, ..stranger(n) }
     }
 
-    fn queue(waiting: &[(Origin, usize)]) -> LoginQueue<usize> {
+    fn queue(waiting: &[(LoginOrigin, usize)]) -> LoginQueue<usize> {
         let mut queue = LoginQueue::default();
         assert!(waiting.iter().all(|(origin, item)| queue.push(*origin, *item).is_none()));
         queue

@@ -5,7 +5,7 @@ use rumqttc::{LastWill, Publish, QoS, qos};
 
 /// A published message.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Message {
+pub struct PublishedMessage {
     /// Its topic, a valid one.
     pub topic: String,
     /// Its payload, in memory of its own.
@@ -16,7 +16,7 @@ pub struct Message {
     pub retain: bool,
 }
 
-impl Message {
+impl PublishedMessage {
     /// How many bytes topic and payload have.
     pub fn size(&self) -> usize {
         self.topic.len() + self.payload.len()
@@ -49,23 +49,23 @@ impl Message {
     }
 }
 
-impl From<Publish> for Message {
+impl From<Publish> for PublishedMessage {
     fn from(publish: Publish) -> Self {
         let Publish { topic, payload, qos, retain, .. } = publish;
         // The payload is a part of a larger buffer of input, which must not stay because of it.
-        Self { topic, payload: Bytes::copy_from_slice(&payload), qos: lower(qos, QoS::AtLeastOnce), retain }
+        Self { topic, payload: Bytes::copy_from_slice(&payload), qos: lower_qos(qos, QoS::AtLeastOnce), retain }
     }
 }
 
-impl From<LastWill> for Message {
+impl From<LastWill> for PublishedMessage {
     fn from(will: LastWill) -> Self {
         let LastWill { topic, message, qos, retain } = will;
-        Self { topic, payload: Bytes::copy_from_slice(&message), qos: lower(qos, QoS::AtLeastOnce), retain }
+        Self { topic, payload: Bytes::copy_from_slice(&message), qos: lower_qos(qos, QoS::AtLeastOnce), retain }
     }
 }
 
 /// The lower one of two qualities.
-pub fn lower(one: QoS, other: QoS) -> QoS {
+pub fn lower_qos(one: QoS, other: QoS) -> QoS {
     if one < other { one } else { other }
 }
 
@@ -79,15 +79,15 @@ mod tests {
         #[test]
         fn an_encoded_message_decodes_to_itself(topic in "\\PC{1,40}", payload: Vec<u8>, level in 0..2u8) {
             let qos = qos(level).unwrap();
-            let message = Message { topic, payload: payload.into(), qos, retain: false };
+            let message = PublishedMessage { topic, payload: payload.into(), qos, retain: false };
             let encoded = message.encode();
-            prop_assert_eq!(Message::topic_of(&encoded), Some(message.topic.as_str()));
-            prop_assert_eq!(Message::decode(&encoded), Some(message));
+            prop_assert_eq!(PublishedMessage::topic_of(&encoded), Some(message.topic.as_str()));
+            prop_assert_eq!(PublishedMessage::decode(&encoded), Some(message));
         }
 
         #[test]
         fn no_bytes_make_it_panic(bytes: Vec<u8>) {
-            let _ = Message::decode(&bytes.into());
+            let _ = PublishedMessage::decode(&bytes.into());
         }
     }
 }

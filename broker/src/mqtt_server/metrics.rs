@@ -3,10 +3,10 @@
 use prometheus::{Error, IntCounter, IntCounterVec, IntGauge};
 use strum::VariantNames as _;
 
-use crate::metrics::Registry;
-use crate::mqtt_server::acl::Operation;
-use crate::mqtt_server::handshake::Refusal;
-use crate::mqtt_server::quota::Slowed;
+use crate::metrics::MetricsRegistry;
+use crate::mqtt_server::acl::TopicOperation;
+use crate::mqtt_server::handshake::ConnectRefusal;
+use crate::mqtt_server::quota::ThrottleReason;
 
 /// Clones count into the same ones.
 #[derive(Debug, Clone)]
@@ -29,14 +29,14 @@ pub struct Metrics {
 
 impl Metrics {
     /// Registers them, each at 0.
-    pub fn register(registry: &Registry) -> Result<Self, Error> {
+    pub fn register(registry: &MetricsRegistry) -> Result<Self, Error> {
         Ok(Self {
             clients: registry.gauge("wgkex_broker_mqtt_clients", "Clients of the embedded MQTT server")?,
             refused: registry.counters_of(
                 "wgkex_broker_mqtt_refused_total",
                 "Connections that the embedded MQTT server did not let in",
                 "reason",
-                Refusal::VARIANTS.iter().copied(),
+                ConnectRefusal::VARIANTS.iter().copied(),
             )?,
             takeovers: registry.counter(
                 "wgkex_broker_mqtt_takeovers_total",
@@ -46,13 +46,13 @@ impl Metrics {
                 "wgkex_broker_mqtt_slowed_total",
                 "Times that the embedded MQTT server read nothing from a client for a while",
                 "reason",
-                Slowed::VARIANTS.iter().copied(),
+                ThrottleReason::VARIANTS.iter().copied(),
             )?,
             denied: registry.counters_of(
                 "wgkex_broker_mqtt_forbidden_total",
                 "What users of the embedded MQTT server wanted to do and may not",
                 "verb",
-                Operation::ALL.map(Operation::word),
+                TopicOperation::ALL.map(TopicOperation::word),
             )?,
             retained: registry
                 .gauge("wgkex_broker_mqtt_retained", "Topics with a message kept by the embedded MQTT server")?,
@@ -71,7 +71,7 @@ mod tests {
 
     #[test]
     fn every_series_is_there_from_the_start() {
-        let registry = Registry::default();
+        let registry = MetricsRegistry::default();
         Metrics::register(&registry).unwrap();
         let reasons = ["protocol", "slow", "version", "client_id", "password", "guesses", "will", "full"];
         let refused = reasons.map(|reason| format!("wgkex_broker_mqtt_refused_total{{reason=\"{reason}\"}} 0"));

@@ -13,26 +13,26 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use parking_lot::Mutex;
 
 /// The bytes of a step, in which positions are counted.
-const STEP: u64 = 64 << 10;
+const STEP_BYTES: u64 = 64 << 10;
 /// A reader that is no further behind has caught up.
-const CAUGHT_UP: u64 = 2 << 20;
+const CAUGHT_UP_BYTES: u64 = 2 << 20;
 
 /// The end of the log, and the steps of the readers that publishers wait for.
 #[derive(Debug)]
-pub struct Progress {
+pub struct LogProgress {
     end: AtomicU64,
     /// The first step with a reader; `u64::MAX` if there is none.
     first: AtomicU64,
     readers: Mutex<BTreeMap<u64, usize>>,
 }
 
-impl Default for Progress {
+impl Default for LogProgress {
     fn default() -> Self {
         Self { end: AtomicU64::new(0), first: AtomicU64::new(u64::MAX), readers: Mutex::default() }
     }
 }
 
-impl Progress {
+impl LogProgress {
     /// Everything up to this position was published.
     pub fn publish(&self, end: u64) {
         self.end.store(end, Ordering::Release);
@@ -45,7 +45,7 @@ impl Progress {
 
     /// How many bytes the last reader has not read yet, to a step. Readers that are left out do not count.
     pub fn lag(&self) -> u64 {
-        self.unread(self.first.load(Ordering::Relaxed).saturating_mul(STEP))
+        self.unread(self.first.load(Ordering::Relaxed).saturating_mul(STEP_BYTES))
     }
 
     fn unread(&self, position: u64) -> u64 {
@@ -73,7 +73,7 @@ impl Progress {
 /// Where a reader is; it is left out when this is dropped.
 #[derive(Debug)]
 pub struct ReaderPosition {
-    progress: Arc<Progress>,
+    progress: Arc<LogProgress>,
     /// None: it is left out.
     step: Option<u64>,
     position: u64,
@@ -81,26 +81,26 @@ pub struct ReaderPosition {
 
 impl ReaderPosition {
     /// A reader that has read everything.
-    pub fn at_end(progress: &Arc<Progress>) -> Self {
+    pub fn at_end(progress: &Arc<LogProgress>) -> Self {
         let progress = progress.clone();
         let position = progress.end();
         let mut reader = Self { progress, step: None, position };
-        reader.move_to(Some(position / STEP));
+        reader.move_to(Some(position / STEP_BYTES));
         reader
     }
 
     /// It has read everything up to `position`.
     pub fn advance(&mut self, position: u64) {
-        let has_caught_up = self.progress.unread(position) <= CAUGHT_UP;
+        let has_caught_up = self.progress.unread(position) <= CAUGHT_UP_BYTES;
         self.position = position;
         if has_caught_up || self.step.is_some() {
-            self.move_to(Some(position / STEP));
+            self.move_to(Some(position / STEP_BYTES));
         }
     }
 
     /// Whether publishers may have to wait for it: it is not left out, and has not caught up.
     pub fn is_awaited(&self) -> bool {
-        self.step.is_some() && self.progress.unread(self.position) > CAUGHT_UP
+        self.step.is_some() && self.progress.unread(self.position) > CAUGHT_UP_BYTES
     }
 
     /// Whether it is left out, and more than `most` behind.
@@ -135,7 +135,7 @@ mod tests {
 
     #[test]
     fn the_lag_is_that_of_the_last_reader() {
-        let progress = Arc::new(Progress::default());
+        let progress = Arc::new(LogProgress::default());
         progress.publish(5 * MIB);
         assert_eq!(progress.lag(), 0, "there is no reader");
         let [mut one, mut other] = [(); 2].map(|()| ReaderPosition::at_end(&progress));
@@ -153,9 +153,9 @@ mod tests {
 
     #[test]
     fn a_reader_that_left_counts_again_once_it_has_caught_up() {
-        let progress = Arc::new(Progress::default());
+        let progress = Arc::new(LogProgress::default());
         let mut reader = ReaderPosition::at_end(&progress);
-        progress.publish(CAUGHT_UP);
+        progress.publish(CAUGHT_UP_BYTES);
         assert!(!reader.is_awaited());
         progress.publish(6 * MIB);
         assert!(reader.is_awaited());

@@ -14,24 +14,24 @@ use tokio::time::Instant;
 use wgkex_common::config::Role;
 
 /// The most connections of one user, however many there may be in all. A worker and a broker have two each.
-const MAX_CLIENTS: usize = 32;
+const CLIENTS_MAX: usize = 32;
 /// The least of those, however few there may be in all.
 const MIN_CLIENTS: usize = 4;
 /// The most bytes of incomplete packets of one user; larger packets wait for their turn.
-const MAX_UNFINISHED: usize = 4 << 20;
+const UNFINISHED_MAX: usize = 4 << 20;
 /// The same for all clients together, where there are no users.
-const MAX_UNFINISHED_OF_ALL: usize = 64 << 20;
+const UNFINISHED_OF_ALL_MAX: usize = 64 << 20;
 /// The shortest time between two log lines about the same offence of a user.
 const WARNING_INTERVAL: Duration = Duration::from_secs(60);
 
 /// The cost of a packet, beside its bytes.
-pub const PACKET: u64 = 100;
+pub const PACKET_COST: u64 = 100;
 /// The cost of each topic that a search of the retained messages compares.
-pub const LOOK: u64 = 5;
+pub const COMPARED_TOPIC_COST: u64 = 5;
 /// The cost of each retained message that is delivered.
-pub const DELIVERY: u64 = 50;
+pub const DELIVERY_COST: u64 = 50;
 /// The cost of a new connection: tasks, a client slot, and its will.
-pub const LOGIN: u64 = 5_000;
+pub const LOGIN_COST: u64 = 5_000;
 
 /// The cost of an operation for the server.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -61,14 +61,14 @@ struct RateLimit {
 /// A worker publishes a batch of 2,000 keys in 100 kB. In the worst case it publishes each key alone: 20,000 keys are
 /// half of the number that it may publish at once.
 const WORKER: RateLimit = RateLimit {
-    work: Pace { per_second: 2_000 * PACKET, burst: 40_000 * PACKET },
+    work: Pace { per_second: 2_000 * PACKET_COST, burst: 40_000 * PACKET_COST },
     bytes: Pace { per_second: 512 << 10, burst: 16 << 20 },
     patience: Pace { per_second: 1_000_000 / 60, burst: 2_000_000 },
 };
 /// A broker of another machine publishes as many keys as routers request, and sends all live keys to each gateway that
 /// requests them. It is trusted with more than this; the limit is for programs that fail.
 const BROKER: RateLimit = RateLimit {
-    work: Pace { per_second: 50_000 * PACKET, burst: 100_000 * PACKET },
+    work: Pace { per_second: 50_000 * PACKET_COST, burst: 100_000 * PACKET_COST },
     bytes: Pace { per_second: 64 << 20, burst: 256 << 20 },
     patience: Pace { per_second: 5_000_000 / 60, burst: 5_000_000 },
 };
@@ -80,7 +80,7 @@ const STEADY: Pace = Pace { per_second: 512 << 10, burst: 256 << 10 };
 /// Why nothing is read from a client for a while; the names are the labels of metrics.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, IntoStaticStr, VariantNames)]
 #[strum(serialize_all = "snake_case")]
-pub enum Slowed {
+pub enum ThrottleReason {
     /// Its user exceeds its rate.
     Rate,
     /// Its user has too many bytes of incomplete packets.
@@ -89,7 +89,7 @@ pub enum Slowed {
     Behind,
 }
 
-impl Slowed {
+impl ThrottleReason {
     /// The label of metrics and log.
     pub fn reason(self) -> &'static str {
         self.into()
@@ -104,7 +104,7 @@ pub struct Account {
     /// Whether it is this broker's own, which nothing may hold up.
     pub is_own: bool,
     rate: Option<Arc<Rate>>,
-    unfinished: Arc<Share>,
+    unfinished: Arc<MemoryShare>,
     warned: Arc<[LogThrottle; 2]>,
 }
 
@@ -120,13 +120,13 @@ pub enum Offence {
 impl Account {
     /// The account of a user; the `users` of the config share `max_clients`.
     pub fn of(role: Role, users: usize, max_clients: usize) -> Self {
-        let max_clients = (max_clients / users.max(1)).clamp(MIN_CLIENTS, MAX_CLIENTS);
-        Self { max_clients, ..Self::with(Some(rate(role)), MAX_UNFINISHED) }
+        let max_clients = (max_clients / users.max(1)).clamp(MIN_CLIENTS, CLIENTS_MAX);
+        Self { max_clients, ..Self::with(Some(rate(role)), UNFINISHED_MAX) }
     }
 
     /// The account of all clients, where there are no users.
     pub fn of_anyone() -> Self {
-        Self::with(Some(rate(Role::Broker)), MAX_UNFINISHED_OF_ALL)
+        Self::with(Some(rate(Role::Broker)), UNFINISHED_OF_ALL_MAX)
     }
 
     /// The account of this broker itself.
@@ -135,7 +135,7 @@ impl Account {
     }
 
     fn with(rate: Option<Rate>, unfinished: usize) -> Self {
-        let unfinished = Arc::new(Share { taken: AtomicUsize::new(0), most: unfinished });
+        let unfinished = Arc::new(MemoryShare { taken: AtomicUsize::new(0), most: unfinished });
         Self { max_clients: usize::MAX, is_own: false, rate: rate.map(Arc::new), unfinished, warned: Arc::default() }
     }
 
@@ -156,13 +156,13 @@ impl Account {
 
     /// A client of the user kept its reader from reading for so long while others waited. True if that was too long, also
     /// together with the user's other clients.
-    pub fn hold_up(&self, time: Duration, now: Instant) -> bool {
+    pub fn charge_wait(&self, time: Duration, now: Instant) -> bool {
         let micros = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
-        self.rate.as_ref().is_some_and(|rate| rate.hold_up(micros, now))
+        self.rate.as_ref().is_some_and(|rate| rate.charge_wait(micros, now))
     }
 
     /// Reserves memory for an incomplete packet of so many bytes, until it is dropped; none if there is too little.
-    pub fn hold(&self, bytes: usize) -> Option<Held> {
+    pub fn reserve(&self, bytes: usize) -> Option<ReservedBytes> {
         self.unfinished.take(bytes)
     }
 
@@ -209,7 +209,7 @@ impl Rate {
         !self.steady.charge(0, self.nanos(now)).is_zero()
     }
 
-    fn hold_up(&self, micros: u64, now: Instant) -> bool {
+    fn charge_wait(&self, micros: u64, now: Instant) -> bool {
         !self.patience.charge(micros, self.nanos(now)).is_zero()
     }
 
@@ -243,24 +243,24 @@ impl Meter {
 
 /// An amount of memory.
 #[derive(Debug)]
-struct Share {
+struct MemoryShare {
     taken: AtomicUsize,
     most: usize,
 }
 
-/// A part of a [`Share`], until it is dropped.
+/// A part of a [`MemoryShare`], until it is dropped.
 #[derive(Debug)]
-pub struct Held(Arc<Share>, usize);
+pub struct ReservedBytes(Arc<MemoryShare>, usize);
 
-impl Share {
-    fn take(self: &Arc<Self>, bytes: usize) -> Option<Held> {
+impl MemoryShare {
+    fn take(self: &Arc<Self>, bytes: usize) -> Option<ReservedBytes> {
         let after = |taken: usize| taken.checked_add(bytes).filter(|taken| *taken <= self.most);
         let is_taken = self.taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, after).is_ok();
-        is_taken.then(|| Held(self.clone(), bytes))
+        is_taken.then(|| ReservedBytes(self.clone(), bytes))
     }
 }
 
-impl Drop for Held {
+impl Drop for ReservedBytes {
     fn drop(&mut self) {
         self.0.taken.fetch_sub(self.1, Ordering::Relaxed);
     }
@@ -293,7 +293,7 @@ mod tests {
     /// How many packets of so many bytes may be sent at once.
     fn burst(rate: &Rate, bytes: u64, now: Instant) -> u32 {
         let mut sent = 0;
-        while rate.charge(Cost { work: PACKET, bytes }, now).is_zero() {
+        while rate.charge(Cost { work: PACKET_COST, bytes }, now).is_zero() {
             sent += 1;
         }
         sent
@@ -303,7 +303,7 @@ mod tests {
     fn a_user_that_exceeds_its_rate_waits_until_all_is_paid() {
         let rate = rate(Role::Worker);
         assert_eq!(burst(&rate, 10, after(&rate, 0)), 40_000);
-        let wait = rate.charge(Cost { work: 2_000 * PACKET, bytes: 0 }, after(&rate, 0));
+        let wait = rate.charge(Cost { work: 2_000 * PACKET_COST, bytes: 0 }, after(&rate, 0));
         assert!((1_000..1_002).contains(&wait.as_millis()), "{wait:?}");
         assert_eq!(burst(&rate, 10, after(&rate, 2_001)), 2_001);
         assert_eq!(burst(&rate, 10, after(&rate, 1_000_000)), 40_000, "no more is saved up");
@@ -321,19 +321,19 @@ mod tests {
     #[test]
     fn a_user_holds_others_up_for_two_seconds_and_then_for_one_a_minute() {
         let rate = rate(Role::Worker);
-        assert!((0..20).all(|_| !rate.hold_up(100_000, after(&rate, 0))));
-        assert!(rate.hold_up(100_000, after(&rate, 0)));
-        assert!(!rate.hold_up(890_000, after(&rate, 60_000)) && rate.hold_up(100_000, after(&rate, 60_000)));
-        assert!(!Account::own().hold_up(Duration::MAX, Instant::now()));
+        assert!((0..20).all(|_| !rate.charge_wait(100_000, after(&rate, 0))));
+        assert!(rate.charge_wait(100_000, after(&rate, 0)));
+        assert!(!rate.charge_wait(890_000, after(&rate, 60_000)) && rate.charge_wait(100_000, after(&rate, 60_000)));
+        assert!(!Account::own().charge_wait(Duration::MAX, Instant::now()));
     }
 
     #[test]
     fn a_user_bursts_that_publishes_more_than_a_batch_at_once() {
         for role in [Role::Worker, Role::Broker] {
             let rate = rate(role);
-            assert!(rate.charge(Cost { work: PACKET, bytes: 256 << 10 }, after(&rate, 0)).is_zero());
+            assert!(rate.charge(Cost { work: PACKET_COST, bytes: 256 << 10 }, after(&rate, 0)).is_zero());
             assert!(!rate.is_bursting(after(&rate, 0)));
-            assert!(rate.charge(Cost { work: PACKET, bytes: 512 << 10 }, after(&rate, 0)).is_zero());
+            assert!(rate.charge(Cost { work: PACKET_COST, bytes: 512 << 10 }, after(&rate, 0)).is_zero());
             assert!(rate.is_bursting(after(&rate, 0)) && rate.is_bursting(after(&rate, 990)));
             assert!(!rate.is_bursting(after(&rate, 1_010)));
         }
@@ -343,16 +343,16 @@ mod tests {
     #[test]
     fn connections_of_a_user_share_and_those_of_programs_without_one_do_not() {
         let (user, now) = (Account::of(Role::Worker, 1, 100), Instant::now());
-        let much = Cost { work: 80_000 * PACKET, bytes: 0 };
+        let much = Cost { work: 80_000 * PACKET_COST, bytes: 0 };
         assert!(!user.clone().charge(much, now).is_zero() && !user.charge(Cost::default(), now).is_zero());
         let anyone = Account::of_anyone();
-        let flood = Cost { work: 200_000 * PACKET, bytes: 0 };
+        let flood = Cost { work: 200_000 * PACKET_COST, bytes: 0 };
         assert!(!anyone.with_new_rate().charge(flood, now).is_zero());
         assert!(anyone.with_new_rate().charge(Cost::default(), now).is_zero());
-        let held: Vec<_> = (0..10).map_while(|_| user.clone().hold(1 << 20)).collect();
+        let held: Vec<_> = (0..10).map_while(|_| user.clone().reserve(1 << 20)).collect();
         assert_eq!(held.len(), 4);
         drop(held);
-        assert!(user.hold(1 << 20).is_some());
+        assert!(user.reserve(1 << 20).is_some());
     }
 
     #[test]

@@ -5,10 +5,10 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
-use crate::mqtt_server::handshake::Refused;
+use crate::mqtt_server::handshake::RefusedConnection;
 
 /// The most that are remembered of users of the config, and of strangers.
-const MAX: usize = 10;
+const REFUSED_CLIENTS_MAX: usize = 10;
 
 /// A client that was refused, once or more often for the same cause.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,10 +37,10 @@ pub(super) struct RefusedClients {
 
 /// The one that was refused last is the last.
 #[derive(Debug, Default)]
-struct Recent(VecDeque<Entry>);
+struct Recent(VecDeque<RecentRefusal>);
 
 #[derive(Debug)]
-struct Entry {
+struct RecentRefusal {
     /// As of `last`.
     client: RefusedClient,
     last: Instant,
@@ -48,7 +48,7 @@ struct Entry {
 
 impl RefusedClients {
     /// A connection was refused. Those that strangers make everywhere are left out.
-    pub(super) fn on_refused(&mut self, refused: &Refused, now: Instant) {
+    pub(super) fn on_refused(&mut self, refused: &RefusedConnection, now: Instant) {
         if !refused.is_noise() {
             if refused.is_user { &mut self.users } else { &mut self.strangers }.add(refused, now);
         }
@@ -58,7 +58,7 @@ impl RefusedClients {
     pub(super) fn list(&self, now: Instant) -> Vec<RefusedClient> {
         let mut all: Vec<_> = self.users.0.iter().chain(&self.strangers.0).collect();
         all.sort_by_key(|entry| std::cmp::Reverse(entry.last));
-        let aged = |entry: &Entry| RefusedClient {
+        let aged = |entry: &RecentRefusal| RefusedClient {
             last_secs: now.saturating_duration_since(entry.last).as_secs(),
             ..entry.client.clone()
         };
@@ -67,7 +67,7 @@ impl RefusedClients {
 }
 
 impl Recent {
-    fn add(&mut self, Refused { refusal, user, client_id, cause, .. }: &Refused, now: Instant) {
+    fn add(&mut self, RefusedConnection { refusal, user, client_id, cause, .. }: &RefusedConnection, now: Instant) {
         let mut client = RefusedClient {
             user: user.clone(),
             client: client_id.clone(),
@@ -76,13 +76,13 @@ impl Recent {
             count: 1,
             last_secs: 0,
         };
-        let is_same = |entry: &Entry| RefusedClient { count: client.count, ..entry.client.clone() } == client;
+        let is_same = |entry: &RecentRefusal| RefusedClient { count: client.count, ..entry.client.clone() } == client;
         if let Some(before) = self.0.iter().position(is_same).and_then(|at| self.0.remove(at)) {
             client.count = before.client.count.saturating_add(1);
-        } else if self.0.len() >= MAX {
+        } else if self.0.len() >= REFUSED_CLIENTS_MAX {
             self.0.pop_front();
         }
-        self.0.push_back(Entry { client, last: now });
+        self.0.push_back(RecentRefusal { client, last: now });
     }
 }
 
@@ -91,10 +91,15 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::mqtt_server::handshake::Refusal;
+    use crate::mqtt_server::handshake::ConnectRefusal;
 
-    fn refused(user: &str, is_user: bool) -> Refused {
-        Refused { is_user, user: Some(user.into()), client_id: Some("id".into()), ..Refused::from(Refusal::Password) }
+    fn refused(user: &str, is_user: bool) -> RefusedConnection {
+        RefusedConnection {
+            is_user,
+            user: Some(user.into()),
+            client_id: Some("id".into()),
+            ..RefusedConnection::from(ConnectRefusal::Password)
+        }
     }
 
     #[test]
@@ -107,9 +112,9 @@ mod tests {
         for n in 0..1_000 {
             clients.on_refused(&refused(&format!("stranger-{n}"), false), at(3 + n));
         }
-        clients.on_refused(&Refusal::Protocol.into(), at(2_000));
+        clients.on_refused(&ConnectRefusal::Protocol.into(), at(2_000));
         let shown = clients.list(at(1_002));
-        assert_eq!(shown.len(), 1 + MAX);
+        assert_eq!(shown.len(), 1 + REFUSED_CLIENTS_MAX);
         assert_eq!(shown[0].user.as_deref(), Some("stranger-999"));
         let expected = RefusedClient {
             user: Some("gw1".into()),
@@ -119,8 +124,8 @@ mod tests {
             count: 3,
             last_secs: 1_000,
         };
-        assert_eq!(shown[MAX], expected);
-        clients.on_refused(&Refused { refusal: Refusal::ClientId, ..refused("gw1", true) }, at(1_003));
-        assert_eq!(clients.list(at(1_003)).len(), 2 + MAX, "another reason is another line");
+        assert_eq!(shown[REFUSED_CLIENTS_MAX], expected);
+        clients.on_refused(&RefusedConnection { refusal: ConnectRefusal::ClientId, ..refused("gw1", true) }, at(1_003));
+        assert_eq!(clients.list(at(1_003)).len(), 2 + REFUSED_CLIENTS_MAX, "another reason is another line");
     }
 }

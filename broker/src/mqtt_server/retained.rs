@@ -10,18 +10,18 @@ use bytes::Bytes;
 use rumqttc::QoS;
 
 use crate::mqtt_server::filter::{matches, prefix};
-use crate::mqtt_server::message::Message;
+use crate::mqtt_server::message::PublishedMessage;
 
 /// The most topics with a retained message.
-pub(super) const MAX_TOPICS: usize = 100_000;
+pub(super) const TOPICS_MAX: usize = 100_000;
 /// The most bytes of topics and payloads that are retained.
-const MAX_BYTES: usize = 64 << 20;
+const BYTES_MAX: usize = 64 << 20;
 /// The fraction of both that one user may fill (one divided by it), so that it keeps no other user's messages out.
 pub(super) const PER_USER_FRACTION: usize = 20;
 /// The most topics that one search compares, so that it does not delay others.
 const SCAN_LIMIT: u64 = 2_000;
 /// The most changes that wait for the disk; beyond them everything is written again.
-const MAX_CHANGES: usize = 200_000;
+const CHANGES_MAX: usize = 200_000;
 
 /// The retained message of a topic.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,9 +40,9 @@ pub struct RetainedFull;
 
 /// Some of the retained messages of a filter.
 #[derive(Debug)]
-pub struct Found {
+pub struct RetainedPage {
     /// The messages.
-    pub messages: Vec<Message>,
+    pub messages: Vec<PublishedMessage>,
     /// Behind which topic to go on, if there may be more.
     pub after: Option<String>,
     /// How many topics were compared for that.
@@ -53,12 +53,12 @@ pub struct Found {
 
 /// All retained messages and wills.
 #[derive(Debug, Default)]
-pub struct Retained {
+pub struct RetainedMessages {
     messages: BTreeMap<String, RetainedMessage>,
     all: Size,
     of_users: BTreeMap<Arc<str>, Size>,
-    wills: BTreeMap<String, Message>,
-    changes: Changes,
+    wills: BTreeMap<String, PublishedMessage>,
+    changes: RetainedChanges,
 }
 
 /// How much is retained.
@@ -70,7 +70,7 @@ struct Size {
 
 /// The changes that are not on disk yet.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
-pub struct Changes {
+pub struct RetainedChanges {
     /// The topics of messages that were added, changed or deleted.
     pub topics: BTreeSet<String>,
     /// The clients whose wills did.
@@ -85,7 +85,7 @@ pub struct Unwritten {
     /// By topic.
     pub messages: Vec<(String, Option<RetainedMessage>)>,
     /// By client.
-    pub wills: Vec<(String, Option<Message>)>,
+    pub wills: Vec<(String, Option<PublishedMessage>)>,
     /// All that is on disk is to be deleted first.
     pub needs_full_write: bool,
 }
@@ -96,17 +96,17 @@ impl RetainedMessage {
     }
 }
 
-impl Retained {
+impl RetainedMessages {
     /// As it was when the server ended, with the wills that are due.
     pub fn restored(
         messages: impl IntoIterator<Item = (String, RetainedMessage)>,
-        wills: BTreeMap<String, Message>,
+        wills: BTreeMap<String, PublishedMessage>,
     ) -> Self {
         let mut retained = Self::default();
         for (topic, kept) in messages {
             let _ = retained.put(topic, kept);
         }
-        retained.changes = Changes { clients: wills.keys().cloned().collect(), ..Changes::default() };
+        retained.changes = RetainedChanges { clients: wills.keys().cloned().collect(), ..RetainedChanges::default() };
         for will in wills.into_values().filter(|will| will.retain) {
             let by = retained.messages.get(&will.topic).and_then(|before| before.by.clone());
             let _ = retained.store(&will, by.as_deref());
@@ -120,7 +120,7 @@ impl Retained {
     }
 
     /// Retains a message in place of the one on its topic; an empty one deletes that.
-    pub fn store(&mut self, message: &Message, by: Option<&str>) -> Result<(), RetainedFull> {
+    pub fn store(&mut self, message: &PublishedMessage, by: Option<&str>) -> Result<(), RetainedFull> {
         if message.payload.is_empty() {
             if self.take(&message.topic).is_some() {
                 self.changed(|changes| changes.topics.insert(message.topic.clone()));
@@ -171,16 +171,16 @@ impl Retained {
     }
 
     /// The next messages of `filter` behind the topic `after`, at most so many, and as many as have so many bytes.
-    pub fn find(&self, filter: &str, after: Option<&str>, (most, most_bytes): (usize, usize)) -> Found {
+    pub fn find(&self, filter: &str, after: Option<&str>, (most, most_bytes): (usize, usize)) -> RetainedPage {
         let begin = prefix(filter);
         let from = after.map_or(Bound::Included(begin), Bound::Excluded);
-        let mut found = Found { messages: Vec::new(), after: None, scanned: 1, bytes: 0 };
+        let mut found = RetainedPage { messages: Vec::new(), after: None, scanned: 1, bytes: 0 };
         let range = self.messages.range::<str, _>((from, Bound::Unbounded));
         for (topic, kept) in range.take_while(|(topic, _)| topic.starts_with(begin)) {
             if matches(filter, topic) {
                 found.bytes += kept.size(topic);
                 let RetainedMessage { payload, qos, .. } = kept.clone();
-                found.messages.push(Message { topic: topic.clone(), payload, qos, retain: true });
+                found.messages.push(PublishedMessage { topic: topic.clone(), payload, qos, retain: true });
             }
             found.scanned += 1;
             if found.messages.len() >= most || found.bytes >= most_bytes || found.scanned > SCAN_LIMIT {
@@ -192,31 +192,31 @@ impl Retained {
     }
 
     /// The message to be published when the connection of `client` is lost.
-    pub fn set_will(&mut self, client: &str, will: Message) {
+    pub fn set_will(&mut self, client: &str, will: PublishedMessage) {
         self.wills.insert(client.to_owned(), will);
         self.changed(|changes| changes.clients.insert(client.to_owned()));
     }
 
     /// Deletes the will of `client`; returns it.
-    pub fn clear_will(&mut self, client: &str) -> Option<Message> {
+    pub fn clear_will(&mut self, client: &str) -> Option<PublishedMessage> {
         let will = self.wills.remove(client)?;
         self.changed(|changes| changes.clients.insert(client.to_owned()));
         Some(will)
     }
 
-    fn changed(&mut self, note: impl FnOnce(&mut Changes) -> bool) {
+    fn changed(&mut self, note: impl FnOnce(&mut RetainedChanges) -> bool) {
         if self.changes.needs_full_write {
             return;
         }
         note(&mut self.changes);
-        if self.changes.topics.len() + self.changes.clients.len() > MAX_CHANGES {
-            self.changes = Changes { needs_full_write: true, ..Changes::default() };
+        if self.changes.topics.len() + self.changes.clients.len() > CHANGES_MAX {
+            self.changes = RetainedChanges { needs_full_write: true, ..RetainedChanges::default() };
         }
     }
 
     /// Takes the changes since the last call, with their current values.
     pub fn take_unwritten(&mut self) -> Unwritten {
-        let Changes { topics, clients, needs_full_write } = std::mem::take(&mut self.changes);
+        let RetainedChanges { topics, clients, needs_full_write } = std::mem::take(&mut self.changes);
         if needs_full_write {
             let messages = self.messages.iter().map(|(topic, kept)| (topic.clone(), Some(kept.clone())));
             let wills = self.wills.iter().map(|(client, will)| (client.clone(), Some(will.clone())));
@@ -248,14 +248,14 @@ impl Retained {
 
     /// Everything is to be written again, as to a new file.
     pub fn require_full_write(&mut self) {
-        self.changes = Changes { needs_full_write: true, ..Changes::default() };
+        self.changes = RetainedChanges { needs_full_write: true, ..RetainedChanges::default() };
     }
 }
 
 impl Size {
     /// Whether another topic with so many bytes fits that part of everything.
     fn has_room(self, bytes: usize, part: usize) -> bool {
-        self.topics < MAX_TOPICS / part && self.bytes + bytes <= MAX_BYTES / part
+        self.topics < TOPICS_MAX / part && self.bytes + bytes <= BYTES_MAX / part
     }
 
     fn add(&mut self, bytes: usize) {
@@ -282,16 +282,23 @@ mod tests {
 
     use super::*;
 
-    fn message(topic: &str, payload: &str) -> Message {
-        Message { topic: topic.into(), payload: payload.to_owned().into(), qos: QoS::AtLeastOnce, retain: true }
+    fn message(topic: &str, payload: &str) -> PublishedMessage {
+        PublishedMessage {
+            topic: topic.into(),
+            payload: payload.to_owned().into(),
+            qos: QoS::AtLeastOnce,
+            retain: true,
+        }
     }
 
-    fn all(retained: &Retained, filter: &str, max: usize) -> Vec<(String, String)> {
+    fn all(retained: &RetainedMessages, filter: &str, max: usize) -> Vec<(String, String)> {
         let (mut found, mut after) = (Vec::new(), None);
         loop {
-            let Found { messages: some, after: next, .. } = retained.find(filter, after.as_deref(), (max, 1_000_000));
+            let RetainedPage { messages: some, after: next, .. } =
+                retained.find(filter, after.as_deref(), (max, 1_000_000));
             assert!(some.len() <= max && some.iter().all(|message| message.retain));
-            let text = |message: Message| (message.topic, String::from_utf8(message.payload.to_vec()).unwrap());
+            let text =
+                |message: PublishedMessage| (message.topic, String::from_utf8(message.payload.to_vec()).unwrap());
             found.extend(some.into_iter().map(text));
             match next {
                 Some(_) => after = next,
@@ -302,7 +309,7 @@ mod tests {
 
     #[test]
     fn the_last_message_of_a_topic_is_kept_and_an_empty_one_takes_it_away() {
-        let mut retained = Retained::default();
+        let mut retained = RetainedMessages::default();
         for (topic, payload) in [("a/b", "1"), ("a", "2"), ("ab", "3"), ("a/b", "4"), ("a/c", "5"), ("a/c", "")] {
             retained.store(&message(topic, payload), None).unwrap();
         }
@@ -315,7 +322,7 @@ mod tests {
 
     #[test]
     fn thousands_are_found_in_parts() {
-        let mut retained = Retained::default();
+        let mut retained = RetainedMessages::default();
         for n in 0..5000 {
             retained.store(&message(&format!("t/{n:04}/x"), "1"), None).unwrap();
             retained.store(&message(&format!("t/{n:04}/y"), "1"), None).unwrap();
@@ -329,24 +336,24 @@ mod tests {
 
     #[test]
     fn beyond_the_bounds_new_topics_are_refused_and_retained_ones_may_change() {
-        let mut retained = Retained::default();
-        for n in 0..MAX_TOPICS {
+        let mut retained = RetainedMessages::default();
+        for n in 0..TOPICS_MAX {
             retained.store(&message(&n.to_string(), "1"), None).unwrap();
         }
         assert_eq!(retained.store(&message("one more", "1"), None), Err(RetainedFull));
         retained.store(&message("7", "2"), None).unwrap();
         retained.store(&message("8", ""), None).unwrap();
         retained.store(&message("one more", "1"), None).unwrap();
-        let large = "x".repeat(MAX_BYTES);
+        let large = "x".repeat(BYTES_MAX);
         assert_eq!(retained.store(&message("7", &large), None), Err(RetainedFull));
         assert_eq!(all(&retained, "7", 1), [("7".into(), "2".into())]);
     }
 
     #[test]
     fn a_user_that_retains_all_it_may_keeps_no_other_user_out() {
-        let mut retained = Retained::default();
-        let kept = (0..MAX_TOPICS).filter(|n| retained.store(&message(&format!("gw1/{n}"), "1"), Some("gw1")).is_ok());
-        assert_eq!(kept.count(), MAX_TOPICS / PER_USER_FRACTION);
+        let mut retained = RetainedMessages::default();
+        let kept = (0..TOPICS_MAX).filter(|n| retained.store(&message(&format!("gw1/{n}"), "1"), Some("gw1")).is_ok());
+        assert_eq!(kept.count(), TOPICS_MAX / PER_USER_FRACTION);
         retained.store(&message("gw2/status", "1"), Some("gw2")).unwrap();
         retained.store(&message("gw1/0", "2"), Some("gw1")).unwrap();
         retained.store(&message("gw1/1", ""), Some("gw1")).unwrap();
@@ -354,14 +361,14 @@ mod tests {
         assert_eq!(retained.store(&message("gw1/one more", "1"), Some("gw1")), Err(RetainedFull));
         retained.store(&message("gw1/2", "1"), Some("b1")).unwrap();
         retained.store(&message("gw1/one more", "1"), Some("gw1")).unwrap();
-        let large = "x".repeat(MAX_BYTES / PER_USER_FRACTION);
+        let large = "x".repeat(BYTES_MAX / PER_USER_FRACTION);
         assert_eq!(retained.store(&message("gw2/status", &large), Some("gw2")), Err(RetainedFull));
         assert_eq!(all(&retained, "gw2/status", 1), [("gw2/status".into(), "1".into())], "what was there stays");
     }
 
     #[test]
     fn a_will_found_at_the_start_is_due() {
-        let mut before = Retained::default();
+        let mut before = RetainedMessages::default();
         before.store(&message("gw1/status", "1"), None).unwrap();
         before.store(&message("gw2/status", "1"), None).unwrap();
         before.set_will("gw1", message("gw1/status", "0"));
@@ -370,7 +377,7 @@ mod tests {
         let Unwritten { messages, wills, .. } = before.take_unwritten();
         let messages = messages.into_iter().filter_map(|(topic, kept)| Some((topic, kept?)));
         let wills = wills.into_iter().filter_map(|(client, will)| Some((client, will?)));
-        let mut after = Retained::restored(messages, wills.collect());
+        let mut after = RetainedMessages::restored(messages, wills.collect());
         let text = |pairs: [(&str, &str); 2]| pairs.map(|(a, b)| (a.to_owned(), b.to_owned()));
         assert_eq!(all(&after, "#", 9), text([("gw1/status", "0"), ("gw2/status", "1")]));
         let unwritten = after.take_unwritten();
@@ -380,12 +387,12 @@ mod tests {
 
     #[test]
     fn changes_that_cannot_be_written_are_bounded() {
-        let mut retained = Retained::default();
-        for n in 0..=MAX_CHANGES {
+        let mut retained = RetainedMessages::default();
+        for n in 0..=CHANGES_MAX {
             retained.store(&message(&n.to_string(), "1"), None).unwrap_or_default();
             retained.store(&message(&n.to_string(), ""), None).unwrap();
         }
-        assert_eq!(retained.changes, Changes { needs_full_write: true, ..Changes::default() });
+        assert_eq!(retained.changes, RetainedChanges { needs_full_write: true, ..RetainedChanges::default() });
         assert!(retained.take_unwritten().needs_full_write && retained.take_unwritten().is_empty());
     }
 
@@ -394,7 +401,7 @@ mod tests {
         fn the_changes_lead_from_one_state_to_the_next(
             steps in prop::collection::vec(("[ab]", "[01]?", any::<bool>(), any::<bool>()), 0..40),
         ) {
-            let (mut retained, mut written) = (Retained::default(), BTreeMap::new());
+            let (mut retained, mut written) = (RetainedMessages::default(), BTreeMap::new());
             for (topic, payload, writes, fails) in steps {
                 retained.store(&message(&topic, &payload), None).unwrap();
                 if writes {

@@ -12,8 +12,8 @@ use wgkex_common::storage::write_behind::{Clocks, Table, WriteBehind};
 use wgkex_common::storage::{Noun, StorageError};
 
 use crate::mqtt_server::broker::MessageBroker;
-use crate::mqtt_server::message::{Message, lower};
-use crate::mqtt_server::retained::{Retained, RetainedMessage, Unwritten};
+use crate::mqtt_server::message::{PublishedMessage, lower_qos};
+use crate::mqtt_server::retained::{RetainedMessage, RetainedMessages, Unwritten};
 
 const CREATE_TABLES: &str = "
     CREATE TABLE messages (topic TEXT PRIMARY KEY, payload BLOB NOT NULL, qos INTEGER NOT NULL) WITHOUT ROWID;
@@ -43,7 +43,7 @@ struct RetainedTable {
 impl File {
     /// Opens the file in `dir`, and returns its content. A corrupt one is set aside; one that cannot be written is read
     /// all the same, and tried again later. The only error is that it has a version which is not known here.
-    pub fn open(dir: &Path) -> Result<(Self, Retained), StorageError> {
+    pub fn open(dir: &Path) -> Result<(Self, RetainedMessages), StorageError> {
         let (store, retained) = WriteBehind::with_table(FILE.path(dir), RetainedTable::default(), Clocks::read())?;
         Ok((Self(store), retained))
     }
@@ -58,10 +58,10 @@ impl File {
 impl Table for RetainedTable {
     const SCHEMA: Schema = Schema { migrations: &[CREATE_TABLES, ADD_USER] };
     const NOUN: Noun = Noun { name: "retained messages", pronoun: "them" };
-    type Content = Retained;
+    type Content = RetainedMessages;
     type Changes = Unwritten;
 
-    fn load(&mut self, connection: &Connection, _now: Clocks) -> Result<Retained, StorageError> {
+    fn load(&mut self, connection: &Connection, _now: Clocks) -> Result<RetainedMessages, StorageError> {
         read(connection)
     }
 
@@ -90,7 +90,7 @@ impl Table for RetainedTable {
     }
 }
 
-fn read(database: &Connection) -> Result<Retained, StorageError> {
+fn read(database: &Connection) -> Result<RetainedMessages, StorageError> {
     let mut statement = database.prepare("SELECT topic, payload, qos, user FROM messages")?;
     let kept = |row: &Row<'_>| {
         let (payload, qos, user): (Vec<u8>, u8, Option<String>) = (row.get(1)?, row.get(2)?, row.get(3)?);
@@ -103,18 +103,19 @@ fn read(database: &Connection) -> Result<Retained, StorageError> {
     let mut statement = database.prepare("SELECT client, topic, payload, qos, retain FROM wills")?;
     let will = |row: &Row<'_>| {
         let (payload, qos): (Vec<u8>, u8) = (row.get(2)?, row.get(3)?);
-        let will = Message { topic: row.get(1)?, payload: payload.into(), qos: quality(qos), retain: row.get(4)? };
+        let will =
+            PublishedMessage { topic: row.get(1)?, payload: payload.into(), qos: quality(qos), retain: row.get(4)? };
         Ok((row.get(0)?, will))
     };
     let wills: BTreeMap<_, _> = statement
         .query_map([], will)?
         .collect::<Result<_, _>>()
         .map_err(|error| StorageError::corrupt_value(&error))?;
-    Ok(Retained::restored(messages, wills))
+    Ok(RetainedMessages::restored(messages, wills))
 }
 
 fn quality(level: u8) -> QoS {
-    lower(qos(level).unwrap_or(QoS::AtMostOnce), QoS::AtLeastOnce)
+    lower_qos(qos(level).unwrap_or(QoS::AtMostOnce), QoS::AtLeastOnce)
 }
 
 fn write(transaction: &Transaction<'_>, unwritten: &Unwritten) -> rusqlite::Result<()> {
@@ -135,7 +136,7 @@ fn write(transaction: &Transaction<'_>, unwritten: &Unwritten) -> rusqlite::Resu
     let mut remove = transaction.prepare("DELETE FROM wills WHERE client = ?1")?;
     for (client, will) in &unwritten.wills {
         match will {
-            Some(Message { topic, payload, qos, retain }) => {
+            Some(PublishedMessage { topic, payload, qos, retain }) => {
                 put.execute(params![client, topic, &payload[..], *qos as u8, retain])?
             }
             None => remove.execute([client])?,
@@ -153,19 +154,24 @@ mod tests {
     use wgkex_common::storage::sqlite;
 
     use super::*;
-    use crate::mqtt_server::retained::{MAX_TOPICS, PER_USER_FRACTION};
+    use crate::mqtt_server::retained::{PER_USER_FRACTION, TOPICS_MAX};
 
-    fn message(topic: &str, payload: &str) -> Message {
-        Message { topic: topic.into(), payload: payload.to_owned().into(), qos: QoS::AtLeastOnce, retain: true }
+    fn message(topic: &str, payload: &str) -> PublishedMessage {
+        PublishedMessage {
+            topic: topic.into(),
+            payload: payload.to_owned().into(),
+            qos: QoS::AtLeastOnce,
+            retain: true,
+        }
     }
 
-    fn topics(retained: &Retained) -> Vec<(String, Bytes)> {
+    fn topics(retained: &RetainedMessages) -> Vec<(String, Bytes)> {
         let found = retained.find("#", None, (100, 1_000_000));
         found.messages.into_iter().map(|message| (message.topic, message.payload)).collect()
     }
 
     /// Writes the changes to the file in `dir`, which `file` releases.
-    fn close(dir: &TempDir, file: File, retained: &mut Retained) {
+    fn close(dir: &TempDir, file: File, retained: &mut RetainedMessages) {
         drop(file);
         let path = dir.path().join("mqtt-retained.sqlite");
         let mut connection = sqlite::open(&path, RetainedTable::SCHEMA).unwrap();
@@ -197,7 +203,7 @@ mod tests {
     fn a_users_share_counts_after_a_restart_too() {
         let dir = tempfile::tempdir().unwrap();
         let (file, mut retained) = File::open(dir.path()).unwrap();
-        for n in 0..MAX_TOPICS / PER_USER_FRACTION {
+        for n in 0..TOPICS_MAX / PER_USER_FRACTION {
             retained.store(&message(&n.to_string(), "1"), Some("gw1")).unwrap();
         }
         retained.set_will("gw1", message("0", "0"));

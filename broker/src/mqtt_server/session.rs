@@ -10,20 +10,20 @@ use rumqttc::{
     Unsubscribe,
 };
 
-use crate::mqtt_server::acl::{Access, Operation};
+use crate::mqtt_server::acl::{TopicAccess, TopicOperation};
 use crate::mqtt_server::filter::{is_filter, is_topic};
 use crate::mqtt_server::log::LogPosition;
-use crate::mqtt_server::message::{Message, lower};
-use crate::mqtt_server::quota::PACKET;
-use crate::mqtt_server::subscriptions::{ClientSubscriptions, MAX_LEVELS, Subscription};
+use crate::mqtt_server::message::{PublishedMessage, lower_qos};
+use crate::mqtt_server::quota::PACKET_COST;
+use crate::mqtt_server::subscriptions::{ClientSubscriptions, GrantedSubscription, LEVELS_MAX};
 
 /// The most messages in flight to a client; the next one waits for an acknowledgement. A second's worth of small ones at
 /// 50 ms round-trip time.
-const MAX_IN_FLIGHT: usize = 1_000;
+const IN_FLIGHT_MAX: usize = 1_000;
 /// The same for this broker's own connections, which must not be behind.
-const MAX_IN_FLIGHT_OWN: usize = 10_000;
+const IN_FLIGHT_OWN_MAX: usize = 10_000;
 /// The most subscriptions of a client, and the most topics in a packet.
-const MAX_FILTERS: usize = 1_000;
+const FILTERS_MAX: usize = 1_000;
 /// The longest filter, in bytes.
 const FILTER_MAX: usize = 1_000;
 
@@ -31,13 +31,13 @@ const FILTER_MAX: usize = 1_000;
 #[derive(Debug, PartialEq, Eq)]
 pub enum SessionAction {
     /// To publish this.
-    Publish(Message),
+    Publish(PublishedMessage),
     /// To read the log for it from now on, if that is not so.
     Subscribe,
     /// To log and count that the access rules deny it something.
     Deny {
         /// The denied operation.
-        operation: Operation,
+        operation: TopicOperation,
         /// Its topic or filter.
         topic: String,
         /// It is the first denial of the session.
@@ -65,7 +65,7 @@ pub struct RetainedCursor {
 /// A client that is connected.
 #[derive(Debug)]
 pub struct ClientSession {
-    access: Access,
+    access: TopicAccess,
     subscriptions: ClientSubscriptions,
     retained: VecDeque<RetainedCursor>,
     /// The messages that it has not acknowledged yet, how many these may be, and the identifier given last.
@@ -79,13 +79,13 @@ pub struct ClientSession {
 
 impl ClientSession {
     /// A client with these rights, one of this broker itself or not.
-    pub fn new(access: Access, is_own: bool) -> Self {
+    pub fn new(access: TopicAccess, is_own: bool) -> Self {
         Self {
             access,
             subscriptions: ClientSubscriptions::default(),
             retained: VecDeque::new(),
             inflight: BTreeSet::new(),
-            max_inflight: if is_own { MAX_IN_FLIGHT_OWN } else { MAX_IN_FLIGHT },
+            max_inflight: if is_own { IN_FLIGHT_OWN_MAX } else { IN_FLIGHT_MAX },
             last_pkid: 0,
             exactly_once: BTreeSet::new(),
             was_denied: false,
@@ -102,7 +102,7 @@ impl ClientSession {
             0
         };
         let is_due = matches!(packet, Packet::PubAck(PubAck { pkid }) if self.inflight.contains(pkid));
-        if is_due { 0 } else { PACKET * (1 + topics as u64) }
+        if is_due { 0 } else { PACKET_COST * (1 + topics as u64) }
     }
 
     /// Takes a packet, and answers it at the end of `output`. A subscription gets the messages that are published
@@ -124,8 +124,8 @@ impl ClientSession {
                 self.inflight.remove(&pkid);
                 Ok(Vec::new())
             }
-            Packet::Subscribe(Subscribe { filters, .. }) if filters.len() > MAX_FILTERS => Err(TOO_MANY),
-            Packet::Unsubscribe(Unsubscribe { topics, .. }) if topics.len() > MAX_FILTERS => Err(TOO_MANY),
+            Packet::Subscribe(Subscribe { filters, .. }) if filters.len() > FILTERS_MAX => Err(TOO_MANY),
+            Packet::Unsubscribe(Unsubscribe { topics, .. }) if topics.len() > FILTERS_MAX => Err(TOO_MANY),
             Packet::Subscribe(subscribe) => Ok(self.subscribe(subscribe, log_end, output)),
             Packet::Unsubscribe(Unsubscribe { pkid, topics }) => {
                 for topic in &topics {
@@ -167,7 +167,7 @@ impl ClientSession {
             }
         };
         if !self.access.can_publish(&publish.topic) {
-            return Ok(vec![self.deny(Operation::Publish, publish.topic)]);
+            return Ok(vec![self.deny(TopicOperation::Publish, publish.topic)]);
         }
         Ok(is_new.then(|| SessionAction::Publish(publish.into())).into_iter().collect())
     }
@@ -177,14 +177,14 @@ impl ClientSession {
         let mut codes = Vec::with_capacity(subscribe.filters.len());
         let mut granted = Vec::new();
         for filter in subscribe.filters {
-            let (path, qos) = (filter.path, lower(filter.qos, QoS::AtLeastOnce));
-            let is_sound = is_filter(&path) && path.len() <= FILTER_MAX && path.split('/').nth(MAX_LEVELS).is_none();
-            let has_place = self.subscriptions.len() < MAX_FILTERS || self.subscriptions.contains(&path);
+            let (path, qos) = (filter.path, lower_qos(filter.qos, QoS::AtLeastOnce));
+            let is_sound = is_filter(&path) && path.len() <= FILTER_MAX && path.split('/').nth(LEVELS_MAX).is_none();
+            let has_place = self.subscriptions.len() < FILTERS_MAX || self.subscriptions.contains(&path);
             if is_sound && !self.access.can_subscribe(&path) {
-                actions.push(self.deny(Operation::Subscribe, path));
+                actions.push(self.deny(TopicOperation::Subscribe, path));
                 codes.push(SubscribeReasonCode::Failure);
             } else if is_sound && has_place {
-                self.subscriptions.insert(&path, Subscription { qos, since });
+                self.subscriptions.insert(&path, GrantedSubscription { qos, since });
                 granted.push(path);
                 codes.push(SubscribeReasonCode::Success(qos));
             } else {
@@ -212,7 +212,7 @@ impl ClientSession {
         self.retained.retain(|cursor| !filters.contains(cursor.filter.as_str()));
     }
 
-    fn deny(&mut self, operation: Operation, topic: String) -> SessionAction {
+    fn deny(&mut self, operation: TopicOperation, topic: String) -> SessionAction {
         SessionAction::Deny { operation, topic, is_first: !std::mem::replace(&mut self.was_denied, true) }
     }
 
@@ -242,11 +242,11 @@ impl ClientSession {
     }
 
     /// Sends it a message, with the lower quality of service of publisher and subscription, if it has subscribed to it.
-    pub fn deliver(&mut self, message: Message, output: &mut BytesMut) {
+    pub fn deliver(&mut self, message: PublishedMessage, output: &mut BytesMut) {
         let Some(granted) = self.subscriptions.granted(&message.topic) else { return };
-        let qos = lower(granted.qos, message.qos);
+        let qos = lower_qos(granted.qos, message.qos);
         let pkid = if qos == QoS::AtMostOnce { 0 } else { self.next_identifier() };
-        let Message { topic, payload, retain, .. } = message;
+        let PublishedMessage { topic, payload, retain, .. } = message;
         put(&Packet::Publish(Publish { dup: false, qos, retain, topic, pkid, payload }), output);
     }
 

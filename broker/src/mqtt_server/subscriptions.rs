@@ -6,11 +6,11 @@ use rumqttc::QoS;
 use crate::mqtt_server::log::LogPosition;
 
 /// The most levels of a filter.
-pub const MAX_LEVELS: usize = 64;
+pub const LEVELS_MAX: usize = 64;
 
 /// A subscription that was granted to a client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Subscription {
+pub struct GrantedSubscription {
     /// The quality of service.
     pub qos: QoS,
     /// It has the messages that are published from this position on.
@@ -27,7 +27,7 @@ pub struct ClientSubscriptions {
 #[derive(Debug, Default)]
 struct Node {
     /// The filter that ends here.
-    granted: Option<Subscription>,
+    granted: Option<GrantedSubscription>,
     /// The next levels, in order.
     below: Vec<(Box<str>, Node)>,
 }
@@ -45,10 +45,10 @@ impl ClientSubscriptions {
     }
 
     /// Adds a filter, or grants it another quality; then no message in between is missed.
-    pub fn insert(&mut self, filter: &str, subscription: Subscription) {
+    pub fn insert(&mut self, filter: &str, subscription: GrantedSubscription) {
         let node = filter.split('/').fold(&mut self.root, Node::at_or_new);
         let since = node.granted.map_or(subscription.since, |before| before.since.min(subscription.since));
-        self.len += usize::from(node.granted.replace(Subscription { since, ..subscription }).is_none());
+        self.len += usize::from(node.granted.replace(GrantedSubscription { since, ..subscription }).is_none());
     }
 
     /// Takes a filter away, if it is there.
@@ -57,7 +57,7 @@ impl ClientSubscriptions {
     }
 
     /// The highest quality of all filters that have `topic`, since the first of them; none if none has it.
-    pub fn granted(&self, topic: &str) -> Option<Subscription> {
+    pub fn granted(&self, topic: &str) -> Option<GrantedSubscription> {
         // A wildcard at the beginning has no topic that begins with `$`.
         self.root.granted(topic.split('/'), !topic.starts_with('$'))
     }
@@ -92,7 +92,11 @@ impl Node {
         was_there
     }
 
-    fn granted<'a>(&self, mut levels: impl Iterator<Item = &'a str> + Clone, wildcards: bool) -> Option<Subscription> {
+    fn granted<'a>(
+        &self,
+        mut levels: impl Iterator<Item = &'a str> + Clone,
+        wildcards: bool,
+    ) -> Option<GrantedSubscription> {
         let all = if wildcards { self.at("#").and_then(|node| node.granted) } else { None };
         let Some(level) = levels.next() else {
             // `a/#` has `a`, too.
@@ -104,9 +108,9 @@ impl Node {
     }
 }
 
-fn both(one: Option<Subscription>, other: Option<Subscription>) -> Option<Subscription> {
+fn both(one: Option<GrantedSubscription>, other: Option<GrantedSubscription>) -> Option<GrantedSubscription> {
     match (one, other) {
-        (Some(one), Some(other)) => Some(Subscription {
+        (Some(one), Some(other)) => Some(GrantedSubscription {
             qos: if other.qos > one.qos { other.qos } else { one.qos },
             since: one.since.min(other.since),
         }),
@@ -123,7 +127,7 @@ mod tests {
     use super::*;
     use crate::mqtt_server::filter::{is_filter, matches};
 
-    const SUBSCRIPTION: Subscription = Subscription { qos: QoS::AtMostOnce, since: LogPosition::new(0) };
+    const SUBSCRIPTION: GrantedSubscription = GrantedSubscription { qos: QoS::AtMostOnce, since: LogPosition::new(0) };
 
     proptest! {
         #[test]
@@ -136,7 +140,7 @@ mod tests {
                 prop_assume!(is_filter(&filter));
                 let (qos, since) = (rumqttc::qos(level).unwrap(), LogPosition::new(since));
                 if comes {
-                    tree.insert(&filter, Subscription { qos, since });
+                    tree.insert(&filter, GrantedSubscription { qos, since });
                     let (to_qos, earliest) = list.entry(filter).or_insert((qos, since));
                     (*to_qos, *earliest) = (qos, since.min(*earliest));
                 } else {
@@ -150,7 +154,7 @@ mod tests {
                 let fitting = || list.iter().filter(|(filter, _)| matches(filter, &topic)).map(|(_, granted)| *granted);
                 let since = fitting().map(|(_, since)| since).min();
                 let qos = if fitting().any(|(qos, _)| qos == QoS::AtLeastOnce) { QoS::AtLeastOnce } else { QoS::AtMostOnce };
-                let expected = since.map(|since| Subscription { qos, since });
+                let expected = since.map(|since| GrantedSubscription { qos, since });
                 prop_assert_eq!(tree.granted(&topic), expected, "{} in {:?}", topic, list);
             }
         }

@@ -3,20 +3,20 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-/// The number of takeovers within [`PERIOD`] that is no longer explained by a client that replaces its lost
+/// The number of takeovers within [`TAKEOVERS_PERIOD`] that is no longer explained by a client that replaces its lost
 /// connections.
-const SUSPICIOUS: u32 = 4;
-const PERIOD: Duration = Duration::from_secs(300);
+const TAKEOVERS_SUSPICIOUS: u32 = 4;
+const TAKEOVERS_PERIOD: Duration = Duration::from_secs(300);
 /// After how long the same client is named again.
-const REPEAT: Duration = Duration::from_secs(3_600);
+const NAMED_AGAIN_AFTER: Duration = Duration::from_secs(3_600);
 
 /// After how long without a takeover a client id is not in use by two programs any more: they try again every 30 s.
-const OVER: Duration = Duration::from_secs(120);
+const IN_USE_TIMEOUT: Duration = Duration::from_secs(120);
 /// The most client ids that are named at once.
-const MAX_NAMED: usize = 10;
+const NAMED_MAX: usize = 10;
 
 /// The shortest time between two lines: one user may have many client ids.
-const PAUSE: Duration = Duration::from_secs(10);
+const LINE_PAUSE: Duration = Duration::from_secs(10);
 
 /// The clients that took over their own connection lately.
 #[derive(Debug, Default)]
@@ -40,18 +40,19 @@ impl Takeovers {
     pub fn on_takeover(&mut self, client: &str, now: Instant) -> bool {
         let is_recent = |then: Instant, limit| now.saturating_duration_since(then) < limit;
         self.clients.retain(|_, takeover| {
-            is_recent(takeover.since, PERIOD) || takeover.warned.is_some_and(|warned| is_recent(warned, REPEAT))
+            is_recent(takeover.since, TAKEOVERS_PERIOD)
+                || takeover.warned.is_some_and(|warned| is_recent(warned, NAMED_AGAIN_AFTER))
         });
         let takeover = self.clients.entry(client.to_owned()).or_insert_with(|| Takeover::new(now));
-        if !is_recent(takeover.since, PERIOD) {
+        if !is_recent(takeover.since, TAKEOVERS_PERIOD) {
             (takeover.since, takeover.count) = (now, 0);
         }
-        let is_over = !is_recent(takeover.last, OVER);
+        let is_over = !is_recent(takeover.last, IN_USE_TIMEOUT);
         (takeover.count, takeover.last) = (takeover.count + 1, now);
-        takeover.is_in_use = takeover.count >= SUSPICIOUS || (takeover.is_in_use && !is_over);
-        let is_due = takeover.count >= SUSPICIOUS
-            && !takeover.warned.is_some_and(|warned| is_recent(warned, REPEAT))
-            && !self.last_line.is_some_and(|line| is_recent(line, PAUSE));
+        takeover.is_in_use = takeover.count >= TAKEOVERS_SUSPICIOUS || (takeover.is_in_use && !is_over);
+        let is_due = takeover.count >= TAKEOVERS_SUSPICIOUS
+            && !takeover.warned.is_some_and(|warned| is_recent(warned, NAMED_AGAIN_AFTER))
+            && !self.last_line.is_some_and(|line| is_recent(line, LINE_PAUSE));
         if is_due {
             (takeover.warned, self.last_line) = (Some(now), Some(now));
         }
@@ -60,8 +61,9 @@ impl Takeovers {
 
     /// The client ids that two programs use now, without their users.
     pub fn in_use(&self, now: Instant) -> Vec<String> {
-        let is_now = |takeover: &Takeover| takeover.is_in_use && now.saturating_duration_since(takeover.last) < OVER;
-        let clients = self.clients.iter().filter(|(_, takeover)| is_now(takeover)).take(MAX_NAMED);
+        let is_now =
+            |takeover: &Takeover| takeover.is_in_use && now.saturating_duration_since(takeover.last) < IN_USE_TIMEOUT;
+        let clients = self.clients.iter().filter(|(_, takeover)| is_now(takeover)).take(NAMED_MAX);
         clients.map(|(client, _)| client_id(client).to_owned()).collect()
     }
 }

@@ -16,11 +16,11 @@ use tokio_util::sync::CancellationToken;
 use wgkex_common::config::{Credentials, MqttListen, MqttUser, Role, Secret};
 
 use crate::client_ip::Client;
-use crate::mqtt_server::acl::Access;
-use crate::mqtt_server::guesses::Guesses;
-use crate::mqtt_server::login_queue::{LoginQueue, Origin};
+use crate::mqtt_server::acl::TopicAccess;
+use crate::mqtt_server::login_queue::{LoginOrigin, LoginQueue};
 use crate::mqtt_server::password::{self, Verifier};
 use crate::mqtt_server::quota::Account;
+use crate::mqtt_server::wrong_passwords::WrongPasswords;
 
 const NO_RANDOM: &str = "the system gives no random numbers";
 
@@ -52,7 +52,7 @@ pub struct Users {
 /// while, and 19 MiB.
 struct Passwords {
     queue: Mutex<LoginQueue<Check>>,
-    guesses: Mutex<Guesses>,
+    wrong_passwords: Mutex<WrongPasswords>,
     /// The key of the tags by which right passwords are remembered, so that only strangers wait for the slow hash.
     tags: hmac::Key,
 }
@@ -91,10 +91,10 @@ pub enum Denied {
 
 impl User {
     /// The user's rights.
-    pub fn access(&self) -> Access {
+    pub fn access(&self) -> TopicAccess {
         match self {
-            Self::Anyone => Access::everything(),
-            Self::Named(name, role) => Access::of(*role, name),
+            Self::Anyone => TopicAccess::everything(),
+            Self::Named(name, role) => TopicAccess::of(*role, name),
         }
     }
 
@@ -143,7 +143,7 @@ impl Users {
 
     fn none() -> anyhow::Result<Self> {
         let tags = hmac::Key::generate(HMAC_SHA256, &SystemRandom::new()).map_err(|_| anyhow!("{NO_RANDOM}"))?;
-        let passwords = Arc::new(Passwords { queue: Mutex::default(), guesses: Mutex::default(), tags });
+        let passwords = Arc::new(Passwords { queue: Mutex::default(), wrong_passwords: Mutex::default(), tags });
         let (wake, woken) = sync_channel(1);
         let (verifying, thread_end) = (passwords.clone(), CancellationToken::new());
         let (thread, end) = (thread::Builder::new().name("mqtt-passwords".into()), thread_end.clone().drop_guard());
@@ -174,7 +174,7 @@ impl Users {
 
     /// The user of this login, and the account that it shares with its other connections. A name that no user has takes
     /// as long as a wrong password.
-    pub async fn admit(&self, login: Option<Login>, origin: Origin) -> Result<(User, Account), Denied> {
+    pub async fn admit(&self, login: Option<Login>, origin: LoginOrigin) -> Result<(User, Account), Denied> {
         if self.known.is_empty() {
             return Ok((User::Anyone, self.anyone.with_new_rate()));
         }
@@ -212,14 +212,14 @@ impl Users {
         &self,
         known: &Arc<UserEntry>,
         password: String,
-        (Origin { client, is_known }, number): (Origin, u64),
+        (LoginOrigin { client, is_known }, number): (LoginOrigin, u64),
     ) -> Result<bool, Denied> {
         let (answer, answered) = oneshot::channel();
         let check = Check { known: known.clone(), password, client, number, answer };
         if let Some(verdict) = self.passwords.verdict(&check, Instant::now()) {
             return verdict;
         }
-        let goes = self.passwords.queue.lock().push(Origin { client, is_known }, check);
+        let goes = self.passwords.queue.lock().push(LoginOrigin { client, is_known }, check);
         if let Some(goes) = goes {
             goes.answer(Err(Denied::Crowded));
         }
@@ -238,7 +238,7 @@ impl Passwords {
                 if is_right {
                     *check.known.tag.lock() = Some(self.tag(&check.password));
                 } else {
-                    self.guesses.lock().was_wrong(check.client, check.number, Instant::now());
+                    self.wrong_passwords.lock().was_wrong(check.client, check.number, Instant::now());
                 }
                 check.answer(Ok(is_right));
             }
@@ -261,7 +261,7 @@ impl Passwords {
             Some(Ok(false))
         } else if self.remembers(known, password) {
             Some(Ok(true))
-        } else if self.guesses.lock().may_try(*client, *number, now) {
+        } else if self.wrong_passwords.lock().may_try(*client, *number, now) {
             None
         } else {
             Some(Err(Denied::TooOften))
@@ -308,8 +308,8 @@ mod tests {
     }
 
     /// The `n`th origin from which no user logged in before.
-    fn from(n: u8) -> Origin {
-        Origin { client: IpAddr::from([192, 0, 2, n]).into(), is_known: false }
+    fn from(n: u8) -> LoginOrigin {
+        LoginOrigin { client: IpAddr::from([192, 0, 2, n]).into(), is_known: false }
     }
 
     async fn admit(users: &Users, login: Option<Login>) -> Result<User, Denied> {
@@ -383,7 +383,9 @@ mod tests {
             assert_eq!((&check.password[..], check.number), ("right", users.number("gw1")));
             *check.known.tag.lock() = Some(users.passwords.tag("right"));
             let client = from(1).client;
-            (0..15).for_each(|_| users.passwords.guesses.lock().was_wrong(client, users.number("b"), Instant::now()));
+            (0..15).for_each(|_| {
+                users.passwords.wrong_passwords.lock().was_wrong(client, users.number("b"), Instant::now())
+            });
             assert!(users.passwords.next().is_none());
             check.answer(Ok(true));
         };
@@ -407,9 +409,9 @@ mod tests {
         for (name, denied) in [("gw1", Denied::Wrong), ("none", Denied::NoUser)] {
             assert_eq!(admit(&users, Some(login(name, "wrong"))).await, Err(denied), "{name}");
             let (client, number, now) = (from(1).client, users.number(name), Instant::now());
-            assert!(users.passwords.guesses.lock().may_try(client, number, now));
+            assert!(users.passwords.wrong_passwords.lock().may_try(client, number, now));
             // More than are forgotten while the machine is busy with other tests.
-            (0..15).for_each(|_| users.passwords.guesses.lock().was_wrong(client, number, now));
+            (0..15).for_each(|_| users.passwords.wrong_passwords.lock().was_wrong(client, number, now));
             assert_eq!(admit(&users, Some(login(name, "right"))).await, Err(Denied::TooOften), "{name}");
         }
         assert!(admit(&users, Some(login("b", "right"))).await.is_ok(), "another user");

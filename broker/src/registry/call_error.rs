@@ -10,7 +10,7 @@ use crate::database::DatabaseError;
 pub enum CallError {
     /// The content of the registry does not allow it.
     #[error(transparent)]
-    Refused(#[from] Refusal),
+    Refused(#[from] CallRefusal),
     /// The database cannot be used.
     #[error(transparent)]
     Database(#[from] DatabaseError),
@@ -22,7 +22,7 @@ pub enum CallError {
 /// Why a call is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error, IntoStaticStr)]
 #[strum(serialize_all = "snake_case")]
-pub enum Refusal {
+pub enum CallRefusal {
     /// There is no such server.
     #[error("there is no server of this name")]
     UnknownServer,

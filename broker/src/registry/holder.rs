@@ -24,9 +24,9 @@ use crate::database::FilledMark;
 use crate::fleet::election;
 
 /// The rules that all brokers with a SQLite file announce.
-const RULES: &str = "sqlite";
+const SQLITE_RULES: &str = "sqlite";
 /// A registry without servers ranks behind all that have some.
-const EMPTY: u64 = 1 << 52;
+const EMPTY_REGISTRY_RANK: u64 = 1 << 52;
 /// Brokers that are remembered at most: more than any bus has.
 const BROKERS_MAX: usize = 256;
 /// How long calls wait for the states of other brokers after the start, at most.
@@ -41,16 +41,16 @@ pub const FILE: StateFile = StateFile::json("broker.registry.json", LAYOUT);
 
 /// Whether this broker may serve its registry. Clones share it.
 #[derive(Debug, Clone, Default)]
-pub struct Holder(Option<Arc<Shared>>);
+pub struct RegistryHolder(Option<Arc<SharedHolder>>);
 
 #[derive(Debug)]
-struct Shared {
+struct SharedHolder {
     /// The tables are in a file, so that only one broker can have them.
     is_of_one: bool,
     own: BrokerName,
     file: PathBuf,
     mark: FilledMark,
-    state: Mutex<State>,
+    state: Mutex<HolderState>,
     /// Locked while the file is written.
     writer: Mutex<()>,
     /// The last write of the file failed.
@@ -58,19 +58,19 @@ struct Shared {
 }
 
 #[derive(Debug)]
-struct State {
-    kept: Kept,
+struct HolderState {
+    kept: StoredHolder,
     started: u64,
     /// The time from which calls no longer wait for other brokers.
     decided: Instant,
     is_status_back: bool,
     is_hello_back: bool,
-    others: BTreeMap<BrokerName, Other>,
+    others: BTreeMap<BrokerName, OtherHolder>,
 }
 
 /// The content of the file.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-struct Kept {
+struct StoredHolder {
     /// Since when this broker has servers, in milliseconds since 1970.
     since: Option<u64>,
     /// The broker that has the registry instead.
@@ -78,14 +78,14 @@ struct Kept {
 }
 
 #[derive(Debug, Default)]
-struct Other {
+struct OtherHolder {
     is_online: bool,
     /// Its hello was received.
     is_known: bool,
     served: Option<Served>,
 }
 
-impl Holder {
+impl RegistryHolder {
     /// For a broker that has just started. Without a registry there is nothing to decide. The errors are that the file
     /// is of a newer version, or cannot be read.
     pub fn open(config: &Config) -> Result<Self, StorageError> {
@@ -93,7 +93,7 @@ impl Holder {
             return Ok(Self(None));
         }
         let (is_of_one, file) = (config.storage.url.is_none(), FILE.path(&config.state_dir));
-        let kept: Kept = json_file::load(&file, LAYOUT)?.unwrap_or_default();
+        let kept: StoredHolder = json_file::load(&file, LAYOUT)?.unwrap_or_default();
         if let Some(broker) = kept.holder.as_ref().filter(|_| is_of_one) {
             error!(
                 broker = broker.as_str(),
@@ -103,7 +103,7 @@ impl Holder {
             );
         }
         let mark = FilledMark::new(file.clone(), kept.since.is_some());
-        let state = State {
+        let state = HolderState {
             kept,
             started: election::since(),
             decided: Instant::now() + START_TIMEOUT,
@@ -112,7 +112,7 @@ impl Holder {
             others: BTreeMap::new(),
         };
         let (own, state) = (BrokerName::from(&config.name), Mutex::new(state));
-        Ok(Self(Some(Arc::new(Shared {
+        Ok(Self(Some(Arc::new(SharedHolder {
             is_of_one,
             own,
             file,
@@ -132,7 +132,7 @@ impl Holder {
     /// Whether it is known, and on the disk, that there are servers.
     #[must_use]
     pub fn is_filled(&self) -> bool {
-        let is_kept = |shared: &Arc<Shared>| !shared.is_unsaved.load(Ordering::Relaxed);
+        let is_kept = |shared: &Arc<SharedHolder>| !shared.is_unsaved.load(Ordering::Relaxed);
         self.0.as_ref().is_none_or(|shared| is_kept(shared) && shared.state.lock().kept.since.is_some())
     }
 
@@ -186,18 +186,19 @@ impl Holder {
 
     /// Returns when the states of other brokers are known, or some time after the start.
     pub async fn settled(&self) {
-        let is_open = |state: &State| !(state.is_status_back && state.is_hello_back) && Instant::now() < state.decided;
+        let is_open =
+            |state: &HolderState| !(state.is_status_back && state.is_hello_back) && Instant::now() < state.decided;
         while self.of_one().is_some_and(|shared| is_open(&shared.state.lock())) {
             sleep(START_CHECK).await;
         }
     }
 
-    fn of_one(&self) -> Option<&Arc<Shared>> {
+    fn of_one(&self) -> Option<&Arc<SharedHolder>> {
         self.0.as_ref().filter(|shared| shared.is_of_one)
     }
 
     /// Applies a message about a broker. The caller must not wait for the disk.
-    fn change(&self, broker: &BrokerName, change: impl FnOnce(&mut Other), own: impl FnOnce(&mut State)) {
+    fn change(&self, broker: &BrokerName, change: impl FnOnce(&mut OtherHolder), own: impl FnOnce(&mut HolderState)) {
         let Some(shared) = self.of_one() else { return };
         let mut state = shared.state.lock();
         if *broker == shared.own {
@@ -212,7 +213,7 @@ impl Holder {
     }
 }
 
-impl Shared {
+impl SharedHolder {
     /// Writes the file on another thread. The last write has the newest state.
     fn save(self: &Arc<Self>) -> JoinHandle<()> {
         let shared = Arc::clone(self);
@@ -232,17 +233,18 @@ impl Shared {
     }
 }
 
-impl State {
+impl HolderState {
     fn served(&self) -> Served {
-        Served { since: self.kept.since.unwrap_or(EMPTY + self.started), rules: RULES.into() }
+        Served { since: self.kept.since.unwrap_or(EMPTY_REGISTRY_RANK + self.started), rules: SQLITE_RULES.into() }
     }
 
     /// Decides again which broker has the registry, and returns whether that is another one now.
     fn update(&mut self, own: &BrokerName) -> bool {
         let own = (self.served().since, own);
-        let served = |other: &Other| other.served.clone().filter(|served| other.is_online && served.rules == RULES);
+        let served =
+            |other: &OtherHolder| other.served.clone().filter(|served| other.is_online && served.rules == SQLITE_RULES);
         let comes_first =
-            |(name, other): (&BrokerName, &Other)| ((served(other)?.since, name) < own).then(|| name.clone());
+            |(name, other): (&BrokerName, &OtherHolder)| ((served(other)?.since, name) < own).then(|| name.clone());
         let first = self.others.iter().find_map(comes_first);
         match (&self.kept.holder, first) {
             (None, Some(broker)) => {
@@ -255,7 +257,7 @@ impl State {
                 true
             }
             (Some(holder), None) => {
-                let has_none = |other: &Other| other.is_online && other.is_known && other.served.is_none();
+                let has_none = |other: &OtherHolder| other.is_online && other.is_known && other.served.is_none();
                 let is_free = self.others.get(holder).is_some_and(has_none);
                 if is_free {
                     info!(broker = holder.as_str(), "the other broker has no registry any more: this one has it");
@@ -274,26 +276,26 @@ mod tests {
 
     use super::*;
 
-    fn holder(dir: &Path, more: &str) -> Holder {
+    fn holder(dir: &Path, more: &str) -> RegistryHolder {
         let yaml = format!(
             "domains: [ff_a]\ndomain_prefixes: [ff_]\nstate_dir: {}\nregistry: {{enabled: true, password_file: /p}}\n{more}",
             dir.display()
         );
-        Holder::open(&Config::parse("", &yaml, "b").unwrap()).unwrap()
+        RegistryHolder::open(&Config::parse("", &yaml, "b").unwrap()).unwrap()
     }
 
-    fn hear(holder: &Holder, broker: &str, since: Option<u64>) {
+    fn hear(holder: &RegistryHolder, broker: &str, since: Option<u64>) {
         let broker = broker.parse().unwrap();
-        holder.on_hello(&broker, since.map(|since| Served { since, rules: RULES.into() }), false);
+        holder.on_hello(&broker, since.map(|since| Served { since, rules: SQLITE_RULES.into() }), false);
         holder.on_status(&broker, true);
     }
 
-    fn kept(dir: &Path) -> Option<Kept> {
+    fn kept(dir: &Path) -> Option<StoredHolder> {
         json_file::read(&FILE.path(dir), LAYOUT).unwrap()
     }
 
     /// Another thread writes it.
-    async fn wait_until_kept(dir: &Path, is_it: impl Fn(&Kept) -> bool) {
+    async fn wait_until_kept(dir: &Path, is_it: impl Fn(&StoredHolder) -> bool) {
         while !kept(dir).is_some_and(|kept| is_it(&kept)) {
             sleep(Duration::from_millis(1)).await;
         }
@@ -329,24 +331,24 @@ mod tests {
         let late = election::since() + 1_000_000;
 
         let filled = holder(first, "");
-        assert!(!filled.is_filled() && filled.served().unwrap().since > EMPTY);
+        assert!(!filled.is_filled() && filled.served().unwrap().since > EMPTY_REGISTRY_RANK);
         filled.set_filled().await;
         let since = filled.served().unwrap().since;
         assert!(filled.is_filled() && since < late);
-        for (broker, since) in [("a", late), ("c", EMPTY + 1), ("b", 0)] {
+        for (broker, since) in [("a", late), ("c", EMPTY_REGISTRY_RANK + 1), ("b", 0)] {
             hear(&filled, broker, Some(since));
         }
         assert_eq!(filled.other(), None);
         assert_eq!(holder(first, "").served().unwrap().since, since, "also after a restart");
 
         let refused = holder(second, "");
-        refused.on_hello(&"a".parse().unwrap(), Some(Served { since: 1, rules: RULES.into() }), false);
+        refused.on_hello(&"a".parse().unwrap(), Some(Served { since: 1, rules: SQLITE_RULES.into() }), false);
         assert_eq!(refused.other(), None, "it is not online");
         hear(&refused, "a", Some(1));
         refused.on_status(&"a".parse().unwrap(), false);
         refused.on_hello(&"a".parse().unwrap(), None, true);
         assert_eq!((refused.other(), refused.served()), (Some("a".parse().unwrap()), None));
-        assert!(filled.is_serving() && !refused.is_serving() && !Holder::default().is_serving());
+        assert!(filled.is_serving() && !refused.is_serving() && !RegistryHolder::default().is_serving());
         wait_until_kept(second, |kept| kept.holder.is_some()).await;
         let refused = holder(second, "");
         assert!(refused.other().is_some(), "also after a restart");

@@ -5,11 +5,11 @@ use wgkex_common::WorkerName;
 use wgkex_common::wire::lease::{AnnouncedServers, LeaseRequest};
 
 /// Events that wait at most.
-const QUEUE: usize = 4096;
+const REGISTRY_EVENTS_MAX: usize = 4096;
 
 /// An event for the task.
 #[derive(Debug, Clone)]
-pub enum LeaseEvent {
+pub enum RegistryEvent {
     /// A worker announced its servers.
     Announced(WorkerName, AnnouncedServers),
     /// A worker requests leases.
@@ -17,12 +17,12 @@ pub enum LeaseEvent {
 }
 
 /// Sends events to the task. Clones share it.
-pub type LeaseSender = mpsc::Sender<LeaseEvent>;
+pub type RegistryEventSender = mpsc::Sender<RegistryEvent>;
 /// Receives the events in the task.
-pub type LeaseReceiver = mpsc::Receiver<LeaseEvent>;
+pub type RegistryEventReceiver = mpsc::Receiver<RegistryEvent>;
 
 /// The queue of the task.
 #[must_use]
-pub fn channel() -> (LeaseSender, LeaseReceiver) {
-    mpsc::channel(QUEUE)
+pub fn channel() -> (RegistryEventSender, RegistryEventReceiver) {
+    mpsc::channel(REGISTRY_EVENTS_MAX)
 }

@@ -13,11 +13,11 @@ use wgkex_common::config;
 
 /// The digest of the one pair of user and password.
 #[derive(Debug, Clone)]
-pub struct Login(Arc<[u8; 32]>);
+pub struct LoginDigest(Arc<[u8; 32]>);
 
-impl Login {
+impl LoginDigest {
     /// The login with the user of the config, and the password in the file.
-    pub fn read(config: &config::Registry) -> anyhow::Result<Self> {
+    pub fn read(config: &config::RegistrySettings) -> anyhow::Result<Self> {
         Ok(Self::of(&format!("{}:{}", config.user, password(config)?)))
     }
 
@@ -37,7 +37,7 @@ impl Login {
 }
 
 /// The password of the one user.
-pub fn password(config: &config::Registry) -> anyhow::Result<String> {
+pub fn password(config: &config::RegistrySettings) -> anyhow::Result<String> {
     password_of("registry.password_file", &config.password_file)
 }
 

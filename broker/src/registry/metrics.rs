@@ -2,7 +2,7 @@
 
 use prometheus::{IntCounterVec, IntGauge};
 
-use crate::metrics::Registry;
+use crate::metrics::MetricsRegistry;
 
 /// The metrics of the registry. Gauges are up to date only when they are read.
 #[derive(Clone)]
@@ -15,7 +15,7 @@ pub struct Metrics {
 
 impl Metrics {
     /// Registers them.
-    pub fn register(registry: &Registry) -> Result<Self, prometheus::Error> {
+    pub fn register(registry: &MetricsRegistry) -> Result<Self, prometheus::Error> {
         let storage_up = registry.gauge(
             "wgkex_broker_registry_storage_up",
             "0 if the database of the registry cannot be used, 1 otherwise, also without a registry",
@@ -41,7 +41,7 @@ mod tests {
 
     #[test]
     fn without_a_registry_no_storage_is_down() {
-        let registry = Registry::default();
+        let registry = MetricsRegistry::default();
         Metrics::register(&registry).unwrap();
         assert_has(&registry, &["wgkex_broker_registry_storage_up 1"]);
     }

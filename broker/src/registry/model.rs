@@ -16,7 +16,7 @@ const NAME_MAX: usize = 253;
 
 /// The fields of a call, as received.
 #[derive(Debug, Default)]
-pub struct Fields(pub Map<String, Value>);
+pub struct CallFields(pub Map<String, Value>);
 
 /// An invalid field of a call.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -38,7 +38,7 @@ pub struct ClientName(String);
 
 /// Where a server is reached: a host name or an address, and a UDP port.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Endpoint {
+pub struct ServerEndpoint {
     /// As received.
     pub address: String,
     /// The port.
@@ -57,7 +57,7 @@ pub struct NewServer {
     /// Clients get no addresses up to that with this number.
     pub reserved: u64,
     /// Where it is reached.
-    pub endpoint: Endpoint,
+    pub endpoint: ServerEndpoint,
     /// The networks that its clients send to it, as received.
     pub allowed_ips: String,
 }
@@ -140,7 +140,7 @@ pub fn leases(network: IpNet, reserved: u64) -> Range {
     Range::above(network, u128::from(reserved).max(1))
 }
 
-impl Fields {
+impl CallFields {
     /// The server that a call names.
     pub fn server_name(&self) -> Result<ServerName, InvalidField> {
         self.parsed("server_name")
@@ -212,7 +212,7 @@ impl Fields {
         self.text(field)?.parse().map_err(|_| invalid(field, problem))
     }
 
-    fn endpoint(&self) -> Result<Endpoint, InvalidField> {
+    fn endpoint(&self) -> Result<ServerEndpoint, InvalidField> {
         let address = self.text("endpoint_address")?;
         if !is_host(address) {
             return Err(invalid("endpoint_address", "must be an IPv4 or IPv6 address, or a host name"));
@@ -220,7 +220,7 @@ impl Fields {
         let problem = "must be a whole number from 1 to 65535";
         let port = self.whole("endpoint_port", 1, u16::MAX.into(), problem)?;
         let port = u16::try_from(port).ok().and_then(NonZeroU16::new);
-        Ok(Endpoint { address: address.to_owned(), port: port.ok_or_else(|| invalid("endpoint_port", problem))? })
+        Ok(ServerEndpoint { address: address.to_owned(), port: port.ok_or_else(|| invalid("endpoint_port", problem))? })
     }
 
     fn allowed_ips(&self) -> Result<String, InvalidField> {

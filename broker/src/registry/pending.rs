@@ -9,21 +9,21 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 use wgkex_common::WorkerName;
-use wgkex_common::wire::lease::{CHUNK, LeaseContent, LeaseMessage};
+use wgkex_common::wire::lease::{CHUNK_ADDRESSES_MAX, LeaseContent, LeaseMessage};
 
 use crate::registry::store::ServerChange;
 
 /// The most messages in flight: no router's key waits behind more of them.
-const UNDER_WAY_MAX: usize = 20;
+const MESSAGES_IN_FLIGHT_MAX: usize = 20;
 /// Messages of one server that wait at most: they do not follow one another where other brokers make the changes between.
 const WAITING_MAX: usize = 8;
 
 /// The lease messages for workers. Clones share it.
 #[derive(Debug, Clone, Default)]
-pub struct PendingLeases(Arc<Shared>);
+pub struct PendingLeases(Arc<SharedLeases>);
 
 #[derive(Debug, Default)]
-struct Shared {
+struct SharedLeases {
     queue: Mutex<LeaseQueue>,
     added: Notify,
 }
@@ -72,7 +72,7 @@ impl LeaseQueue {
     /// One message of each server, by turns.
     fn take(&mut self) -> Vec<(WorkerName, LeaseMessage)> {
         let mut taken = Vec::new();
-        while taken.len() < UNDER_WAY_MAX
+        while taken.len() < MESSAGES_IN_FLIGHT_MAX
             && let Some(key) = self.turns.pop_front()
         {
             let Some(mut waiting) = self.servers.remove(&key) else { continue };
@@ -106,7 +106,7 @@ fn merge(waiting: &mut VecDeque<LeaseMessage>, message: LeaseMessage) {
         (_, message) => waiting.push_back(message),
     }
     let is_long = |message: &LeaseMessage| match &message.content {
-        LeaseContent::Change(change) => change.added.len() + change.removed.len() > CHUNK,
+        LeaseContent::Change(change) => change.added.len() + change.removed.len() > CHUNK_ADDRESSES_MAX,
         LeaseContent::Chunk(_) | LeaseContent::Current | LeaseContent::Deleted => false,
     };
     if (waiting.len() > WAITING_MAX || waiting.back().is_some_and(is_long))
@@ -191,8 +191,8 @@ mod tests {
             taken.into_iter().map(|(worker, message)| (worker, message.version.revision)).collect()
         };
         let expected: Vec<_> = (0..15).map(|n| (worker(n), 1)).chain((0..15).map(|n| (worker(n), 3))).collect();
-        assert_eq!(order(queue.take()), expected[..UNDER_WAY_MAX]);
-        assert_eq!(order(queue.take()), expected[UNDER_WAY_MAX..]);
+        assert_eq!(order(queue.take()), expected[..MESSAGES_IN_FLIGHT_MAX]);
+        assert_eq!(order(queue.take()), expected[MESSAGES_IN_FLIGHT_MAX..]);
         assert!(queue.take().is_empty() && queue.servers.is_empty());
     }
 }

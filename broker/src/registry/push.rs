@@ -21,19 +21,19 @@ use wgkex_common::{BrokerName, Topic, WorkerName};
 use crate::database::Transaction;
 use crate::registry::Registry;
 use crate::registry::call_error::CallError;
-use crate::registry::lease_events::{LeaseEvent, LeaseReceiver};
-use crate::registry::model::{Fields, InvalidField, NewServer};
+use crate::registry::lease_events::{RegistryEvent, RegistryEventReceiver};
+use crate::registry::model::{CallFields, InvalidField, NewServer};
 use crate::registry::pending::PendingLeases;
-use crate::registry::store::{self, Found, Snapshot};
+use crate::registry::store::{self, LeaseSnapshot, RequestedLeases};
 
 /// Refusals that are remembered at most, so that each is logged once.
 const REFUSALS_MAX: usize = 1024;
 /// Workers at most whose servers are remembered until the database takes them.
 const WAITING_MAX: usize = 1024;
 /// How long after the database did not take a worker's servers they are registered again.
-const PAUSE: Duration = Duration::from_secs(5);
+const REGISTER_RETRY_PAUSE: Duration = Duration::from_secs(5);
 /// How long other events may wait for the database then.
-const PATIENCE: Duration = Duration::from_secs(1);
+const REGISTER_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Publishes changes, for ever. The next messages are published when the server has those before.
 pub async fn publish_changes(pending: PendingLeases, bus: MqttHandle) {
@@ -51,13 +51,13 @@ pub struct LeasePublisher {
     registry: Registry,
     bus: MqttHandle,
     broker: BrokerName,
-    events: LeaseReceiver,
-    waiting: Waiting,
+    events: RegistryEventReceiver,
+    waiting: UnregisteredServers,
 }
 
 /// The servers of workers that the database did not take, because it was away.
 #[derive(Debug, Default)]
-struct Waiting {
+struct UnregisteredServers {
     announced: VecDeque<(WorkerName, AnnouncedServers)>,
     /// When they are registered again.
     due: Option<Instant>,
@@ -75,8 +75,8 @@ enum Unregistered {
 impl LeasePublisher {
     /// With nothing published yet.
     #[must_use]
-    pub fn new(registry: Registry, bus: MqttHandle, broker: BrokerName, events: LeaseReceiver) -> Self {
-        Self { registry, bus, broker, events, waiting: Waiting::default() }
+    pub fn new(registry: Registry, bus: MqttHandle, broker: BrokerName, events: RegistryEventReceiver) -> Self {
+        Self { registry, bus, broker, events, waiting: UnregisteredServers::default() }
     }
 
     /// Publishes until all senders of events are dropped.
@@ -94,20 +94,20 @@ impl LeasePublisher {
         }
     }
 
-    async fn on_event(&mut self, event: LeaseEvent) {
+    async fn on_event(&mut self, event: RegistryEvent) {
         match event {
-            LeaseEvent::Announced(worker, announced) => {
+            RegistryEvent::Announced(worker, announced) => {
                 let is_taken = self.register(&worker, &announced).await;
                 self.waiting.note(worker, announced, is_taken, Instant::now());
             }
-            LeaseEvent::Requested(worker, request) => self.answer(&worker, request).await,
+            RegistryEvent::Requested(worker, request) => self.answer(&worker, request).await,
         }
     }
 
     /// Registers the servers of one worker that waits. The next one's turn is at once, if the database takes these.
     async fn retry(&mut self) {
         let Some((worker, announced)) = self.waiting.announced.pop_front() else { return };
-        let is_taken = timeout(PATIENCE, self.register(&worker, &announced)).await == Ok(true);
+        let is_taken = timeout(REGISTER_TIMEOUT, self.register(&worker, &announced)).await == Ok(true);
         self.waiting.note(worker, announced, is_taken, Instant::now());
     }
 
@@ -171,40 +171,47 @@ impl LeasePublisher {
 
     /// The leases in the registry for a worker that knows this version. If that is a later one, from before a copy of
     /// the database was restored, the server gets an even later one first.
-    async fn find(&self, worker: &WorkerName, server: &str, known: Option<LeaseVersion>) -> Result<Found, CallError> {
+    async fn find(
+        &self,
+        worker: &WorkerName,
+        server: &str,
+        known: Option<LeaseVersion>,
+    ) -> Result<RequestedLeases, CallError> {
         let read = || {
             let (worker, server) = (worker.clone(), server.to_owned());
             self.registry.read(move |tables| store::snapshot(tables, &worker, &server, known))
         };
         let found = read().await?;
-        let Found::Server(Snapshot { version, .. }) = &found else { return Ok(found) };
+        let RequestedLeases::Server(LeaseSnapshot { version, .. }) = &found else { return Ok(found) };
         let Some(known) = known.filter(|known| version.is_before(known)) else { return Ok(found) };
         let asked = worker.clone();
-        self.registry.change(move |tables, now| store::outrun(tables, &asked, known, now).map(|()| Vec::new())).await?;
+        self.registry
+            .change(move |tables, now| store::raise_revision(tables, &asked, known, now).map(|()| Vec::new()))
+            .await?;
         read().await
     }
 }
 
-impl Waiting {
+impl UnregisteredServers {
     /// Records whether a worker's servers were taken.
     fn note(&mut self, worker: WorkerName, announced: AnnouncedServers, is_taken: bool, now: Instant) {
         self.announced.retain(|(waiting, _)| *waiting != worker);
         if !is_taken && self.announced.len() < WAITING_MAX {
             self.announced.push_back((worker, announced));
         }
-        let due = if is_taken { now } else { self.due.filter(|due| *due > now).unwrap_or(now + PAUSE) };
+        let due = if is_taken { now } else { self.due.filter(|due| *due > now).unwrap_or(now + REGISTER_RETRY_PAUSE) };
         self.due = (!self.announced.is_empty()).then_some(due);
     }
 }
 
 /// The messages with the found leases.
-fn messages(server: &str, found: Found) -> Vec<LeaseMessage> {
+fn messages(server: &str, found: RequestedLeases) -> Vec<LeaseMessage> {
     let message = |version, content| vec![LeaseMessage { server: server.to_owned(), version, content }];
     match found {
-        Found::Nothing => Vec::new(),
-        Found::Deleted(version) => message(version, LeaseContent::Deleted),
-        Found::Server(Snapshot { version, leases: None }) => message(version, LeaseContent::Current),
-        Found::Server(Snapshot { version, leases: Some(leases) }) => {
+        RequestedLeases::Nothing => Vec::new(),
+        RequestedLeases::Deleted(version) => message(version, LeaseContent::Deleted),
+        RequestedLeases::Server(LeaseSnapshot { version, leases: None }) => message(version, LeaseContent::Current),
+        RequestedLeases::Server(LeaseSnapshot { version, leases: Some(leases) }) => {
             let leases = leases.into_iter().map(|(key, address)| (key, address.into()));
             LeaseMessage::snapshot(server, version, leases)
         }
@@ -229,7 +236,7 @@ fn new_server(name: &str, announced: &AnnouncedServer) -> Result<NewServer, Inva
         "allowed_ips": announced.allowed_ips,
     });
     let fields = if let Value::Object(fields) = fields { fields } else { Map::new() };
-    Fields(fields).new_server()
+    CallFields(fields).new_server()
 }
 
 #[cfg(test)]
@@ -241,7 +248,7 @@ mod tests {
     #[test]
     fn servers_wait_until_the_database_takes_those_of_a_worker_and_then_have_their_turn() {
         let now = Instant::now();
-        let (mut waiting, none) = (Waiting::default(), AnnouncedServers::default);
+        let (mut waiting, none) = (UnregisteredServers::default(), AnnouncedServers::default);
         let at = |seconds| now + Duration::from_secs(seconds);
         let name = |name: &str| name.parse::<WorkerName>().unwrap();
         for (worker, seconds, is_taken, names, due) in [
@@ -269,7 +276,7 @@ mod tests {
                 PublicKey::from_bytes(bytes).unwrap()
             };
             let leases = (0..leases).map(|n| (key(n), std::net::Ipv4Addr::from(n).into())).collect();
-            let messages = messages("s1", Found::Server(Snapshot { version, leases: Some(leases) }));
+            let messages = messages("s1", RequestedLeases::Server(LeaseSnapshot { version, leases: Some(leases) }));
             let chunks: Vec<_> = messages
                 .iter()
                 .zip(0..)
@@ -282,7 +289,7 @@ mod tests {
                 .collect();
             assert_eq!(chunks, expected);
         }
-        let current = messages("s1", Found::Server(Snapshot { version, leases: None }));
+        let current = messages("s1", RequestedLeases::Server(LeaseSnapshot { version, leases: None }));
         assert_eq!(current, [LeaseMessage { server: "s1".into(), version, content: LeaseContent::Current }]);
     }
 }

@@ -14,9 +14,9 @@ use wgkex_common::address::first_of;
 use wgkex_common::wire::lease::{LeaseChange, LeaseContent, LeaseMessage, LeaseVersion};
 use wgkex_common::{PublicKey, WorkerName};
 
-use crate::database::{DatabaseError, Row, Transaction, Value};
+use crate::database::{DatabaseError, Row, SqlValue, Transaction};
 use crate::ipam;
-use crate::registry::call_error::{CallError, Refusal};
+use crate::registry::call_error::{CallError, CallRefusal};
 use crate::registry::model::{ClientName, NewClient, NewServer, ServerName, leases};
 
 /// A lease is the `number` of its address in the network, of 16 bytes. Networks have their first and last address behind a byte
@@ -65,7 +65,7 @@ pub(super) const ADD_RETURNED_NUMBERS: &str = "
 ";
 
 /// Taken addresses that are read at once, to find a free one.
-const PAGE: i64 = 256;
+const NUMBERS_PER_QUERY: i64 = 256;
 
 /// A change of a server that is a worker of ours.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -78,7 +78,7 @@ pub struct ServerChange {
 
 /// The numbers of servers and leases.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
-pub struct Counts {
+pub struct RegistryCounts {
     /// Servers.
     pub servers: u64,
     /// Leases: pairs of a client and a server.
@@ -162,9 +162,9 @@ pub fn json_of<T: Serialize>(value: &T) -> Result<Bytes, CallError> {
 
 /// The result of a worker's request.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Found {
+pub enum RequestedLeases {
     /// The leases of its server.
-    Server(Snapshot),
+    Server(LeaseSnapshot),
     /// The server whose version it has was deleted.
     Deleted(LeaseVersion),
     /// It has no server of this name.
@@ -173,7 +173,7 @@ pub enum Found {
 
 /// All leases of a server.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Snapshot {
+pub struct LeaseSnapshot {
     /// Their version.
     pub version: LeaseVersion,
     /// The leases; none if the caller has this version.
@@ -181,7 +181,7 @@ pub struct Snapshot {
 }
 
 /// A server whose clients change.
-struct Server {
+struct StoredServer {
     id: i64,
     name: String,
     next_free: u128,
@@ -190,14 +190,14 @@ struct Server {
 }
 
 /// A server with the addresses that it hands out.
-struct Lessor {
-    server: Server,
+struct LeasingServer {
+    server: StoredServer,
     network: IpNet,
     reserved: u64,
     lowest_free: u128,
 }
 
-impl Server {
+impl StoredServer {
     /// The server in the columns of a row from `at` on.
     fn of_row(row: &Row, at: usize) -> Result<Self, DatabaseError> {
         Ok(Self {
@@ -211,12 +211,15 @@ impl Server {
 }
 
 /// How many servers and leases there are.
-pub fn counts(transaction: &mut Transaction<'_>) -> Result<Counts, CallError> {
+pub fn counts(transaction: &mut Transaction<'_>) -> Result<RegistryCounts, CallError> {
     let mut count = |sql| -> Result<u64, DatabaseError> {
         let row = transaction.first(sql, &[])?;
         Ok(row.map_or(Ok(0), |row| row.integer(0))?.unsigned_abs())
     };
-    Ok(Counts { servers: count("SELECT count(*) FROM servers")?, leases: count("SELECT count(*) FROM peerings")? })
+    Ok(RegistryCounts {
+        servers: count("SELECT count(*) FROM servers")?,
+        leases: count("SELECT count(*) FROM peerings")?,
+    })
 }
 
 /// Adds a server, which is to have this id, and is this worker if it is one of ours.
@@ -227,14 +230,14 @@ pub fn add_server(
     worker: Option<&WorkerName>,
 ) -> Result<(), CallError> {
     let [first, last] = bounds(new.network);
-    let (name, key) = (Value::from(new.name.as_str()), new.public_key.to_string());
+    let (name, key) = (SqlValue::from(new.name.as_str()), new.public_key.to_string());
     if transaction.first("SELECT id FROM servers WHERE name = ?1", std::slice::from_ref(&name))?.is_some() {
-        return Err(Refusal::NameTaken.into());
+        return Err(CallRefusal::NameTaken.into());
     }
-    require_free_key(transaction, &key, Holder::Nobody)?;
+    require_free_key(transaction, &key, KeyHolder::Nobody)?;
     let overlapping = "SELECT id FROM servers WHERE first_address <= ?1 AND last_address >= ?2";
     if transaction.first(overlapping, &[last.clone(), first.clone()])?.is_some() {
-        return Err(Refusal::NetworkTaken.into());
+        return Err(CallRefusal::NetworkTaken.into());
     }
     transaction.execute(
         "INSERT INTO servers VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, 0, ?12)",
@@ -265,23 +268,23 @@ pub fn register(
 ) -> Result<(), CallError> {
     let name = new.name.as_str();
     let found = match lessor(transaction, &new.name) {
-        Err(CallError::Refused(Refusal::UnknownServer)) => return add_server(transaction, new, id, Some(worker)),
+        Err(CallError::Refused(CallRefusal::UnknownServer)) => return add_server(transaction, new, id, Some(worker)),
         found => found?,
     };
     if found.server.worker != worker.as_str() {
-        return Err(Refusal::NameTaken.into());
+        return Err(CallRefusal::NameTaken.into());
     }
     if (found.network, found.reserved) != (new.network, new.reserved) {
         let values = [found.server.id.into()];
         if transaction.first("SELECT id FROM peerings WHERE server = ?1 LIMIT 1", &values)?.is_some() {
-            return Err(Refusal::NetworkChanged.into());
+            return Err(CallRefusal::NetworkChanged.into());
         }
         // The worker has no lease of the old server, so no message is due.
         delete_server(transaction, &new.name)?;
         return add_server(transaction, new, id, Some(worker));
     }
     let key = new.public_key.to_string();
-    require_free_key(transaction, &key, Holder::Server(found.server.id))?;
+    require_free_key(transaction, &key, KeyHolder::Server(found.server.id))?;
     transaction.execute(
         "UPDATE servers SET public_key = ?2, endpoint_address = ?3, endpoint_port = ?4, allowed_ips = ?5 WHERE name = ?1",
         &[
@@ -305,7 +308,7 @@ pub fn add_client(
     let lessor = lessor(transaction, &new.server)?;
     let server = &lessor.server;
     let (name, key) = (new.name.as_str(), new.public_key.to_string());
-    require_free_key(transaction, &key, Holder::Client(name))?;
+    require_free_key(transaction, &key, KeyHolder::Client(name))?;
     let leased = transaction.first(
         "SELECT number, public_key FROM peerings WHERE server = ?1 AND client = ?2",
         &[server.id.into(), name.into()],
@@ -323,7 +326,7 @@ pub fn add_client(
     };
     let address = address_of(lessor.network, number)?;
     if new.lease.is_some_and(|wanted| wanted != address) {
-        return Err(Refusal::LeaseTaken.into());
+        return Err(CallRefusal::LeaseTaken.into());
     }
     transaction.execute("UPDATE last_peering SET id = id + 1", &[])?;
     transaction.execute(
@@ -336,12 +339,12 @@ pub fn add_client(
     }
     let added = [(new.public_key, address.into())].into();
     let change = LeaseChange { added, removed: before.into_iter().collect(), ..LeaseChange::default() };
-    touch(transaction, server, change, now)
+    record_change(transaction, server, change, now)
 }
 
 /// The holder that may have a key already.
 #[derive(Debug, Clone, Copy)]
-enum Holder<'a> {
+enum KeyHolder<'a> {
     Nobody,
     /// The server with this id.
     Server(i64),
@@ -350,41 +353,41 @@ enum Holder<'a> {
 }
 
 /// Refuses a key that another server or client has.
-fn require_free_key(transaction: &mut Transaction<'_>, key: &str, holder: Holder<'_>) -> Result<(), CallError> {
+fn require_free_key(transaction: &mut Transaction<'_>, key: &str, holder: KeyHolder<'_>) -> Result<(), CallError> {
     // No server has the id 0, and no client an empty name.
     let (server, client) = match holder {
-        Holder::Nobody => (0, ""),
-        Holder::Server(id) => (id, ""),
-        Holder::Client(name) => (0, name),
+        KeyHolder::Nobody => (0, ""),
+        KeyHolder::Server(id) => (id, ""),
+        KeyHolder::Client(name) => (0, name),
     };
     let others = transaction.first(
         "SELECT id FROM servers WHERE public_key = ?1 AND id <> ?2
          UNION ALL SELECT id FROM peerings WHERE public_key = ?1 AND client <> ?3",
         &[key.into(), server.into(), client.into()],
     )?;
-    if others.is_some() { Err(Refusal::KeyTaken.into()) } else { Ok(()) }
+    if others.is_some() { Err(CallRefusal::KeyTaken.into()) } else { Ok(()) }
 }
 
 /// The lowest free number of a server, which is no longer free then.
-fn lease(transaction: &mut Transaction<'_>, lessor: &Lessor) -> Result<u128, CallError> {
+fn lease(transaction: &mut Transaction<'_>, lessor: &LeasingServer) -> Result<u128, CallError> {
     let (range, free) = (leases(lessor.network, lessor.reserved), lessor.lowest_free);
     if !range.contains(free) {
-        return Err(Refusal::Exhausted.into());
+        return Err(CallRefusal::Exhausted.into());
     }
     take(transaction, &lessor.server, free)
 }
 
 /// The number of an address of a server, which is no longer free then.
-fn lease_this(transaction: &mut Transaction<'_>, lessor: &Lessor, address: IpAddr) -> Result<u128, CallError> {
-    let Lessor { server, network, reserved, .. } = lessor;
-    let number = leases(*network, *reserved).number(address).ok_or(Refusal::NoLease)?;
+fn lease_this(transaction: &mut Transaction<'_>, lessor: &LeasingServer, address: IpAddr) -> Result<u128, CallError> {
+    let LeasingServer { server, network, reserved, .. } = lessor;
+    let number = leases(*network, *reserved).number(address).ok_or(CallRefusal::NoLease)?;
     let values = [server.id.into(), number.into()];
     let holder = transaction.first("SELECT id FROM peerings WHERE server = ?1 AND number = ?2", &values)?;
-    if holder.is_some() { Err(Refusal::LeaseTaken.into()) } else { take(transaction, server, number) }
+    if holder.is_some() { Err(CallRefusal::LeaseTaken.into()) } else { take(transaction, server, number) }
 }
 
 /// Marks a free number as taken.
-fn take(transaction: &mut Transaction<'_>, server: &Server, number: u128) -> Result<u128, CallError> {
+fn take(transaction: &mut Transaction<'_>, server: &StoredServer, number: u128) -> Result<u128, CallError> {
     if number < server.next_free {
         let values = [server.id.into(), number.into()];
         transaction.execute("DELETE FROM returned_numbers WHERE server = ?1 AND number = ?2", &values)?;
@@ -401,10 +404,11 @@ fn next_free(transaction: &mut Transaction<'_>, server: i64, from: u128) -> Resu
     loop {
         let page = transaction.query(
             "SELECT number FROM peerings WHERE server = ?1 AND number >= ?2 ORDER BY number LIMIT ?3",
-            &[server.into(), next.into(), PAGE.into()],
+            &[server.into(), next.into(), NUMBERS_PER_QUERY.into()],
         )?;
         let taken = page.iter().map(|row| row.big(0)).collect::<Result<Vec<_>, _>>()?;
-        let (is_last, free) = (i64::try_from(taken.len()) != Ok(PAGE), ipam::lowest_free(next, taken.iter().copied()));
+        let (is_last, free) =
+            (i64::try_from(taken.len()) != Ok(NUMBERS_PER_QUERY), ipam::lowest_free(next, taken.iter().copied()));
         if is_last || taken.last().is_some_and(|last| free < *last) {
             return Ok(free);
         }
@@ -460,26 +464,26 @@ pub fn remove_peer(
 fn free(transaction: &mut Transaction<'_>, peerings: &[Row], now: SystemTime) -> Result<Vec<ServerChange>, CallError> {
     let mut changes = Vec::new();
     for peering in peerings {
-        let (id, number, server) = (peering.integer(0)?, peering.big(1)?, Server::of_row(peering, 3)?);
+        let (id, number, server) = (peering.integer(0)?, peering.big(1)?, StoredServer::of_row(peering, 3)?);
         transaction.execute("DELETE FROM peerings WHERE id = ?1", &[id.into()])?;
         if number < server.next_free {
             let values = [server.id.into(), number.into()];
             transaction.execute("INSERT INTO returned_numbers VALUES (?1, ?2)", &values)?;
         }
         let change = LeaseChange { removed: [peering.parsed(2)?].into(), ..LeaseChange::default() };
-        changes.append(&mut touch(transaction, &server, change, now)?);
+        changes.append(&mut record_change(transaction, &server, change, now)?);
     }
     Ok(changes)
 }
 
 /// Gives a server a new revision after a change of its clients; returns the message for its worker.
-fn touch(
+fn record_change(
     transaction: &mut Transaction<'_>,
-    server: &Server,
+    server: &StoredServer,
     change: LeaseChange,
     now: SystemTime,
 ) -> Result<Vec<ServerChange>, CallError> {
-    let Server { id, name, revision: after, worker, .. } = server;
+    let StoredServer { id, name, revision: after, worker, .. } = server;
     let version = LeaseVersion { id: *id, revision: revision_after(*after, now) };
     let values = [version.id.into(), version.revision.into()];
     transaction.execute("UPDATE servers SET revision = ?2 WHERE id = ?1", &values)?;
@@ -496,7 +500,7 @@ fn revision_after(revision: i64, now: SystemTime) -> i64 {
 }
 
 /// Gives a worker's server a later revision than the worker knows: the worker has received changes that are lost.
-pub fn outrun(
+pub fn raise_revision(
     transaction: &mut Transaction<'_>,
     worker: &WorkerName,
     known: LeaseVersion,
@@ -524,7 +528,7 @@ pub fn snapshot(
     worker: &WorkerName,
     server: &str,
     known: Option<LeaseVersion>,
-) -> Result<Found, CallError> {
+) -> Result<RequestedLeases, CallError> {
     let row = transaction.first(
         "SELECT id, revision, network FROM servers WHERE name = ?1 AND worker = ?2",
         &[server.into(), worker.as_str().into()],
@@ -532,20 +536,23 @@ pub fn snapshot(
     let Some(row) = row else { return without_server(transaction, known) };
     let (version, network) = (LeaseVersion { id: row.integer(0)?, revision: row.integer(1)? }, row.parsed::<IpNet>(2)?);
     if known == Some(version) {
-        return Ok(Found::Server(Snapshot { version, leases: None }));
+        return Ok(RequestedLeases::Server(LeaseSnapshot { version, leases: None }));
     }
     let peers = transaction.query("SELECT public_key, number FROM peerings WHERE server = ?1", &[version.id.into()])?;
     let lease = |row: &Row| Ok((row.parsed(0)?, leased(network, row, 1)?));
     let leases = peers.iter().map(lease).collect::<Result<_, CallError>>()?;
-    Ok(Found::Server(Snapshot { version, leases: Some(leases) }))
+    Ok(RequestedLeases::Server(LeaseSnapshot { version, leases: Some(leases) }))
 }
 
 /// The result for a worker without a server of this name. The server that it knows may be another worker's now, as
 /// after a change of the worker's name.
-fn without_server(transaction: &mut Transaction<'_>, known: Option<LeaseVersion>) -> Result<Found, CallError> {
-    let Some(known) = known else { return Ok(Found::Nothing) };
+fn without_server(
+    transaction: &mut Transaction<'_>,
+    known: Option<LeaseVersion>,
+) -> Result<RequestedLeases, CallError> {
+    let Some(known) = known else { return Ok(RequestedLeases::Nothing) };
     let found = transaction.first("SELECT id FROM servers WHERE id = ?1", &[known.id.into()])?;
-    Ok(if found.is_some() { Found::Nothing } else { Found::Deleted(known) })
+    Ok(if found.is_some() { RequestedLeases::Nothing } else { RequestedLeases::Deleted(known) })
 }
 
 /// All servers by name.
@@ -590,7 +597,7 @@ pub fn server_config(
 ) -> Result<ServerConfig, CallError> {
     let row =
         transaction.first("SELECT id, network, revision FROM servers WHERE name = ?1", &[name.as_str().into()])?;
-    let row = row.ok_or(Refusal::UnknownServer)?;
+    let row = row.ok_or(CallRefusal::UnknownServer)?;
     let (id, network, revision) = (row.integer(0)?, row.parsed::<IpNet>(1)?, row.integer(2)?);
     let version = format!("{id:x}-{revision:x}");
     if is_known(&version) {
@@ -620,24 +627,24 @@ pub fn client_config(
          FROM peerings JOIN servers ON servers.id = server WHERE client = ?1 AND name = ?2",
         &[client.as_str().into(), server.as_str().into()],
     )?;
-    let row = row.ok_or(Refusal::UnknownPeering)?;
+    let row = row.ok_or(CallRefusal::UnknownPeering)?;
     if key.is_some() && key != Some(row.parsed(6)?) {
-        return Err(Refusal::UnknownPeering.into());
+        return Err(CallRefusal::UnknownPeering.into());
     }
     let subnet = ShownLease { allowed_ips: row.text(4)?.to_owned(), lease: leased(row.parsed::<IpNet>(3)?, &row, 5)? };
     Ok(ClientConfig { server: shown_server(&row)?, subnet, public_key: key })
 }
 
-fn lessor(transaction: &mut Transaction<'_>, name: &ServerName) -> Result<Lessor, CallError> {
+fn lessor(transaction: &mut Transaction<'_>, name: &ServerName) -> Result<LeasingServer, CallError> {
     let row = transaction.first(
         "SELECT id, name, next_free, revision, worker, network, reserved, COALESCE(
             (SELECT number FROM returned_numbers WHERE server = servers.id ORDER BY number LIMIT 1), next_free)
          FROM servers WHERE name = ?1",
         &[name.as_str().into()],
     )?;
-    let row = row.ok_or(Refusal::UnknownServer)?;
-    Ok(Lessor {
-        server: Server::of_row(&row, 0)?,
+    let row = row.ok_or(CallRefusal::UnknownServer)?;
+    Ok(LeasingServer {
+        server: StoredServer::of_row(&row, 0)?,
         network: row.parsed(5)?,
         reserved: u64::try_from(row.big(6)?).unwrap_or(u64::MAX),
         lowest_free: row.big(7)?,
@@ -665,13 +672,13 @@ fn address_of(network: IpNet, number: u128) -> Result<IpAddr, DatabaseError> {
 }
 
 /// The first and the last address of a network.
-fn bounds(network: IpNet) -> [Value; 2] {
+fn bounds(network: IpNet) -> [SqlValue; 2] {
     [network.network(), network.broadcast()].map(|address| {
         let (version, bits) = match address {
             IpAddr::V4(address) => (4, u128::from(address.to_bits())),
             IpAddr::V6(address) => (6, address.to_bits()),
         };
-        Value::Bytes([&[version], bits.to_be_bytes().as_slice()].concat())
+        SqlValue::Bytes([&[version], bits.to_be_bytes().as_slice()].concat())
     })
 }
 
@@ -689,14 +696,14 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::database::{Access, Database, FilledMark, Location};
+    use crate::database::{AccessMode, Database, FilledMark, Location};
     use crate::registry::MIGRATIONS;
-    use crate::registry::model::Fields;
+    use crate::registry::model::CallFields;
     use crate::testing::key;
 
-    fn fields(value: serde_json::Value) -> Fields {
+    fn fields(value: serde_json::Value) -> CallFields {
         let serde_json::Value::Object(fields) = value else { panic!("{value}") };
-        Fields(fields)
+        CallFields(fields)
     }
 
     fn add(transaction: &mut Transaction<'_>, n: u32) -> Result<IpAddr, CallError> {
@@ -710,7 +717,7 @@ mod tests {
         database: &Database,
         work: impl FnOnce(&mut Transaction<'_>) -> Result<T, CallError> + Send + 'static,
     ) -> T {
-        database.run(Access::Write, work, |_| {}).await.unwrap()
+        database.run(AccessMode::Write, work, |_| {}).await.unwrap()
     }
 
     /// How long it takes to remove the client with the lowest of so many addresses, and to add two others.

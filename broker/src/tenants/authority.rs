@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use wgkex_common::{BrokerName, PublicKey};
 
-use crate::tenants::frame::{HeldAddress, Origin, Refusal, Update, Wish};
+use crate::tenants::frame::{HeldAddress, JoinRequest, SessionEndReason, SessionOrigin, Update};
 use crate::tenants::id::TenantId;
-use crate::tenants::pool::{Change, Counts, Tenants};
+use crate::tenants::pool::{AddressChange, TenantCounts, Tenants};
 use crate::tenants::table::{JoinError, Member, MemberId};
 
 /// How long a member has to show that it is alive, when another session joins with its key. That one is refused or has its place
@@ -25,10 +25,10 @@ const SETTLE_TIMEOUT: Duration = Duration::from_secs(3);
 #[derive(Debug)]
 pub struct Authority {
     tenants: Tenants,
-    members: BTreeMap<MemberId, Seat>,
-    ids: BTreeMap<Origin, MemberId>,
+    members: BTreeMap<MemberId, RegisteredMember>,
+    ids: BTreeMap<SessionOrigin, MemberId>,
     /// By the member that is to answer.
-    probes: BTreeMap<MemberId, Probe>,
+    probes: BTreeMap<MemberId, KeyProbe>,
     last: u64,
     /// Brokers that are to register their sessions, with when their members leave otherwise.
     awaited: BTreeMap<BrokerName, Instant>,
@@ -38,7 +38,7 @@ pub struct Authority {
     /// Other brokers may give addresses, and are out of reach now.
     is_paused: bool,
     /// Joins that wait for these.
-    early: Vec<RemoteWish>,
+    early: Vec<RemoteJoinRequest>,
     updates: Vec<(Target, Update)>,
 }
 
@@ -55,34 +55,34 @@ pub enum Target {
 #[derive(Debug, Default)]
 pub struct Registration {
     /// All of them, with the addresses that they received already.
-    pub sessions: Vec<(Wish, Option<IpAddr>)>,
+    pub sessions: Vec<(JoinRequest, Option<IpAddr>)>,
     /// Addresses that it knows to be held.
     pub held: Vec<HeldAddress>,
 }
 
 #[derive(Debug)]
-struct Seat {
+struct RegisteredMember {
     tenant: TenantId,
-    origin: Origin,
+    origin: SessionOrigin,
     key: PublicKey,
 }
 
 #[derive(Debug, Clone)]
-struct RemoteWish {
+struct RemoteJoinRequest {
     broker: BrokerName,
-    wish: Wish,
+    join_request: JoinRequest,
 }
 
 /// Sessions that wait for the answer of a member that has their key.
 #[derive(Debug)]
-struct Probe {
+struct KeyProbe {
     until: Instant,
-    waiting: Vec<RemoteWish>,
+    waiting: Vec<RemoteJoinRequest>,
 }
 
-impl RemoteWish {
-    fn origin(&self) -> Origin {
-        Origin { broker: self.broker.clone(), session: self.wish.session }
+impl RemoteJoinRequest {
+    fn origin(&self) -> SessionOrigin {
+        SessionOrigin { broker: self.broker.clone(), session: self.join_request.session }
     }
 }
 
@@ -105,7 +105,7 @@ impl Authority {
     }
 
     /// Takes over a member of the coordinator before. Its broker is to register itself.
-    pub fn take_over(&mut self, tenant: &TenantId, origin: &Origin, member: &Member, now: Instant) {
+    pub fn take_over(&mut self, tenant: &TenantId, origin: &SessionOrigin, member: &Member, now: Instant) {
         let id = self.next_id();
         if self.tenants.adopt(tenant, id, member.client.clone(), member.virtual_ip, now).is_ok() {
             self.insert(id, tenant, origin, member.client.public_key);
@@ -121,7 +121,7 @@ impl Authority {
     }
 
     /// How many there are.
-    pub fn counts(&self) -> Counts {
+    pub fn counts(&self) -> TenantCounts {
         self.tenants.counts()
     }
 
@@ -143,23 +143,25 @@ impl Authority {
         let Registration { sessions, held } = registration;
         self.awaited.remove(broker);
         self.settling.remove(broker);
-        let there: BTreeSet<_> =
-            sessions.iter().map(|(wish, _)| (wish.session, &wish.tenant, wish.client.public_key)).collect();
-        let is_gone = |(id, Seat { tenant, origin, key }): (&MemberId, &Seat)| {
+        let there: BTreeSet<_> = sessions
+            .iter()
+            .map(|(join_request, _)| (join_request.session, &join_request.tenant, join_request.client.public_key))
+            .collect();
+        let is_gone = |(id, RegisteredMember { tenant, origin, key }): (&MemberId, &RegisteredMember)| {
             let is_there = there.contains(&(origin.session, tenant, *key));
             (origin.broker == *broker && !is_there).then_some(*id)
         };
         let gone: Vec<_> = self.members.iter().filter_map(is_gone).collect();
-        self.withdraw(|wish| wish.broker == *broker);
+        self.withdraw(|join_request| join_request.broker == *broker);
         for id in gone {
             self.remove(id, None, now);
         }
-        for (wish, address) in sessions {
-            let wish = RemoteWish { broker: broker.clone(), wish };
+        for (join_request, address) in sessions {
+            let join_request = RemoteJoinRequest { broker: broker.clone(), join_request };
             match address {
-                _ if self.ids.contains_key(&wish.origin()) => {}
-                Some(address) => self.adopt(wish, address, now),
-                None => self.join_settled(wish, now),
+                _ if self.ids.contains_key(&join_request.origin()) => {}
+                Some(address) => self.adopt(join_request, address, now),
+                None => self.join_settled(join_request, now),
             }
         }
         for held in &held {
@@ -171,17 +173,19 @@ impl Authority {
     }
 
     /// These sessions do not wait any more.
-    fn withdraw(&mut self, is_over: impl Fn(&RemoteWish) -> bool) {
+    fn withdraw(&mut self, is_over: impl Fn(&RemoteJoinRequest) -> bool) {
         let waiting = self.probes.values_mut().map(|probe| &mut probe.waiting);
         for wishes in waiting.chain([&mut self.early]) {
-            wishes.retain(|wish| !is_over(wish));
+            wishes.retain(|join_request| !is_over(join_request));
         }
     }
 
     /// Probes that a broker may not have received before it registered.
     fn probe_again(&mut self, broker: &BrokerName, now: Instant) {
         for (id, probe) in &mut self.probes {
-            if let Some(Seat { origin, .. }) = self.members.get(id).filter(|seat| seat.origin.broker == *broker) {
+            if let Some(RegisteredMember { origin, .. }) =
+                self.members.get(id).filter(|member| member.origin.broker == *broker)
+            {
                 probe.until = now + PROBE_TIMEOUT;
                 self.updates.push((Target::Broker(broker.clone()), Update::Probe(origin.session)));
             }
@@ -192,8 +196,8 @@ impl Authority {
     pub fn broker_gone(&mut self, broker: &BrokerName, now: Instant) {
         self.awaited.remove(broker);
         self.settling.remove(broker);
-        self.withdraw(|wish| wish.broker == *broker);
-        let of_broker = |(id, seat): (&MemberId, &Seat)| (seat.origin.broker == *broker).then_some(*id);
+        self.withdraw(|join_request| join_request.broker == *broker);
+        let of_broker = |(id, member): (&MemberId, &RegisteredMember)| (member.origin.broker == *broker).then_some(*id);
         for id in self.members.iter().filter_map(of_broker).collect::<Vec<_>>() {
             self.remove(id, None, now);
         }
@@ -201,23 +205,25 @@ impl Authority {
     }
 
     /// A session wants to be a member.
-    pub fn join(&mut self, broker: &BrokerName, wish: Wish, now: Instant) {
-        self.join_settled(RemoteWish { broker: broker.clone(), wish }, now);
+    pub fn join(&mut self, broker: &BrokerName, join_request: JoinRequest, now: Instant) {
+        self.join_settled(RemoteJoinRequest { broker: broker.clone(), join_request }, now);
     }
 
     /// A session is over.
-    pub fn leave(&mut self, origin: &Origin, now: Instant) {
-        self.withdraw(|wish| wish.broker == origin.broker && wish.wish.session == origin.session);
+    pub fn leave(&mut self, origin: &SessionOrigin, now: Instant) {
+        self.withdraw(|join_request| {
+            join_request.broker == origin.broker && join_request.join_request.session == origin.session
+        });
         if let Some(id) = self.ids.get(origin) {
             self.remove(*id, None, now);
         }
     }
 
     /// A session answered a probe.
-    pub fn alive(&mut self, origin: &Origin) {
+    pub fn alive(&mut self, origin: &SessionOrigin) {
         let probe = self.ids.get(origin).and_then(|id| self.probes.remove(id));
         for waiting in probe.into_iter().flat_map(|probe| probe.waiting) {
-            self.end(&waiting.origin(), Refusal::KeyInUse);
+            self.end(&waiting.origin(), SessionEndReason::KeyInUse);
         }
     }
 
@@ -232,7 +238,7 @@ impl Authority {
         self.tenants.expire(now);
         let silent = self.probes.iter().filter(|(_, probe)| probe.until <= now).map(|(id, _)| *id);
         for id in silent.collect::<Vec<_>>() {
-            self.remove(id, Some(Refusal::Silent), now);
+            self.remove(id, Some(SessionEndReason::Silent), now);
         }
         let late = self.awaited.iter().filter(|(_, until)| **until <= now).map(|(broker, _)| broker.clone());
         for broker in late.collect::<Vec<_>>() {
@@ -248,67 +254,75 @@ impl Authority {
 
     fn join_early(&mut self, now: Instant) {
         if self.is_settled(now) {
-            for wish in std::mem::take(&mut self.early) {
-                self.join_now(wish, now);
+            for join_request in std::mem::take(&mut self.early) {
+                self.join_now(join_request, now);
             }
         }
     }
 
-    fn join_settled(&mut self, wish: RemoteWish, now: Instant) {
+    fn join_settled(&mut self, join_request: RemoteJoinRequest, now: Instant) {
         if self.is_settled(now) {
-            self.join_now(wish, now);
+            self.join_now(join_request, now);
         } else {
-            self.early.push(wish);
+            self.early.push(join_request);
         }
     }
 
-    fn join_now(&mut self, wish: RemoteWish, now: Instant) {
+    fn join_now(&mut self, join_request: RemoteJoinRequest, now: Instant) {
         let id = self.next_id();
-        let Wish { tenant, client, .. } = &wish.wish;
+        let JoinRequest { tenant, client, .. } = &join_request.join_request;
         let joined = self.tenants.join(tenant, id, client.clone(), now);
-        self.admit(wish, id, joined, now);
+        self.admit(join_request, id, joined, now);
     }
 
     /// A member of another broker, which has an address already, keeps it where it can.
-    fn adopt(&mut self, wish: RemoteWish, address: IpAddr, now: Instant) {
+    fn adopt(&mut self, join_request: RemoteJoinRequest, address: IpAddr, now: Instant) {
         let id = self.next_id();
-        let Wish { tenant, client, .. } = &wish.wish;
+        let JoinRequest { tenant, client, .. } = &join_request.join_request;
         let adopted = self.tenants.adopt(tenant, id, client.clone(), address, now);
         match adopted {
-            Err(JoinError::NoAddress | JoinError::NoNetwork) => self.end(&wish.origin(), Refusal::Conflict),
-            adopted => self.admit(wish, id, adopted, now),
+            Err(JoinError::NoAddress | JoinError::NoNetwork) => {
+                self.end(&join_request.origin(), SessionEndReason::Conflict)
+            }
+            adopted => self.admit(join_request, id, adopted, now),
         }
     }
 
-    fn admit(&mut self, wish: RemoteWish, id: MemberId, joined: Result<Arc<Member>, JoinError>, now: Instant) {
-        let origin = wish.origin();
+    fn admit(
+        &mut self,
+        join_request: RemoteJoinRequest,
+        id: MemberId,
+        joined: Result<Arc<Member>, JoinError>,
+        now: Instant,
+    ) {
+        let origin = join_request.origin();
         match joined {
             Ok(member) => {
-                let tenant = wish.wish.tenant;
+                let tenant = join_request.join_request.tenant;
                 self.insert(id, &tenant, &origin, member.client.public_key);
                 self.note_changes();
                 self.updates.push((Target::All, Update::Joined(tenant, origin, member)));
             }
-            Err(JoinError::KeyInUse(holder)) => self.probe(holder, wish, now),
-            Err(JoinError::NoAddress) => self.end(&origin, Refusal::NoAddress),
-            Err(JoinError::NoNetwork) => self.end(&origin, Refusal::NoNetwork),
+            Err(JoinError::KeyInUse(holder)) => self.probe(holder, join_request, now),
+            Err(JoinError::NoAddress) => self.end(&origin, SessionEndReason::NoAddress),
+            Err(JoinError::NoNetwork) => self.end(&origin, SessionEndReason::NoNetwork),
         }
     }
 
     /// Asks the member that has a key whether it is alive, for a newcomer with the same key.
-    fn probe(&mut self, holder: MemberId, wish: RemoteWish, now: Instant) {
+    fn probe(&mut self, holder: MemberId, join_request: RemoteJoinRequest, now: Instant) {
         if let Some(probe) = self.probes.get_mut(&holder) {
-            probe.waiting.push(wish);
+            probe.waiting.push(join_request);
             return;
         }
-        let Some(Seat { origin, .. }) = self.members.get(&holder) else { return };
+        let Some(RegisteredMember { origin, .. }) = self.members.get(&holder) else { return };
         self.updates.push((Target::Broker(origin.broker.clone()), Update::Probe(origin.session)));
-        self.probes.insert(holder, Probe { until: now + PROBE_TIMEOUT, waiting: vec![wish] });
+        self.probes.insert(holder, KeyProbe { until: now + PROBE_TIMEOUT, waiting: vec![join_request] });
     }
 
     /// A member leaves. The first of those that waited for its answer has its address.
-    fn remove(&mut self, id: MemberId, refusal: Option<Refusal>, now: Instant) {
-        let Some(Seat { tenant, origin, .. }) = self.members.remove(&id) else { return };
+    fn remove(&mut self, id: MemberId, refusal: Option<SessionEndReason>, now: Instant) {
+        let Some(RegisteredMember { tenant, origin, .. }) = self.members.remove(&id) else { return };
         self.ids.remove(&origin);
         if let Some(refusal) = refusal {
             self.end(&origin, refusal);
@@ -326,16 +340,16 @@ impl Authority {
     }
 
     /// A member leaves, and a session that has its key, too, takes its place. The address is not free in between.
-    fn hand_over(&mut self, id: MemberId, tenant: TenantId, wish: RemoteWish) {
-        let (next, origin) = (self.next_id(), wish.origin());
-        let Some(member) = self.tenants.hand_over(&tenant, id, next, wish.wish.client) else { return };
+    fn hand_over(&mut self, id: MemberId, tenant: TenantId, join_request: RemoteJoinRequest) {
+        let (next, origin) = (self.next_id(), join_request.origin());
+        let Some(member) = self.tenants.hand_over(&tenant, id, next, join_request.join_request.client) else { return };
         self.insert(next, &tenant, &origin, member.client.public_key);
         self.note_changes();
         self.updates.push((Target::All, Update::Left(tenant.clone(), member.virtual_ip)));
         self.updates.push((Target::All, Update::Joined(tenant, origin, member)));
     }
 
-    fn end(&mut self, origin: &Origin, refusal: Refusal) {
+    fn end(&mut self, origin: &SessionOrigin, refusal: SessionEndReason) {
         self.updates.push((Target::Broker(origin.broker.clone()), Update::Ended(origin.session, refusal)));
     }
 
@@ -344,7 +358,7 @@ impl Authority {
         self.note_changes();
         let to = |update| (Target::Broker(broker.clone()), update);
         let members = self.tenants.members().filter_map(|(tenant, id, member)| {
-            let Seat { origin, .. } = self.members.get(&id)?;
+            let RegisteredMember { origin, .. } = self.members.get(&id)?;
             Some(to(Update::Joined(tenant.clone(), origin.clone(), member.clone())))
         });
         let addresses = self.tenants.addresses();
@@ -359,8 +373,8 @@ impl Authority {
         self.updates.extend(changes.into_iter().map(|change| (Target::All, address(change))));
     }
 
-    fn insert(&mut self, id: MemberId, tenant: &TenantId, origin: &Origin, key: PublicKey) {
-        self.members.insert(id, Seat { tenant: tenant.clone(), origin: origin.clone(), key });
+    fn insert(&mut self, id: MemberId, tenant: &TenantId, origin: &SessionOrigin, key: PublicKey) {
+        self.members.insert(id, RegisteredMember { tenant: tenant.clone(), origin: origin.clone(), key });
         self.ids.insert(origin.clone(), id);
     }
 
@@ -370,6 +384,6 @@ impl Authority {
     }
 }
 
-fn address(Change { tenant, key, address }: Change) -> Update {
+fn address(AddressChange { tenant, key, address }: AddressChange) -> Update {
     Update::Address(tenant, key, address)
 }

@@ -6,9 +6,9 @@ use crate::client_ip::Client;
 use crate::tenants::id::TenantId;
 
 /// The part of all networks that the tenants of one client may take: many members may share an address, behind NAT.
-const SHARE: u128 = 2;
+const CLIENT_SHARE: u128 = 2;
 /// The number of tenants that a client may have in any case.
-const LEAST: usize = 16;
+const CLIENT_TENANTS_MIN: usize = 16;
 
 /// The clients of a broker's sessions.
 #[derive(Debug)]
@@ -21,7 +21,7 @@ pub struct Clients {
 impl Clients {
     /// Without clients. `networks`: how many networks there are for tenants.
     pub fn new(networks: u128) -> Self {
-        let most = usize::try_from(networks / SHARE).unwrap_or(usize::MAX).max(LEAST);
+        let most = usize::try_from(networks / CLIENT_SHARE).unwrap_or(usize::MAX).max(CLIENT_TENANTS_MIN);
         Self { most, tenants: BTreeMap::new() }
     }
 

@@ -16,17 +16,19 @@ use wgkex_common::{BrokerName, WorkerName};
 use crate::fleet::election::Election;
 use crate::tenants::authority::{Authority, Registration, Target};
 use crate::tenants::close::CloseCause;
-use crate::tenants::frame::{Content, Frame, HeldAddress, Origin, Request, SessionId, Update, Wish};
-use crate::tenants::hub::Hub;
+use crate::tenants::frame::{
+    CoordinatorRequest, Frame, FrameContent, HeldAddress, JoinRequest, SessionId, SessionOrigin, Update,
+};
+use crate::tenants::hub::TenantHub;
 use crate::tenants::metrics::{Leave, Metrics};
-use crate::tenants::pool::{Counts, Tenants};
+use crate::tenants::pool::{TenantCounts, Tenants};
+use crate::tenants::problems::TenantProblems;
 use crate::tenants::sessions::{SessionLink, Sessions};
-use crate::tenants::streams::{Numbered, Stream};
-use crate::tenants::troubles::Troubles;
+use crate::tenants::streams::{BrokerStream, Numbered};
 
 /// How long a session may wait for an address: for longer than a member with its key is asked whether it is alive. The
 /// rest of 5 s is for the close frame.
-const ANSWER_TIMEOUT: Duration = Duration::from_millis(4500);
+const COORDINATOR_ANSWER_TIMEOUT: Duration = Duration::from_millis(4500);
 /// How long a broker's members stay while it is offline.
 const ABSENCE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a broker that is online may send no frame. The members of a coordinator that stands still leave after twice
@@ -46,20 +48,20 @@ pub struct Coordination {
     settings: TenantSettings,
     sessions: Sessions,
     election: Election,
-    role: Role,
+    role: TenantRole,
     last_epoch: u64,
     frames: Vec<(BrokerName, Frame)>,
     /// When [`Self::tick`] was last called.
     ticked: Option<Instant>,
     /// Until when changes are not published to the hub: other brokers may not have registered again.
     hub_pause: Option<Instant>,
-    troubles: Arc<Mutex<Troubles>>,
+    problems: Arc<Mutex<TenantProblems>>,
     metrics: Metrics,
 }
 
 /// The role of this broker for the tenants.
 #[derive(Debug)]
-enum Role {
+enum TenantRole {
     /// The role is not known yet: sessions wait.
     Starting,
     /// It gives the addresses.
@@ -67,7 +69,7 @@ enum Role {
     /// Another broker gives the addresses.
     Follower {
         coordinator: BrokerName,
-        stream: Stream<Request>,
+        stream: BrokerStream<CoordinatorRequest>,
         registered: Instant,
         /// Since when it does not answer, which is logged.
         unheard: Option<Instant>,
@@ -77,7 +79,7 @@ enum Role {
 /// A broker that follows this one.
 #[derive(Debug)]
 struct Follower {
-    stream: Stream<Update>,
+    stream: BrokerStream<Update>,
     state: FollowerState,
     absent: Option<Instant>,
 }
@@ -118,7 +120,7 @@ impl Coordination {
         sessions: Sessions,
         election: Election,
         epoch: u64,
-        troubles: Arc<Mutex<Troubles>>,
+        problems: Arc<Mutex<TenantProblems>>,
         metrics: Metrics,
     ) -> Self {
         Self {
@@ -126,12 +128,12 @@ impl Coordination {
             settings,
             sessions,
             election,
-            role: Role::Starting,
+            role: TenantRole::Starting,
             last_epoch: epoch,
             frames: Vec::new(),
             ticked: None,
             hub_pause: None,
-            troubles,
+            problems,
             metrics,
         }
     }
@@ -142,32 +144,32 @@ impl Coordination {
     }
 
     /// A session wants to be a member.
-    pub fn join(&mut self, wish: Wish, link: SessionLink, now: Instant) {
-        if !link.queue.is_closed() && self.sessions.insert(wish.clone(), link, now) {
-            self.request(Request::Join(wish), now);
+    pub fn join(&mut self, join_request: JoinRequest, link: SessionLink, now: Instant) {
+        if !link.queue.is_closed() && self.sessions.insert(join_request.clone(), link, now) {
+            self.request(CoordinatorRequest::Join(join_request), now);
         }
     }
 
     /// A session is over.
     pub fn leave(&mut self, session: SessionId, leave: Leave, now: Instant) {
         if self.sessions.remove(session, leave) {
-            self.request(Request::Leave(session), now);
+            self.request(CoordinatorRequest::Leave(session), now);
         }
     }
 
     /// A session answered a probe.
     pub fn alive(&mut self, session: SessionId, now: Instant) {
-        self.request(Request::Alive(session), now);
+        self.request(CoordinatorRequest::Alive(session), now);
     }
 
     /// A frame of another broker was received.
     pub fn on_frame(&mut self, frame: Frame, now: Instant) {
         let Frame { from, epoch, number, content } = frame;
         match (&mut self.role, content) {
-            (Role::Coordinator { .. }, Content::Requests(items)) => {
+            (TenantRole::Coordinator { .. }, FrameContent::Requests(items)) => {
                 self.on_requests(from, Numbered { epoch, number, items }, now);
             }
-            (Role::Follower { coordinator, stream, unheard, .. }, Content::Updates(items))
+            (TenantRole::Follower { coordinator, stream, unheard, .. }, FrameContent::Updates(items))
                 if *coordinator == from && stream.epoch() == epoch =>
             {
                 *unheard = None;
@@ -177,7 +179,7 @@ impl Coordination {
                     self.register(now);
                 }
             }
-            (Role::Follower { coordinator, stream, .. }, Content::Unknown)
+            (TenantRole::Follower { coordinator, stream, .. }, FrameContent::Unknown)
                 if *coordinator == from && stream.epoch() == epoch =>
             {
                 self.register(now);
@@ -190,7 +192,7 @@ impl Coordination {
     pub fn on_hub(&mut self, worker: &WorkerName, announced: Option<AnnouncedHub>, now: Instant) {
         let Some(hub) = self.sessions.hub() else { return };
         let is_changed = hub.on_announced(worker, announced);
-        self.troubles.lock().hub = hub.trouble().map(|trouble| (hub.worker().clone(), trouble));
+        self.problems.lock().hub = hub.problem().map(|problem| (hub.worker().clone(), problem));
         if is_changed {
             for request in self.sessions.on_hub_change() {
                 self.request(request, now);
@@ -216,8 +218,8 @@ impl Coordination {
     /// The messages for the worker that is the hub. While others' sessions are not known they wait.
     pub fn take_hub_messages(&mut self, now: Instant) -> Option<(WorkerName, Vec<LeaseMessage>)> {
         let is_settled = match &self.role {
-            Role::Coordinator { authority, .. } => authority.is_settled(now),
-            Role::Starting | Role::Follower { .. } => false,
+            TenantRole::Coordinator { authority, .. } => authority.is_settled(now),
+            TenantRole::Starting | TenantRole::Follower { .. } => false,
         };
         let is_paused = self.hub_pause.is_some_and(|until| now < until);
         let hub = self.sessions.hub().filter(|_| is_settled && !is_paused)?;
@@ -229,15 +231,15 @@ impl Coordination {
     pub fn tick(&mut self, now: Instant) {
         let before = self.ticked.replace(now);
         if before.is_some_and(|before| now.saturating_duration_since(before) >= SILENCE_TIMEOUT) {
-            self.election.come_last();
+            self.election.rank_last();
         }
         self.elect(now);
         self.tick_followers(now);
-        if let Role::Coordinator { authority, .. } = &mut self.role {
+        if let TenantRole::Coordinator { authority, .. } = &mut self.role {
             authority.set_paused(self.election.is_cut_off(now), now);
             authority.tick(now);
             self.settle(now);
-        } else if let Role::Follower { stream, .. } = &self.role
+        } else if let TenantRole::Follower { stream, .. } = &self.role
             && now.saturating_duration_since(stream.heard) >= SILENCE_TIMEOUT
         {
             self.on_silence(now);
@@ -249,18 +251,18 @@ impl Coordination {
 
     /// Ends sessions that wait for too long: their clients are to join again.
     fn refuse_waiting(&mut self, now: Instant) {
-        let Some(then) = now.checked_sub(ANSWER_TIMEOUT) else { return };
+        let Some(then) = now.checked_sub(COORDINATOR_ANSWER_TIMEOUT) else { return };
         for session in self.sessions.waiting(then) {
             self.sessions.end(session, CloseCause::Late);
-            self.request(Request::Leave(session), now);
+            self.request(CoordinatorRequest::Leave(session), now);
         }
     }
 
     /// How many tenants, members and addresses there are, at all brokers.
-    pub fn counts(&self) -> Counts {
+    pub fn counts(&self) -> TenantCounts {
         match &self.role {
-            Role::Coordinator { authority, .. } => authority.counts(),
-            Role::Starting | Role::Follower { .. } => self.sessions.counts(),
+            TenantRole::Coordinator { authority, .. } => authority.counts(),
+            TenantRole::Starting | TenantRole::Follower { .. } => self.sessions.counts(),
         }
     }
 
@@ -275,19 +277,19 @@ impl Coordination {
         let own = &self.own;
         let frame = |epoch, number, content| Frame { from: own.clone(), epoch, number, content };
         match &mut self.role {
-            Role::Starting => {}
-            Role::Coordinator { followers, .. } => {
+            TenantRole::Starting => {}
+            TenantRole::Coordinator { followers, .. } => {
                 for (broker, follower) in followers {
                     let numbered = follower.stream.take_frames(now).into_iter();
                     frames.extend(numbered.map(|Numbered { epoch, number, items }| {
-                        (broker.clone(), frame(epoch, number, Content::Updates(items)))
+                        (broker.clone(), frame(epoch, number, FrameContent::Updates(items)))
                     }));
                 }
             }
-            Role::Follower { coordinator, stream, .. } => {
+            TenantRole::Follower { coordinator, stream, .. } => {
                 let numbered = stream.take_frames(now).into_iter();
                 frames.extend(numbered.map(|Numbered { epoch, number, items }| {
-                    (coordinator.clone(), frame(epoch, number, Content::Requests(items)))
+                    (coordinator.clone(), frame(epoch, number, FrameContent::Requests(items)))
                 }));
             }
         }
@@ -296,24 +298,24 @@ impl Coordination {
 
     /// The broker stops: its members leave, whose addresses stay on the disk. Returns the last frames.
     pub fn stop(mut self, now: Instant) -> Vec<(BrokerName, Frame)> {
-        let sessions: Vec<_> = self.sessions.all().map(|(wish, _)| wish.session).collect();
+        let sessions: Vec<_> = self.sessions.all().map(|(join_request, _)| join_request.session).collect();
         // All end first, so that no member receives the others' leave.
         for session in &sessions {
             self.sessions.end(*session, CloseCause::Stopping);
         }
         for session in sessions {
-            self.request(Request::Leave(session), now);
+            self.request(CoordinatorRequest::Leave(session), now);
         }
         self.take_frames(now)
     }
 
     /// Sends a request to the coordinator.
-    fn request(&mut self, request: Request, now: Instant) {
+    fn request(&mut self, request: CoordinatorRequest, now: Instant) {
         match &mut self.role {
             // The coordinator receives all sessions once it is known.
-            Role::Starting => {}
-            Role::Follower { stream, .. } => stream.push(request),
-            Role::Coordinator { authority, .. } => {
+            TenantRole::Starting => {}
+            TenantRole::Follower { stream, .. } => stream.push(request),
+            TenantRole::Coordinator { authority, .. } => {
                 decide(authority, &self.own, request, now);
                 self.settle(now);
             }
@@ -322,7 +324,7 @@ impl Coordination {
 
     /// Passes on the updates of the coordinator, and handles the requests that follow from them.
     fn settle(&mut self, now: Instant) {
-        let Role::Coordinator { authority, followers } = &mut self.role else { return };
+        let TenantRole::Coordinator { authority, followers } = &mut self.role else { return };
         loop {
             let updates = authority.take_updates();
             if updates.is_empty() {
@@ -346,16 +348,16 @@ impl Coordination {
     /// Updates of the coordinator.
     fn apply(&mut self, updates: Vec<Update>) {
         for request in updates.into_iter().flat_map(|update| self.sessions.apply(update)).collect::<Vec<_>>() {
-            if let Role::Follower { stream, .. } = &mut self.role {
+            if let TenantRole::Follower { stream, .. } = &mut self.role {
                 stream.push(request);
             }
         }
     }
 
     /// Requests of a broker that follows.
-    fn on_requests(&mut self, from: BrokerName, frame: Numbered<Request>, now: Instant) {
+    fn on_requests(&mut self, from: BrokerName, frame: Numbered<CoordinatorRequest>, now: Instant) {
         let is_peer = self.election.peers(now).any(|(peer, _)| *peer == from);
-        let Role::Coordinator { authority, followers } = &mut self.role else { return };
+        let TenantRole::Coordinator { authority, followers } = &mut self.role else { return };
         if !is_peer {
             return;
         }
@@ -363,22 +365,24 @@ impl Coordination {
         let is_known = |follower: &Follower| follower.stream.epoch() == epoch;
         if number == 0 && !followers.get(&from).is_some_and(is_known) {
             let state = FollowerState::Registering(Registration::default());
-            followers.insert(from.clone(), Follower { stream: Stream::new(epoch, now), state, absent: None });
+            followers.insert(from.clone(), Follower { stream: BrokerStream::new(epoch, now), state, absent: None });
         }
         let follower = followers.get_mut(&from).filter(|follower| is_known(follower));
         let Some(follower) = follower.and_then(|follower| follower.stream.receive(number, now).then_some(follower))
         else {
-            let content = Content::Unknown;
+            let content = FrameContent::Unknown;
             self.frames.push((from, Frame { from: self.own.clone(), epoch, number: 0, content }));
             return;
         };
         for request in items {
             match (&mut follower.state, request) {
-                (FollowerState::Registering(registration), Request::Session(wish, address)) => {
-                    registration.sessions.push((wish, address));
+                (FollowerState::Registering(registration), CoordinatorRequest::Session(join_request, address)) => {
+                    registration.sessions.push((join_request, address));
                 }
-                (FollowerState::Registering(registration), Request::Held(held)) => registration.held.push(held),
-                (FollowerState::Registering(registration), Request::Registered) => {
+                (FollowerState::Registering(registration), CoordinatorRequest::Held(held)) => {
+                    registration.held.push(held)
+                }
+                (FollowerState::Registering(registration), CoordinatorRequest::Registered) => {
                     let registration = take(registration);
                     follower.state = FollowerState::Registered;
                     authority.register(&from, registration, now);
@@ -400,9 +404,9 @@ impl Coordination {
     pub fn elect(&mut self, now: Instant) {
         let Some(coordinator) = self.election.first(now).cloned() else { return };
         let is_same = match &self.role {
-            Role::Starting => false,
-            Role::Coordinator { .. } => coordinator == self.own,
-            Role::Follower { coordinator: current, .. } => coordinator == *current,
+            TenantRole::Starting => false,
+            TenantRole::Coordinator { .. } => coordinator == self.own,
+            TenantRole::Follower { coordinator: current, .. } => coordinator == *current,
         };
         if is_same {
             return;
@@ -412,9 +416,9 @@ impl Coordination {
         if coordinator == self.own {
             self.coordinate(now);
         } else {
-            self.sessions.hub().into_iter().for_each(Hub::follow);
-            let stream = Stream::new(self.last_epoch, now);
-            self.role = Role::Follower { coordinator, stream, registered: now, unheard: None };
+            self.sessions.hub().into_iter().for_each(TenantHub::follow);
+            let stream = BrokerStream::new(self.last_epoch, now);
+            self.role = TenantRole::Follower { coordinator, stream, registered: now, unheard: None };
             self.begin_epoch(now);
         }
     }
@@ -431,11 +435,11 @@ impl Coordination {
         for held in held(&self.sessions) {
             authority.hold(&held, now);
         }
-        let sessions = self.sessions.all().map(|(wish, address)| (wish.clone(), address)).collect();
+        let sessions = self.sessions.all().map(|(join_request, address)| (join_request.clone(), address)).collect();
         authority.register(&self.own, Registration { sessions, held: Vec::new() }, now);
         let known = self.sessions.addresses().len();
         self.sessions.forget_partial();
-        self.role = Role::Coordinator { authority, followers: BTreeMap::new() };
+        self.role = TenantRole::Coordinator { authority, followers: BTreeMap::new() };
         self.last_epoch += 1;
         let id = self.last_epoch;
         self.sessions.hub().into_iter().for_each(|hub| hub.lead(id));
@@ -451,7 +455,7 @@ impl Coordination {
 
     /// Registers the sessions with the coordinator again, if that was not done just now.
     fn register(&mut self, now: Instant) {
-        if let Role::Follower { registered, .. } = &self.role
+        if let TenantRole::Follower { registered, .. } = &self.role
             && now.saturating_duration_since(*registered) >= REGISTER_INTERVAL
         {
             self.begin_epoch(now);
@@ -460,7 +464,7 @@ impl Coordination {
 
     /// A coordinator that does not answer the next registration either is passed over.
     fn on_silence(&mut self, now: Instant) {
-        let Role::Follower { coordinator, unheard, .. } = &mut self.role else { return };
+        let TenantRole::Follower { coordinator, unheard, .. } = &mut self.role else { return };
         match unheard {
             None => {
                 *unheard = Some(now);
@@ -471,31 +475,31 @@ impl Coordination {
                 );
             }
             Some(since) if now.saturating_duration_since(*since) >= SILENCE_TIMEOUT => {
-                self.election.pass_over(coordinator);
+                self.election.skip_broker(coordinator);
             }
             Some(_) => {}
         }
     }
 
     fn begin_epoch(&mut self, now: Instant) {
-        let Role::Follower { stream, registered, .. } = &mut self.role else { return };
+        let TenantRole::Follower { stream, registered, .. } = &mut self.role else { return };
         self.last_epoch += 1;
-        *stream = Stream::new(self.last_epoch, now);
+        *stream = BrokerStream::new(self.last_epoch, now);
         *registered = now;
-        stream.push(Request::Register);
-        for (wish, address) in self.sessions.all() {
-            stream.push(Request::Session(wish.clone(), address));
+        stream.push(CoordinatorRequest::Register);
+        for (join_request, address) in self.sessions.all() {
+            stream.push(CoordinatorRequest::Session(join_request.clone(), address));
         }
         for held in held(&self.sessions) {
-            stream.push(Request::Held(held));
+            stream.push(CoordinatorRequest::Held(held));
         }
-        stream.push(Request::Registered);
+        stream.push(CoordinatorRequest::Registered);
         self.sessions.forget_partial();
     }
 
     /// Removes the followers that are offline or silent for too long, with their members.
     fn tick_followers(&mut self, now: Instant) {
-        let Role::Coordinator { authority, followers } = &mut self.role else { return };
+        let TenantRole::Coordinator { authority, followers } = &mut self.role else { return };
         let peers: BTreeSet<_> = self.election.peers(now).map(|(name, _)| name).collect();
         let is_over = |since: Instant, timeout| now.saturating_duration_since(since) >= timeout;
         followers.retain(|broker, follower| {
@@ -512,14 +516,14 @@ impl Coordination {
 
     fn warn_of_strangers(&mut self, now: Instant) {
         let strangers: BTreeSet<_> = self.election.strangers(now).cloned().collect();
-        let mut troubles = self.troubles.lock();
-        for broker in strangers.difference(&troubles.strangers) {
+        let mut problems = self.problems.lock();
+        for broker in strangers.difference(&problems.strangers) {
             warn!(
                 broker = broker.as_str(),
                 "another broker has other tenants.pool, tenant_length, grace or hub: its members and those here do not see each other"
             );
         }
-        troubles.strangers = strangers;
+        problems.strangers = strangers;
     }
 }
 
@@ -539,13 +543,16 @@ fn held(sessions: &Sessions) -> impl Iterator<Item = HeldAddress> {
 }
 
 /// The coordinator decides about a request of a broker.
-fn decide(authority: &mut Authority, broker: &BrokerName, request: Request, now: Instant) {
-    let origin = |session| Origin { broker: broker.clone(), session };
+fn decide(authority: &mut Authority, broker: &BrokerName, request: CoordinatorRequest, now: Instant) {
+    let origin = |session| SessionOrigin { broker: broker.clone(), session };
     match request {
-        Request::Join(wish) => authority.join(broker, wish, now),
-        Request::Leave(session) => authority.leave(&origin(session), now),
-        Request::Alive(session) => authority.alive(&origin(session)),
-        Request::Register | Request::Session(..) | Request::Held(_) | Request::Registered => {}
+        CoordinatorRequest::Join(join_request) => authority.join(broker, join_request, now),
+        CoordinatorRequest::Leave(session) => authority.leave(&origin(session), now),
+        CoordinatorRequest::Alive(session) => authority.alive(&origin(session)),
+        CoordinatorRequest::Register
+        | CoordinatorRequest::Session(..)
+        | CoordinatorRequest::Held(_)
+        | CoordinatorRequest::Registered => {}
     }
 }
 

@@ -14,7 +14,7 @@ use wgkex_common::{BrokerName, PublicKey};
 use crate::tenants::close::CloseCause;
 use crate::tenants::id::TenantId;
 use crate::tenants::message::NAME_MAX;
-use crate::tenants::table::{Member, Newcomer};
+use crate::tenants::table::{Member, MemberInfo};
 
 /// Items of a frame at most.
 pub const FRAME_MAX: usize = 100;
@@ -25,7 +25,7 @@ pub struct SessionId(pub u64);
 
 /// A session of one of the brokers.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct Origin {
+pub struct SessionOrigin {
     /// The broker to which its client is connected.
     pub broker: BrokerName,
     /// Its number there.
@@ -42,22 +42,25 @@ pub struct Frame {
     /// How many frames of this sender were before it in the epoch.
     pub number: u64,
     /// Its content.
-    pub content: Content,
+    pub content: FrameContent,
 }
 
 impl Frame {
     /// Whether no name in it is longer than a client's may be.
     #[must_use]
     pub fn is_bounded(&self) -> bool {
-        let is_short = |client: &Newcomer| client.display_name.len() <= NAME_MAX;
+        let is_short = |client: &MemberInfo| client.display_name.len() <= NAME_MAX;
         match &self.content {
-            Content::Requests(requests) => requests.iter().all(|request| match request {
-                Request::Session(Wish { client, .. }, _) | Request::Join(Wish { client, .. }) => is_short(client),
-                Request::Register | Request::Held(_) | Request::Registered | Request::Leave(_) | Request::Alive(_) => {
-                    true
-                }
+            FrameContent::Requests(requests) => requests.iter().all(|request| match request {
+                CoordinatorRequest::Session(JoinRequest { client, .. }, _)
+                | CoordinatorRequest::Join(JoinRequest { client, .. }) => is_short(client),
+                CoordinatorRequest::Register
+                | CoordinatorRequest::Held(_)
+                | CoordinatorRequest::Registered
+                | CoordinatorRequest::Leave(_)
+                | CoordinatorRequest::Alive(_) => true,
             }),
-            Content::Updates(updates) => updates.iter().all(|update| match update {
+            FrameContent::Updates(updates) => updates.iter().all(|update| match update {
                 Update::Joined(_, _, member) => is_short(&member.client),
                 Update::Snapshot
                 | Update::Complete
@@ -66,7 +69,7 @@ impl Frame {
                 | Update::Probe(_)
                 | Update::Ended(..) => true,
             }),
-            Content::Unknown => true,
+            FrameContent::Unknown => true,
         }
     }
 }
@@ -74,9 +77,9 @@ impl Frame {
 /// The content of a [`Frame`]. Without items it is only a sign that its sender is alive.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Content {
+pub enum FrameContent {
     /// To the coordinator.
-    Requests(Vec<Request>),
+    Requests(Vec<CoordinatorRequest>),
     /// From it.
     Updates(Vec<Update>),
     /// From it: frames are missing, or it knows no registration. Its number does not count.
@@ -86,17 +89,17 @@ pub enum Content {
 /// A request of a broker to the coordinator.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Request {
+pub enum CoordinatorRequest {
     /// A registration begins: all sessions and held addresses up to [`Self::Registered`].
     Register,
     /// One of its sessions, with the address that it received already.
-    Session(Wish, Option<IpAddr>),
+    Session(JoinRequest, Option<IpAddr>),
     /// An address that is held, or a member's.
     Held(HeldAddress),
     /// These were all.
     Registered,
     /// A new session.
-    Join(Wish),
+    Join(JoinRequest),
     /// A session is over.
     Leave(SessionId),
     /// A session answered a probe.
@@ -112,7 +115,7 @@ pub enum Update {
     /// The snapshot is complete.
     Complete,
     /// A session has become a member.
-    Joined(TenantId, Origin, Arc<Member>),
+    Joined(TenantId, SessionOrigin, Arc<Member>),
     /// The member at this address has left.
     Left(TenantId, IpAddr),
     /// An address is held for the key from now on, be its owner a member or not; or none is.
@@ -120,18 +123,18 @@ pub enum Update {
     /// A session is to be asked whether it is alive.
     Probe(SessionId),
     /// A session is to end.
-    Ended(SessionId, Refusal),
+    Ended(SessionId, SessionEndReason),
 }
 
 /// The wish of a session to join a tenant.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Wish {
+pub struct JoinRequest {
     /// The session.
     pub session: SessionId,
     /// The tenant that it wants to be a member of.
     pub tenant: TenantId,
     /// The client, as it describes itself.
-    pub client: Newcomer,
+    pub client: MemberInfo,
 }
 
 /// An address that its last member may have back.
@@ -148,7 +151,7 @@ pub struct HeldAddress {
 /// Why the coordinator ends a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Refusal {
+pub enum SessionEndReason {
     /// A member that is alive has the key.
     KeyInUse,
     /// All addresses of the tenant's network are taken.
@@ -161,14 +164,14 @@ pub enum Refusal {
     Conflict,
 }
 
-impl From<Refusal> for CloseCause {
-    fn from(refusal: Refusal) -> Self {
+impl From<SessionEndReason> for CloseCause {
+    fn from(refusal: SessionEndReason) -> Self {
         match refusal {
-            Refusal::KeyInUse => Self::KeyInUse,
-            Refusal::NoAddress => Self::NoAddress,
-            Refusal::NoNetwork => Self::NoNetwork,
-            Refusal::Silent => Self::Silent,
-            Refusal::Conflict => Self::Conflict,
+            SessionEndReason::KeyInUse => Self::KeyInUse,
+            SessionEndReason::NoAddress => Self::NoAddress,
+            SessionEndReason::NoNetwork => Self::NoNetwork,
+            SessionEndReason::Silent => Self::Silent,
+            SessionEndReason::Conflict => Self::Conflict,
         }
     }
 }

@@ -12,7 +12,7 @@ use tracing::{info, warn};
 use wgkex_common::address::tenants::TenantNetworks;
 use wgkex_common::config::Listen;
 use wgkex_common::wire::lease::{
-    AnnouncedHub, CHUNK, HUB, LeaseChange, LeaseContent, LeaseMessage, LeaseVersion, LeasedAddresses,
+    AnnouncedHub, CHUNK_ADDRESSES_MAX, HUB, LeaseChange, LeaseContent, LeaseMessage, LeaseVersion, LeasedAddresses,
 };
 use wgkex_common::{PublicKey, WorkerName};
 
@@ -27,7 +27,7 @@ const ADDRESSES_MAX: usize = 512;
 
 /// The hub of the tenants.
 #[derive(Debug)]
-pub struct Hub {
+pub struct TenantHub {
     worker: WorkerName,
     networks: TenantNetworks,
     announced: Option<AnnouncedHub>,
@@ -39,19 +39,19 @@ pub struct Hub {
     version: Option<LeaseVersion>,
     outgoing: VecDeque<LeaseMessage>,
     signed: Option<Instant>,
-    trouble: Option<HubTrouble>,
+    problem: Option<HubProblem>,
 }
 
 /// Why members do not learn of the hub.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum HubTrouble {
+pub enum HubProblem {
     /// Its worker announces none.
     Missing,
     /// It forwards within other networks than tenants have here.
     OtherNetworks,
 }
 
-impl Hub {
+impl TenantHub {
     /// The hub is to be the worker of this name. No address is known.
     pub fn new(worker: WorkerName, networks: TenantNetworks) -> Self {
         Self {
@@ -63,7 +63,7 @@ impl Hub {
             version: None,
             outgoing: VecDeque::new(),
             signed: None,
-            trouble: Some(HubTrouble::Missing),
+            problem: Some(HubProblem::Missing),
         }
     }
 
@@ -73,8 +73,8 @@ impl Hub {
     }
 
     /// Why members do not learn of the hub.
-    pub fn trouble(&self) -> Option<HubTrouble> {
-        self.trouble
+    pub fn problem(&self) -> Option<HubProblem> {
+        self.problem
     }
 
     /// A worker announced its hub, or withdrew it. True if members must receive a change.
@@ -84,21 +84,21 @@ impl Hub {
         }
         // The worker may have just connected: the version is sent to it at once.
         self.signed = None;
-        let trouble = match &announced {
-            None => Some(HubTrouble::Missing),
-            Some(hub) if hub.networks != self.networks => Some(HubTrouble::OtherNetworks),
+        let problem = match &announced {
+            None => Some(HubProblem::Missing),
+            Some(hub) if hub.networks != self.networks => Some(HubProblem::OtherNetworks),
             Some(_) => None,
         };
-        if std::mem::replace(&mut self.trouble, trouble) != trouble {
+        if std::mem::replace(&mut self.problem, problem) != problem {
             let missing = "the hub of tenants is gone: its worker has none any more";
             let other = "the hub of tenants is not used: its worker has other tenants.pool or tenant_length";
-            match trouble {
+            match problem {
                 None => info!(%worker, "the hub of tenants is there"),
-                Some(HubTrouble::Missing) => warn!(%worker, "{missing}"),
-                Some(HubTrouble::OtherNetworks) => warn!(%worker, "{other}"),
+                Some(HubProblem::Missing) => warn!(%worker, "{missing}"),
+                Some(HubProblem::OtherNetworks) => warn!(%worker, "{other}"),
             }
         }
-        let announced = announced.filter(|_| trouble.is_none());
+        let announced = announced.filter(|_| problem.is_none());
         let is_changed = self.announced != announced;
         self.announced = announced;
         is_changed
@@ -184,7 +184,7 @@ impl Hub {
         let mut changed = std::mem::take(&mut self.changed).into_iter().peekable();
         while changed.peek().is_some() {
             let (mut change, mut size) = (LeaseChange { after: version.revision, ..LeaseChange::default() }, 0);
-            while let Some(key) = changed.next_if(|_| size < CHUNK) {
+            while let Some(key) = changed.next_if(|_| size < CHUNK_ADDRESSES_MAX) {
                 let leased = self.addresses.get(&key).map(|addresses| leased(addresses));
                 size += leased.as_ref().map_or(1, |leased| leased.iter().count());
                 match leased {

@@ -8,7 +8,7 @@ use percent_encoding::percent_decode_str;
 use serde::{Deserialize, Serialize};
 
 /// The most bytes of an id.
-const MAX: usize = 255;
+const TENANT_ID_MAX: usize = 255;
 
 /// A tenant's id. Case counts. Logs never have it.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -25,7 +25,7 @@ pub enum IdError {
     #[error("a tenant's id has no slash, nor %2F")]
     Slash,
     /// Too long.
-    #[error("a tenant's id has at most {MAX} bytes")]
+    #[error("a tenant's id has at most {TENANT_ID_MAX} bytes")]
     TooLong,
     /// Bytes that are no text.
     #[error("a tenant's id is UTF-8")]
@@ -44,7 +44,7 @@ impl TenantId {
         match text {
             "" => Err(IdError::Empty),
             text if text.contains('/') => Err(IdError::Slash),
-            text if text.len() > MAX => Err(IdError::TooLong),
+            text if text.len() > TENANT_ID_MAX => Err(IdError::TooLong),
             text => Ok(Self(text.into())),
         }
     }

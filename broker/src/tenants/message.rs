@@ -11,12 +11,12 @@ use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 use wgkex_common::{KeyError, PublicKey};
 
-use crate::tenants::table::{Member, Newcomer};
+use crate::tenants::table::{Member, MemberInfo};
 
 /// The most bytes of a name.
 pub const NAME_MAX: usize = 255;
 /// The bytes from which on a part of an answer has no further member.
-const PART: usize = 4 << 10;
+const PART_BYTES_MIN: usize = 4 << 10;
 
 /// Why a first message is not a join.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -65,7 +65,7 @@ impl<'de> Visitor<'de> for JoinMessage {
 }
 
 /// The client in its first message. Further members of the object do not count.
-pub fn parse_join(text: &str, endpoint: Option<IpAddr>) -> Result<Newcomer, JoinMessageError> {
+pub fn parse_join(text: &str, endpoint: Option<IpAddr>) -> Result<MemberInfo, JoinMessageError> {
     if !text.trim_start().starts_with('{') {
         return Err(JoinMessageError::Malformed("it is no object".into()));
     }
@@ -78,7 +78,7 @@ pub fn parse_join(text: &str, endpoint: Option<IpAddr>) -> Result<Newcomer, Join
         return Err(JoinMessageError::LongName);
     }
     let public_key = public_key.parse::<PublicKey>().map_err(JoinMessageError::Key)?;
-    Ok(Newcomer { display_name, public_key, endpoint })
+    Ok(MemberInfo { display_name, public_key, endpoint })
 }
 
 fn required_text(name: &str, value: Option<Value>) -> Result<String, JoinMessageError> {
@@ -136,13 +136,13 @@ struct ShownHub<'a> {
 }
 
 #[derive(Serialize)]
-struct Removal {
+struct RemovalMessage {
     removed_peer: IpAddr,
 }
 
 impl<'a> MemberObject<'a> {
     fn new(member: &'a Member, form: Form) -> Self {
-        let Newcomer { display_name, public_key, endpoint } = &member.client;
+        let MemberInfo { display_name, public_key, endpoint } = &member.client;
         let shown = form.endpoints.then_some(ShownEndpoint { endpoint: *endpoint });
         Self { display_name, public_key: *public_key, virtual_ip: member.virtual_ip, shown }
     }
@@ -168,7 +168,7 @@ pub fn answer(Welcome { virtual_ip, peers, hub }: &Welcome, form: Form) -> impl 
         once(format!(r#"{{"virtual_ip":"{virtual_ip}","peers":["#)).chain(peers).chain(once(format!("]{hub}}}")));
     from_fn(move || {
         let mut part = pieces.next()?;
-        while part.len() < PART
+        while part.len() < PART_BYTES_MIN
             && let Some(piece) = pieces.next()
         {
             part += &piece;
@@ -189,7 +189,7 @@ pub fn announcement(member: &Member, form: Form) -> String {
 
 /// The message about a member that left for the others.
 pub fn removal(virtual_ip: IpAddr) -> String {
-    json(&Removal { removed_peer: virtual_ip })
+    json(&RemovalMessage { removed_peer: virtual_ip })
 }
 
 /// Texts, keys and addresses are always written.
@@ -253,9 +253,12 @@ mod tests {
             let parts: Vec<_> = answer(&welcome(peers), Form::default()).collect();
             let whole: Value = serde_json::from_str(&parts.concat()).unwrap();
             assert_eq!(whole["peers"].as_array().map(Vec::len), Some(peers));
-            assert!(parts.iter().all(|part| !part.is_empty() && part.len() < PART + 2048), "{parts:?}");
+            assert!(parts.iter().all(|part| !part.is_empty() && part.len() < PART_BYTES_MIN + 2048), "{parts:?}");
             let (last, before) = parts.split_last().unwrap();
-            assert!(before.iter().all(|part| part.len() >= PART) && (peers < 4 || !before.is_empty()), "{last}");
+            assert!(
+                before.iter().all(|part| part.len() >= PART_BYTES_MIN) && (peers < 4 || !before.is_empty()),
+                "{last}"
+            );
         }
     }
 

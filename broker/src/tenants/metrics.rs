@@ -4,9 +4,9 @@ use prometheus::{Error, IntCounter, IntCounterVec, IntGauge};
 use serde::{Deserialize, Serialize};
 use strum::{IntoStaticStr, VariantNames};
 
-use crate::metrics::{Registry, set};
+use crate::metrics::{MetricsRegistry, set};
 use crate::tenants::close::CloseCause;
-use crate::tenants::pool::Counts;
+use crate::tenants::pool::TenantCounts;
 
 /// Clones count into the same ones.
 #[derive(Debug, Clone)]
@@ -60,7 +60,7 @@ pub struct TenantStatus {
 
 impl Metrics {
     /// Registers them, each at 0.
-    pub fn register(registry: &Registry) -> Result<Self, Error> {
+    pub fn register(registry: &MetricsRegistry) -> Result<Self, Error> {
         let gauge = |name: &str, help| registry.gauge(&format!("wgkex_broker_tenants_{name}"), help);
         Ok(Self {
             sockets: gauge("sockets", "WebSockets of tenants that are open")?,
@@ -89,8 +89,8 @@ impl Metrics {
     }
 
     /// How many there are now.
-    pub fn set(&self, counts: Counts) {
-        let Counts { tenants, members, held } = counts;
+    pub fn set(&self, counts: TenantCounts) {
+        let TenantCounts { tenants, members, held } = counts;
         set(&self.tenants, tenants);
         set(&self.members, members);
         set(&self.held, held);
@@ -115,7 +115,7 @@ mod tests {
 
     #[test]
     fn every_series_is_there_from_the_start() {
-        let registry = Registry::default();
+        let registry = MetricsRegistry::default();
         Metrics::register(&registry).unwrap();
         assert_has(
             &registry,

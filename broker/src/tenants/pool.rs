@@ -15,7 +15,7 @@ use wgkex_common::address::tenants::TenantNetworks;
 
 use crate::ipam::{Blocks, FreeList};
 use crate::tenants::id::TenantId;
-use crate::tenants::table::{JoinError, Joined, Member, MemberId, Newcomer, Tenant};
+use crate::tenants::table::{JoinError, Joined, Member, MemberId, MemberInfo, Tenant};
 
 /// Addresses that are held at most.
 const HELD_MAX: usize = 100_000;
@@ -32,13 +32,13 @@ pub struct Tenants {
     holding: BTreeSet<(usize, TenantId)>,
     /// Those without members, with when the last one left.
     empty: BTreeSet<(Instant, TenantId)>,
-    counts: Counts,
-    changes: Vec<Change>,
+    counts: TenantCounts,
+    changes: Vec<AddressChange>,
 }
 
 /// How many there are.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Counts {
+pub struct TenantCounts {
     /// Tenants that have a network.
     pub tenants: usize,
     /// Their members.
@@ -49,7 +49,7 @@ pub struct Counts {
 
 /// The address of a key, from now on.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Change {
+pub struct AddressChange {
     /// In this tenant.
     pub tenant: TenantId,
     /// The key.
@@ -78,14 +78,14 @@ impl Tenants {
             by_id: BTreeMap::new(),
             holding: BTreeSet::new(),
             empty: BTreeSet::new(),
-            counts: Counts::default(),
+            counts: TenantCounts::default(),
             changes: Vec::new(),
         }
     }
 
     /// How many there are.
-    pub fn counts(&self) -> Counts {
-        Counts { tenants: self.by_id.len(), ..self.counts }
+    pub fn counts(&self) -> TenantCounts {
+        TenantCounts { tenants: self.by_id.len(), ..self.counts }
     }
 
     /// All members with their tenants.
@@ -98,7 +98,7 @@ impl Tenants {
         &mut self,
         id: &TenantId,
         session: MemberId,
-        client: Newcomer,
+        client: MemberInfo,
         now: Instant,
     ) -> Result<Arc<Member>, JoinError> {
         if !self.by_id.contains_key(id) {
@@ -114,7 +114,7 @@ impl Tenants {
         &mut self,
         id: &TenantId,
         session: MemberId,
-        client: Newcomer,
+        client: MemberInfo,
         address: IpAddr,
         now: Instant,
     ) -> Result<Arc<Member>, JoinError> {
@@ -190,7 +190,7 @@ impl Tenants {
         id: &TenantId,
         session: MemberId,
         next: MemberId,
-        client: Newcomer,
+        client: MemberInfo,
     ) -> Option<Arc<Member>> {
         self.by_id.get_mut(id)?.table.hand_over(session, next, client)
     }
@@ -255,17 +255,21 @@ impl Tenants {
     }
 
     /// Takes the changes since the last call, in their order.
-    pub fn take_changes(&mut self) -> Vec<Change> {
+    pub fn take_changes(&mut self) -> Vec<AddressChange> {
         std::mem::take(&mut self.changes)
     }
 
     /// The address of each member and each held one, as they are to be restored.
-    pub fn addresses(&self) -> Vec<Change> {
+    pub fn addresses(&self) -> Vec<AddressChange> {
         let of_tenant = |(id, tenant): (&TenantId, &TenantNetwork)| {
             let id = id.clone();
-            tenant.table.addresses().map(move |(key, address)| Change { tenant: id.clone(), key, address }).collect()
+            tenant
+                .table
+                .addresses()
+                .map(move |(key, address)| AddressChange { tenant: id.clone(), key, address })
+                .collect()
         };
-        self.by_id.iter().flat_map(|tenant| -> Vec<Change> { of_tenant(tenant) }).collect()
+        self.by_id.iter().flat_map(|tenant| -> Vec<AddressChange> { of_tenant(tenant) }).collect()
     }
 
     fn open(&mut self, id: &TenantId, number: u128, now: Instant) {
@@ -302,7 +306,7 @@ impl Tenants {
     }
 
     fn note(&mut self, tenant: &TenantId, key: PublicKey, address: Option<IpAddr>) {
-        self.changes.push(Change { tenant: tenant.clone(), key, address });
+        self.changes.push(AddressChange { tenant: tenant.clone(), key, address });
     }
 
     fn network(&self, mut number: u128) -> Option<IpNet> {

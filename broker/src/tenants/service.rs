@@ -18,15 +18,15 @@ use wgkex_common::{BrokerName, Topic, WorkerName};
 
 use crate::tenants::close::CloseCause;
 use crate::tenants::coordination::Coordination;
-use crate::tenants::frame::{Frame, SessionId, Wish};
+use crate::tenants::frame::{Frame, JoinRequest, SessionId};
 use crate::tenants::metrics::{Leave, Metrics};
-use crate::tenants::opening::Opening;
 use crate::tenants::sessions::{Outgoing, SessionLink};
 use crate::tenants::store::AddressBuffer;
-use crate::tenants::table::Newcomer;
+use crate::tenants::table::MemberInfo;
+use crate::tenants::upgrade_request::UpgradeRequest;
 
 /// How often to check time limits.
-const TICK: Duration = Duration::from_millis(250);
+const TENANTS_CHECK_INTERVAL: Duration = Duration::from_millis(250);
 /// The most commands of sessions that are queued; further ones wait.
 const COMMANDS_MAX: usize = 1024;
 /// Messages of other brokers that wait; more are lost.
@@ -40,7 +40,7 @@ const QUEUE_MAX: usize = 4096;
 /// A command of a session.
 #[derive(Debug)]
 enum Command {
-    Join(Wish, SessionLink),
+    Join(JoinRequest, SessionLink),
     Leave(SessionId, Leave),
     /// The member has answered a probe.
     Alive(SessionId),
@@ -75,7 +75,7 @@ pub struct TenantsHandle {
 #[derive(Debug)]
 pub struct Membership {
     /// Reports to the task.
-    pub seat: Seat,
+    pub reporter: SessionReporter,
     /// The messages that the session is to send.
     pub queue: mpsc::Receiver<Outgoing>,
     /// When it is to ask the member whether it is alive.
@@ -86,7 +86,7 @@ pub struct Membership {
 
 /// Reports of a session to the task.
 #[derive(Debug)]
-pub struct Seat {
+pub struct SessionReporter {
     session: SessionId,
     commands: mpsc::Sender<Command>,
 }
@@ -104,16 +104,20 @@ pub struct TenantService {
 
 impl TenantsHandle {
     /// Asks for a place among the members of a tenant. The queue delivers the answer, or `end` the reason of a refusal.
-    pub async fn join(&self, opening: &Opening, newcomer: Newcomer) -> Result<Membership, CloseCause> {
+    pub async fn join(
+        &self,
+        upgrade_request: &UpgradeRequest,
+        member_info: MemberInfo,
+    ) -> Result<Membership, CloseCause> {
         let session = SessionId(self.last.fetch_add(1, Ordering::Relaxed));
         let (sender, queue) = mpsc::channel(QUEUE_MAX);
         let (probe_sender, probes) = mpsc::channel(1);
         let (ended, end) = oneshot::channel();
-        let Opening { client, tenant, form, .. } = opening;
+        let UpgradeRequest { client, tenant, form, .. } = upgrade_request;
         let link = SessionLink { client: *client, form: *form, queue: sender, probes: probe_sender, end: ended };
-        let command = Command::Join(Wish { session, tenant: tenant.clone(), client: newcomer }, link);
+        let command = Command::Join(JoinRequest { session, tenant: tenant.clone(), client: member_info }, link);
         self.commands.send(command).await.map_err(|_| CloseCause::Stopping)?;
-        Ok(Membership { seat: Seat { session, commands: self.commands.clone() }, queue, probes, end })
+        Ok(Membership { reporter: SessionReporter { session, commands: self.commands.clone() }, queue, probes, end })
     }
 
     /// Returns when the broker stops.
@@ -122,7 +126,7 @@ impl TenantsHandle {
     }
 }
 
-impl Seat {
+impl SessionReporter {
     /// The member has answered a probe.
     pub async fn alive(&self) {
         // An error means that the broker stops.
@@ -157,7 +161,7 @@ impl TenantService {
     /// Serves sessions until `stop` returns, and then ends them. Frames for other brokers go to `bus`.
     pub async fn run(mut self, bus: MqttHandle, stop: impl Future<Output = ()>) {
         let mut stop = pin!(stop);
-        let mut ticks = interval(TICK);
+        let mut ticks = interval(TENANTS_CHECK_INTERVAL);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let connection = bus.connection_state();
         let mut under_way = Fuse::terminated();
@@ -199,7 +203,7 @@ impl TenantService {
 
     fn on_command(&mut self, command: Command, now: Instant) {
         match command {
-            Command::Join(wish, link) => self.tenants.join(wish, link, now),
+            Command::Join(join_request, link) => self.tenants.join(join_request, link, now),
             Command::Leave(session, leave) => self.tenants.leave(session, leave, now),
             Command::Alive(session) => self.tenants.alive(session, now),
         }

@@ -15,12 +15,12 @@ use wgkex_common::BrokerName;
 use crate::client_ip::Client;
 use crate::tenants::clients::Clients;
 use crate::tenants::close::CloseCause;
-use crate::tenants::frame::{Origin, Refusal, Request, SessionId, Update, Wish};
-use crate::tenants::hub::Hub;
+use crate::tenants::frame::{CoordinatorRequest, JoinRequest, SessionEndReason, SessionId, SessionOrigin, Update};
+use crate::tenants::hub::TenantHub;
 use crate::tenants::id::TenantId;
 use crate::tenants::message::{Form, Welcome, announcement, hub_change, removal};
 use crate::tenants::metrics::{Leave, Metrics};
-use crate::tenants::pool::Counts;
+use crate::tenants::pool::TenantCounts;
 use crate::tenants::store::{AddressBuffer, Addresses, TenantKey};
 use crate::tenants::table::Member;
 
@@ -66,14 +66,14 @@ pub enum Outgoing {
 #[derive(Debug)]
 pub struct Sessions {
     own: BrokerName,
-    by_id: BTreeMap<SessionId, Session>,
+    by_id: BTreeMap<SessionId, TenantSession>,
     clients: Clients,
     members: Members,
     addresses: Addresses,
     /// The part of a snapshot that was received so far.
     partial: Option<(Members, Addresses)>,
     last_order: u64,
-    hub: Option<Hub>,
+    hub: Option<TenantHub>,
     kept: AddressBuffer,
     metrics: Metrics,
 }
@@ -83,15 +83,15 @@ type Members = BTreeMap<TenantId, BTreeMap<IpAddr, KnownMember>>;
 
 #[derive(Debug, Clone)]
 struct KnownMember {
-    origin: Origin,
+    origin: SessionOrigin,
     member: Arc<Member>,
     /// Larger than that of all members that joined before.
     order: u64,
 }
 
 #[derive(Debug)]
-struct Session {
-    wish: Wish,
+struct TenantSession {
+    join_request: JoinRequest,
     link: SessionLink,
     since: Instant,
     /// The address in its answer; none before that.
@@ -112,7 +112,7 @@ impl Sessions {
     }
 
     /// With a hub, which is to have all addresses.
-    pub fn with_hub(mut self, hub: Option<Hub>) -> Self {
+    pub fn with_hub(mut self, hub: Option<TenantHub>) -> Self {
         self.hub = hub;
         for ((_, key), address) in &self.addresses {
             self.hub.iter_mut().for_each(|hub| hub.on_address(*key, None, Some(*address)));
@@ -121,18 +121,20 @@ impl Sessions {
     }
 
     /// The hub, if there is to be one.
-    pub fn hub(&mut self) -> Option<&mut Hub> {
+    pub fn hub(&mut self) -> Option<&mut TenantHub> {
         self.hub.as_mut()
     }
 
     /// The hub has changed: sends that to the members that requested it. Returns the requests for the coordinator.
-    pub fn on_hub_change(&mut self) -> Vec<Request> {
+    pub fn on_hub_change(&mut self) -> Vec<CoordinatorRequest> {
         let mut slow = Vec::new();
-        for Session { wish, link, address, .. } in self.by_id.values().filter(|session| session.link.form.hub) {
+        for TenantSession { join_request, link, address, .. } in
+            self.by_id.values().filter(|session| session.link.form.hub)
+        {
             let Some(address) = address else { continue };
             let peer = self.hub.as_ref().and_then(|hub| hub.peer(*address));
             if !link.takes(Outgoing::Text(hub_change(peer.as_ref()).into())) {
-                slow.push(wish.session);
+                slow.push(join_request.session);
             }
         }
         let mut requests = Vec::new();
@@ -141,20 +143,20 @@ impl Sessions {
     }
 
     /// A session wants to be a member. False if its client may not have it: it has ended then.
-    pub fn insert(&mut self, wish: Wish, link: SessionLink, now: Instant) -> bool {
-        if !self.clients.may_join(link.client, &wish.tenant) {
+    pub fn insert(&mut self, join_request: JoinRequest, link: SessionLink, now: Instant) -> bool {
+        if !self.clients.may_join(link.client, &join_request.tenant) {
             // It may have ended by itself.
             let _ = link.end.send(CloseCause::TooManyTenants);
             return false;
         }
-        self.clients.add(link.client, wish.tenant.clone());
-        self.by_id.insert(wish.session, Session { wish, link, since: now, address: None });
+        self.clients.add(link.client, join_request.tenant.clone());
+        self.by_id.insert(join_request.session, TenantSession { join_request, link, since: now, address: None });
         true
     }
 
-    fn take(&mut self, session: SessionId) -> Option<Session> {
+    fn take(&mut self, session: SessionId) -> Option<TenantSession> {
         let taken = self.by_id.remove(&session)?;
-        self.clients.remove(taken.link.client, &taken.wish.tenant);
+        self.clients.remove(taken.link.client, &taken.join_request.tenant);
         Some(taken)
     }
 
@@ -168,19 +170,19 @@ impl Sessions {
     }
 
     /// All sessions, as they are registered.
-    pub fn all(&self) -> impl Iterator<Item = (&Wish, Option<IpAddr>)> {
-        self.by_id.values().map(|session| (&session.wish, session.address))
+    pub fn all(&self) -> impl Iterator<Item = (&JoinRequest, Option<IpAddr>)> {
+        self.by_id.values().map(|session| (&session.join_request, session.address))
     }
 
     /// Sessions that wait for an address since before `then`.
     pub fn waiting(&self, then: Instant) -> Vec<SessionId> {
-        let waits = |session: &Session| session.address.is_none() && session.since <= then;
-        self.by_id.values().filter(|session| waits(session)).map(|session| session.wish.session).collect()
+        let waits = |session: &TenantSession| session.address.is_none() && session.since <= then;
+        self.by_id.values().filter(|session| waits(session)).map(|session| session.join_request.session).collect()
     }
 
     /// Ends a session; false if it has ended.
     pub fn end(&mut self, session: SessionId, cause: CloseCause) -> bool {
-        let Some(Session { link, address, .. }) = self.take(session) else { return false };
+        let Some(TenantSession { link, address, .. }) = self.take(session) else { return false };
         if address.is_some() {
             let leave = if cause == CloseCause::Silent {
                 Leave::Silent
@@ -197,7 +199,7 @@ impl Sessions {
     }
 
     /// All members that are known, of all brokers.
-    pub fn members(&self) -> impl Iterator<Item = (&TenantId, &Origin, &Arc<Member>)> {
+    pub fn members(&self) -> impl Iterator<Item = (&TenantId, &SessionOrigin, &Arc<Member>)> {
         self.members.iter().flat_map(|(tenant, members)| {
             members.values().map(move |KnownMember { origin, member, .. }| (tenant, origin, member))
         })
@@ -209,9 +211,9 @@ impl Sessions {
     }
 
     /// How many there are.
-    pub fn counts(&self) -> Counts {
+    pub fn counts(&self) -> TenantCounts {
         let members = self.members.values().map(BTreeMap::len).sum();
-        Counts { tenants: self.members.len(), members, held: self.addresses.len().saturating_sub(members) }
+        TenantCounts { tenants: self.members.len(), members, held: self.addresses.len().saturating_sub(members) }
     }
 
     /// A damaged database was created again: writes all addresses to it.
@@ -227,7 +229,7 @@ impl Sessions {
     }
 
     /// Applies an update; returns the requests for the coordinator that follow from it.
-    pub fn apply(&mut self, update: Update) -> Vec<Request> {
+    pub fn apply(&mut self, update: Update) -> Vec<CoordinatorRequest> {
         let mut requests = Vec::new();
         match update {
             Update::Snapshot => self.partial = Some(Default::default()),
@@ -244,15 +246,15 @@ impl Sessions {
             Update::Left(tenant, address) => self.left(&tenant, address, &mut requests),
             Update::Address(tenant, key, address) => self.set_address((tenant, key), address),
             Update::Probe(session) => match self.by_id.get(&session) {
-                Some(Session { link, .. }) => link.probe(),
-                None => requests.push(Request::Leave(session)),
+                Some(TenantSession { link, .. }) => link.probe(),
+                None => requests.push(CoordinatorRequest::Leave(session)),
             },
             Update::Ended(session, refusal) => drop(self.end(session, refusal.into())),
         }
         requests
     }
 
-    fn joined(&mut self, tenant: TenantId, known: KnownMember, requests: &mut Vec<Request>) {
+    fn joined(&mut self, tenant: TenantId, known: KnownMember, requests: &mut Vec<CoordinatorRequest>) {
         let address = known.member.virtual_ip;
         if let Some((members, _)) = &mut self.partial {
             members.entry(tenant).or_default().insert(address, known);
@@ -271,11 +273,11 @@ impl Sessions {
     }
 
     /// Sends a session its answer: it is a member.
-    fn answer(&mut self, session: SessionId, tenant: &TenantId, own: IpAddr, requests: &mut Vec<Request>) {
+    fn answer(&mut self, session: SessionId, tenant: &TenantId, own: IpAddr, requests: &mut Vec<CoordinatorRequest>) {
         let Some(found) = self.by_id.get_mut(&session) else { return };
         if found.address.is_some_and(|address| address != own) {
-            self.end(session, Refusal::Conflict.into());
-            requests.push(Request::Leave(session));
+            self.end(session, SessionEndReason::Conflict.into());
+            requests.push(CoordinatorRequest::Leave(session));
         } else if found.address.replace(own).is_none() {
             let peers = self.members.get(tenant).into_iter().flatten().filter(|(address, _)| **address != own);
             let mut peers: Vec<_> = peers.map(|(_, known)| known).collect();
@@ -288,12 +290,12 @@ impl Sessions {
             } else {
                 // Its session has ended.
                 self.take(session);
-                requests.push(Request::Leave(session));
+                requests.push(CoordinatorRequest::Leave(session));
             }
         }
     }
 
-    fn left(&mut self, tenant: &TenantId, address: IpAddr, requests: &mut Vec<Request>) {
+    fn left(&mut self, tenant: &TenantId, address: IpAddr, requests: &mut Vec<CoordinatorRequest>) {
         let members = if let Some((members, _)) = &mut self.partial { members } else { &mut self.members };
         let Some(of_tenant) = members.get_mut(tenant) else { return };
         let is_known = of_tenant.remove(&address).is_some();
@@ -313,7 +315,7 @@ impl Sessions {
             if *address == except || origin.broker != self.own {
                 continue;
             }
-            let Some(Session { link, .. }) = self.by_id.get(&origin.session) else { continue };
+            let Some(TenantSession { link, .. }) = self.by_id.get(&origin.session) else { continue };
             if !link.takes(Outgoing::Text(message.text(link.form))) {
                 slow.push(origin.session);
             }
@@ -321,29 +323,32 @@ impl Sessions {
         slow
     }
 
-    fn drop_slow(&mut self, slow: Vec<SessionId>, requests: &mut Vec<Request>) {
+    fn drop_slow(&mut self, slow: Vec<SessionId>, requests: &mut Vec<CoordinatorRequest>) {
         for session in slow {
             self.end(session, CloseCause::Slow);
-            requests.push(Request::Leave(session));
+            requests.push(CoordinatorRequest::Leave(session));
         }
     }
 
     /// Replaces the known members by those of a snapshot: sessions receive the difference.
-    fn replace_members(&mut self, members: &Members, requests: &mut Vec<Request>) {
+    fn replace_members(&mut self, members: &Members, requests: &mut Vec<CoordinatorRequest>) {
         for (tenant, known) in missing(&self.members, members) {
             self.left(&tenant, known.member.virtual_ip, requests);
         }
         for (tenant, known) in missing(members, &self.members) {
             self.joined(tenant, known, requests);
         }
-        let is_member = |Session { wish, address, .. }: &Session| {
-            let known = members.get(&wish.tenant).zip(*address).and_then(|(members, address)| members.get(&address));
-            known.is_some_and(|KnownMember { origin, .. }| origin.broker == self.own && origin.session == wish.session)
+        let is_member = |TenantSession { join_request, address, .. }: &TenantSession| {
+            let known =
+                members.get(&join_request.tenant).zip(*address).and_then(|(members, address)| members.get(&address));
+            known.is_some_and(|KnownMember { origin, .. }| {
+                origin.broker == self.own && origin.session == join_request.session
+            })
         };
         let lost = self.by_id.values().filter(|session| session.address.is_some() && !is_member(session));
-        for session in lost.map(|session| session.wish.session).collect::<Vec<_>>() {
-            self.end(session, Refusal::Conflict.into());
-            requests.push(Request::Leave(session));
+        for session in lost.map(|session| session.join_request.session).collect::<Vec<_>>() {
+            self.end(session, SessionEndReason::Conflict.into());
+            requests.push(CoordinatorRequest::Leave(session));
         }
     }
 

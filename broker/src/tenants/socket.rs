@@ -13,12 +13,12 @@ use tokio::time::{sleep, timeout};
 use wgkex_common::http::connections::UpgradedConnection;
 
 use crate::tenants::close::{CloseCause, JOIN_TIMEOUT};
+use crate::tenants::member_writer::MemberWriter;
 use crate::tenants::message::{Form, answer, parse_join};
 use crate::tenants::metrics::{Leave, Metrics};
-use crate::tenants::opening::Opening;
-use crate::tenants::outlet::Outlet;
-use crate::tenants::service::{Membership, Seat, TenantsHandle};
+use crate::tenants::service::{Membership, SessionReporter, TenantsHandle};
 use crate::tenants::sessions::Outgoing;
+use crate::tenants::upgrade_request::UpgradeRequest;
 
 /// How often a member is pinged. One that has not answered by the next time is lost.
 const PING_INTERVAL: Duration = Duration::from_secs(10);
@@ -26,7 +26,7 @@ const PING_INTERVAL: Duration = Duration::from_secs(10);
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A WebSocket that was just opened.
-pub struct Socket {
+pub struct TenantSocket {
     /// Its sending half.
     pub session: Session,
     /// Its receiving half.
@@ -34,7 +34,7 @@ pub struct Socket {
     /// The connection below.
     pub connection: UpgradedConnection,
     /// How it was opened.
-    pub opening: Opening,
+    pub upgrade_request: UpgradeRequest,
     /// The handle to the tenants' task.
     pub tenants: TenantsHandle,
     /// The metrics.
@@ -42,7 +42,7 @@ pub struct Socket {
 }
 
 /// Why a WebSocket ends.
-enum End {
+enum SocketEnd {
     /// The client closes it.
     Client(Option<CloseReason>),
     /// The connection is lost.
@@ -53,20 +53,20 @@ enum End {
 
 /// The signs of life of a member.
 #[derive(Default)]
-struct Pulse {
+struct MemberLiveness {
     /// A message was received since the last ping.
     is_heard: Cell<bool>,
-    probe: Probe,
+    probe: PingProbe,
 }
 
 /// The ping whose answer is to be reported, until that is received. Other pongs are not reported: each report goes to
 /// the coordinator of all brokers.
 #[derive(Default)]
-struct Probe {
+struct PingProbe {
     payload: Cell<Option<[u8; 8]>>,
 }
 
-impl Socket {
+impl TenantSocket {
     /// Serves it to its end.
     pub async fn run(mut self) {
         self.metrics.sockets.inc();
@@ -81,53 +81,54 @@ impl Socket {
         self.close(end).await;
     }
 
-    async fn join(&mut self) -> Result<Membership, End> {
-        let Self { session, messages, connection, opening, tenants, .. } = self;
+    async fn join(&mut self) -> Result<Membership, SocketEnd> {
+        let Self { session, messages, connection, upgrade_request, tenants, .. } = self;
         let text = tokio::select! {
             text = first_text(messages, session) => text?,
-            () = connection.too_large() => return Err(End::Broker(CloseCause::TooLarge)),
-            () = sleep(JOIN_TIMEOUT) => return Err(End::Broker(CloseCause::JoinTimeout)),
-            () = tenants.stopped() => return Err(End::Broker(CloseCause::Stopping)),
+            () = connection.too_large() => return Err(SocketEnd::Broker(CloseCause::TooLarge)),
+            () = sleep(JOIN_TIMEOUT) => return Err(SocketEnd::Broker(CloseCause::JoinTimeout)),
+            () = tenants.stopped() => return Err(SocketEnd::Broker(CloseCause::Stopping)),
         };
-        let newcomer = parse_join(&text, opening.endpoint).map_err(|error| End::Broker(CloseCause::Join(error)))?;
-        tenants.join(opening, newcomer).await.map_err(End::Broker)
+        let member_info =
+            parse_join(&text, upgrade_request.endpoint).map_err(|error| SocketEnd::Broker(CloseCause::Join(error)))?;
+        tenants.join(upgrade_request, member_info).await.map_err(SocketEnd::Broker)
     }
 
-    async fn be_member(&mut self, membership: Membership) -> End {
-        let Membership { seat, mut queue, mut probes, mut end } = membership;
-        let (pulse, is_answered) = (Pulse::default(), Cell::new(false));
-        let outlet = Outlet::new(self.session.clone(), &self.connection);
+    async fn be_member(&mut self, membership: Membership) -> SocketEnd {
+        let Membership { reporter, mut queue, mut probes, mut end } = membership;
+        let (liveness, is_answered) = (MemberLiveness::default(), Cell::new(false));
+        let member_writer = MemberWriter::new(self.session.clone(), &self.connection);
         let ended = tokio::select! {
-            cause = &mut end => End::Broker(cause.unwrap_or(CloseCause::Stopping)),
-            ended = read(&mut self.messages, self.session.clone(), &pulse, &seat) => ended,
-            ended = write(&mut queue, outlet, self.opening.form, || {
+            cause = &mut end => SocketEnd::Broker(cause.unwrap_or(CloseCause::Stopping)),
+            ended = read(&mut self.messages, self.session.clone(), &liveness, &reporter) => ended,
+            ended = write(&mut queue, member_writer, self.upgrade_request.form, || {
                 is_answered.set(true);
-                self.connection.settle();
+                self.connection.pin();
             }) => ended,
-            ended = watch(self.session.clone(), &pulse) => ended,
-            ended = send_probes(&mut probes, self.session.clone(), &pulse.probe) => ended,
-            () = self.connection.too_large() => End::Broker(CloseCause::TooLarge),
+            ended = watch(self.session.clone(), &liveness) => ended,
+            ended = send_probes(&mut probes, self.session.clone(), &liveness.probe) => ended,
+            () = self.connection.too_large() => SocketEnd::Broker(CloseCause::TooLarge),
         };
         if !is_answered.get() {
             self.count_refused(&ended);
         }
-        seat.leave(ended.leave()).await;
+        reporter.leave(ended.leave()).await;
         ended
     }
 
-    fn count_refused(&self, end: &End) {
-        if let End::Broker(cause) = end {
+    fn count_refused(&self, end: &SocketEnd) {
+        if let SocketEnd::Broker(cause) = end {
             self.metrics.refused.with_label_values(&[cause.label()]).inc();
         }
     }
 
     /// The connection ends when the client has closed, too, or soon after; at once where it does not take the close frame.
-    async fn close(self, end: End) {
+    async fn close(self, end: SocketEnd) {
         let Self { session, connection, .. } = self;
         let reason = match end {
-            End::Lost => return,
-            End::Client(reason) => reason.map(|CloseReason { code, .. }| CloseReason { code, description: None }),
-            End::Broker(cause) => match cause.reason() {
+            SocketEnd::Lost => return,
+            SocketEnd::Client(reason) => reason.map(|CloseReason { code, .. }| CloseReason { code, description: None }),
+            SocketEnd::Broker(cause) => match cause.reason() {
                 None => return connection.abort(),
                 reason => reason,
             },
@@ -138,7 +139,7 @@ impl Socket {
     }
 }
 
-impl Probe {
+impl PingProbe {
     /// The payload of the next ping, from a number that the member does not know.
     fn begin(&self, number: u64) -> [u8; 8] {
         let payload = number.to_be_bytes();
@@ -156,7 +157,7 @@ impl Probe {
     }
 }
 
-impl End {
+impl SocketEnd {
     fn leave(&self) -> Leave {
         match self {
             Self::Client(_) | Self::Lost => Leave::Closed,
@@ -167,40 +168,48 @@ impl End {
 }
 
 /// The first message.
-async fn first_text(messages: &mut AggregatedMessageStream, session: &mut Session) -> Result<ByteString, End> {
+async fn first_text(messages: &mut AggregatedMessageStream, session: &mut Session) -> Result<ByteString, SocketEnd> {
     loop {
         match receive(messages, session).await? {
             AggregatedMessage::Text(text) => return Ok(text),
-            AggregatedMessage::Binary(_) => return Err(End::Broker(CloseCause::Binary)),
+            AggregatedMessage::Binary(_) => return Err(SocketEnd::Broker(CloseCause::Binary)),
             AggregatedMessage::Ping(_) | AggregatedMessage::Pong(_) | AggregatedMessage::Close(_) => {}
         }
     }
 }
 
 /// Receives a member's messages for ever: they only show that it is alive.
-async fn read(messages: &mut AggregatedMessageStream, mut session: Session, pulse: &Pulse, seat: &Seat) -> End {
+async fn read(
+    messages: &mut AggregatedMessageStream,
+    mut session: Session,
+    liveness: &MemberLiveness,
+    reporter: &SessionReporter,
+) -> SocketEnd {
     loop {
         match receive(messages, &mut session).await {
             Err(end) => return end,
-            Ok(AggregatedMessage::Pong(pong)) if pulse.probe.is_answered_by(&pong) => seat.alive().await,
+            Ok(AggregatedMessage::Pong(pong)) if liveness.probe.is_answered_by(&pong) => reporter.alive().await,
             Ok(_) => {}
         }
-        pulse.is_heard.set(true);
+        liveness.is_heard.set(true);
     }
 }
 
 /// The next message; pings are answered.
-async fn receive(messages: &mut AggregatedMessageStream, session: &mut Session) -> Result<AggregatedMessage, End> {
+async fn receive(
+    messages: &mut AggregatedMessageStream,
+    session: &mut Session,
+) -> Result<AggregatedMessage, SocketEnd> {
     match messages.recv().await {
         Some(Err(ProtocolError::Io(error))) if error.kind() == io::ErrorKind::InvalidData => {
-            Err(End::Broker(CloseCause::NotUtf8))
+            Err(SocketEnd::Broker(CloseCause::NotUtf8))
         }
-        None | Some(Err(ProtocolError::Io(_))) => Err(End::Lost),
-        Some(Err(error)) => Err(End::Broker(CloseCause::Protocol(error.to_string()))),
-        Some(Ok(AggregatedMessage::Close(reason))) => Err(End::Client(reason)),
+        None | Some(Err(ProtocolError::Io(_))) => Err(SocketEnd::Lost),
+        Some(Err(error)) => Err(SocketEnd::Broker(CloseCause::Protocol(error.to_string()))),
+        Some(Ok(AggregatedMessage::Close(reason))) => Err(SocketEnd::Client(reason)),
         Some(Ok(message)) => {
             if let AggregatedMessage::Ping(payload) = &message {
-                session.pong(payload).await.map_err(|_| End::Lost)?;
+                session.pong(payload).await.map_err(|_| SocketEnd::Lost)?;
             }
             Ok(message)
         }
@@ -208,17 +217,22 @@ async fn receive(messages: &mut AggregatedMessageStream, session: &mut Session) 
 }
 
 /// Sends the messages of the tenants' task to the member. `joined` is called with the answer.
-async fn write(queue: &mut mpsc::Receiver<Outgoing>, mut outlet: Outlet<'_>, form: Form, joined: impl Fn()) -> End {
+async fn write(
+    queue: &mut mpsc::Receiver<Outgoing>,
+    mut member_writer: MemberWriter<'_>,
+    form: Form,
+    joined: impl Fn(),
+) -> SocketEnd {
     while let Some(outgoing) = queue.recv().await {
         let sent = match outgoing {
             Outgoing::Answer(welcome) => {
                 joined();
-                outlet.text_in_parts(answer(&welcome, form)).await
+                member_writer.text_in_parts(answer(&welcome, form)).await
             }
-            Outgoing::Text(text) => outlet.text(text).await,
+            Outgoing::Text(text) => member_writer.text(text).await,
         };
         if sent.is_err() {
-            return End::Lost;
+            return SocketEnd::Lost;
         }
     }
     // `end` delivers the reason.
@@ -227,24 +241,24 @@ async fn write(queue: &mut mpsc::Receiver<Outgoing>, mut outlet: Outlet<'_>, for
 
 /// Pings the member when the tenants' task probes it. Messages in the queue are sent later: on a slow line they take
 /// longer than the member has for its answer.
-async fn send_probes(probes: &mut mpsc::Receiver<()>, mut session: Session, probe: &Probe) -> End {
+async fn send_probes(probes: &mut mpsc::Receiver<()>, mut session: Session, probe: &PingProbe) -> SocketEnd {
     while probes.recv().await.is_some() {
         if session.ping(&probe.begin(fastrand::u64(..))).await.is_err() {
-            return End::Lost;
+            return SocketEnd::Lost;
         }
     }
     pending().await
 }
 
 /// Returns when the member is lost.
-async fn watch(mut session: Session, pulse: &Pulse) -> End {
+async fn watch(mut session: Session, liveness: &MemberLiveness) -> SocketEnd {
     sleep(PING_INTERVAL).await;
     loop {
-        pulse.is_heard.set(false);
+        liveness.is_heard.set(false);
         let is_sent = timeout(PING_INTERVAL, session.ping(b"")).await.is_ok();
         sleep(PING_INTERVAL).await;
-        if !is_sent || !pulse.is_heard.get() {
-            return End::Broker(CloseCause::Silent);
+        if !is_sent || !liveness.is_heard.get() {
+            return SocketEnd::Broker(CloseCause::Silent);
         }
     }
 }
@@ -255,7 +269,7 @@ mod tests {
 
     #[test]
     fn only_the_first_pong_with_the_payload_of_a_probe_is_its_answer() {
-        let probe = Probe::default();
+        let probe = PingProbe::default();
         assert!([&b""[..], b"probe", &[0; 8]].iter().all(|pong| !probe.is_answered_by(pong)), "none was sent");
         let payload = probe.begin(7);
         assert_eq!(

@@ -13,7 +13,7 @@ const FRAMES_MAX: usize = 20;
 
 /// Both ways to another broker, since it registered or was registered with.
 #[derive(Debug)]
-pub struct Stream<T> {
+pub struct BrokerStream<T> {
     epoch: u64,
     /// Frames that were sent.
     sent: u64,
@@ -36,7 +36,7 @@ pub struct Numbered<T> {
     pub items: Vec<T>,
 }
 
-impl<T> Stream<T> {
+impl<T> BrokerStream<T> {
     /// The stream of an epoch that begins now.
     pub fn new(epoch: u64, now: Instant) -> Self {
         Self { epoch, sent: 0, received: 0, waiting: VecDeque::new(), sent_at: None, heard: now }
@@ -83,7 +83,7 @@ mod tests {
     #[test]
     fn frames_have_a_bounded_number_of_items_and_come_at_least_every_few_seconds() {
         let now = Instant::now();
-        let mut stream = Stream::new(7, now);
+        let mut stream = BrokerStream::new(7, now);
         let sizes = |frames: Vec<Numbered<u32>>| -> Vec<_> {
             frames.into_iter().map(|frame| (frame.epoch, frame.number, frame.items.len())).collect()
         };

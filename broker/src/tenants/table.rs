@@ -18,7 +18,7 @@ pub struct MemberId(pub u64);
 
 /// The data of a client that joins: its own, and the address of its connection.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Newcomer {
+pub struct MemberInfo {
     /// As it was given.
     pub display_name: String,
     /// Its key.
@@ -33,7 +33,7 @@ pub struct Member {
     /// Its address in the tenant's network.
     pub virtual_ip: IpAddr,
     /// Its data from the join.
-    pub client: Newcomer,
+    pub client: MemberInfo,
 }
 
 /// Why a client cannot join.
@@ -64,14 +64,14 @@ pub struct Tenant {
     free: FreeList,
     members: BTreeMap<MemberId, Arc<Member>>,
     sessions: HashMap<PublicKey, MemberId>,
-    held: HashMap<PublicKey, HeldAddress>,
+    held: HashMap<PublicKey, HeldNumber>,
     /// The same, the one that is held for the longest time first.
-    oldest: BTreeSet<(HeldAddress, PublicKey)>,
+    oldest: BTreeSet<(HeldNumber, PublicKey)>,
 }
 
 /// An address that its last member may have back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-struct HeldAddress {
+struct HeldNumber {
     since: Instant,
     number: u128,
 }
@@ -107,7 +107,7 @@ impl Tenant {
 
     /// Takes in a client. It gets the address that is held for its key, else the lowest free one, else the one that is held
     /// for the longest time.
-    pub fn join(&mut self, session: MemberId, client: Newcomer) -> Result<Joined, JoinError> {
+    pub fn join(&mut self, session: MemberId, client: MemberInfo) -> Result<Joined, JoinError> {
         let key = client.public_key;
         if let Some(holder) = self.sessions.get(&key) {
             return Err(JoinError::KeyInUse(*holder));
@@ -118,7 +118,7 @@ impl Tenant {
     }
 
     /// Takes in a client that has this address already. Another key for which it is held loses it.
-    pub fn adopt(&mut self, session: MemberId, client: Newcomer, virtual_ip: IpAddr) -> Result<Joined, JoinError> {
+    pub fn adopt(&mut self, session: MemberId, client: MemberInfo, virtual_ip: IpAddr) -> Result<Joined, JoinError> {
         let key = client.public_key;
         if let Some(holder) = self.sessions.get(&key) {
             return Err(JoinError::KeyInUse(*holder));
@@ -151,7 +151,7 @@ impl Tenant {
         self.sessions.remove(&member.client.public_key);
         if let Some(number) = self.range.number(member.virtual_ip) {
             match since {
-                Some(since) => self.hold(member.client.public_key, HeldAddress { since, number }),
+                Some(since) => self.hold(member.client.public_key, HeldNumber { since, number }),
                 None => self.free.give_back(number),
             }
         }
@@ -159,7 +159,7 @@ impl Tenant {
     }
 
     /// A member leaves, and a client with its key has its address at once; none if it is none.
-    pub fn hand_over(&mut self, session: MemberId, next: MemberId, client: Newcomer) -> Option<Arc<Member>> {
+    pub fn hand_over(&mut self, session: MemberId, next: MemberId, client: MemberInfo) -> Option<Arc<Member>> {
         let Member { virtual_ip, .. } = *self.members.remove(&session)?;
         Some(self.insert(next, Member { virtual_ip, client }, None).member)
     }
@@ -169,14 +169,14 @@ impl Tenant {
         let is_there = self.held.contains_key(&key) || self.sessions.contains_key(&key);
         let number = self.range.number(address).filter(|_| !is_there);
         let Some(number) = number.filter(|number| self.free.take_this(*number)) else { return false };
-        self.hold(key, HeldAddress { since, number });
+        self.hold(key, HeldNumber { since, number });
         true
     }
 
     /// Frees the addresses that were held for `grace`, and returns for which keys.
     pub fn expire(&mut self, grace: Duration, now: Instant) -> Vec<PublicKey> {
         let mut expired = Vec::new();
-        while let Some((HeldAddress { since, number }, key)) = self.oldest.first().copied() {
+        while let Some((HeldNumber { since, number }, key)) = self.oldest.first().copied() {
             if now.saturating_duration_since(since) < grace {
                 break;
             }
@@ -216,7 +216,7 @@ impl Tenant {
         Some((oldest.number, Some(other)))
     }
 
-    fn hold(&mut self, key: PublicKey, held: HeldAddress) {
+    fn hold(&mut self, key: PublicKey, held: HeldNumber) {
         self.held.insert(key, held);
         self.oldest.insert((held, key));
     }

@@ -8,7 +8,7 @@ use crate::BrokerName;
 use crate::wire::message::{Hello, Requester};
 
 /// Brokers that are remembered at most.
-const MAX_BROKERS: usize = 4096;
+const BROKERS_MAX: usize = 4096;
 /// How long to wait for the effect of the first request before it is sent again; doubled each time.
 const REQUEST_RETRY_MIN: Duration = Duration::from_secs(1);
 /// The longest pause between two requests to the same broker.
@@ -18,7 +18,7 @@ const BROADCAST_INTERVAL: Duration = Duration::from_secs(1);
 /// The longest pause between two broadcasts for requests on the topic on which anybody may publish.
 const SHARED_PAUSE_MAX: Duration = Duration::from_secs(8);
 /// The most requesters that are remembered, and how long after their last request.
-const MAX_REQUESTERS: usize = 4096;
+const REQUESTERS_MAX: usize = 4096;
 const REQUESTER_LIFETIME: Duration = Duration::from_secs(120);
 /// Retained messages are received within this time after subscribing, if there are any.
 const WAIT_FOR_RETAINED: Duration = Duration::from_millis(100);
@@ -115,7 +115,7 @@ impl AntiEntropy {
             known.names_records = names_records;
             return;
         }
-        if self.brokers.len() < MAX_BROKERS || self.brokers.contains_key(name) {
+        if self.brokers.len() < BROKERS_MAX || self.brokers.contains_key(name) {
             self.brokers.insert(name.clone(), OtherBroker { digest, names_records, asked: None, tries: 0 });
         }
     }
@@ -128,9 +128,9 @@ impl AntiEntropy {
     /// A program requests all records.
     pub fn asked(&mut self, requester: Requester, now: Instant) {
         let is_over = |requests: &Requests| now.saturating_duration_since(requests.last) >= REQUESTER_LIFETIME;
-        if self.requesters.len() >= MAX_REQUESTERS && !self.requesters.contains_key(&requester) {
+        if self.requesters.len() >= REQUESTERS_MAX && !self.requesters.contains_key(&requester) {
             self.requesters.retain(|_, requests| !is_over(requests));
-            if self.requesters.len() >= MAX_REQUESTERS {
+            if self.requesters.len() >= REQUESTERS_MAX {
                 return;
             }
         }
@@ -263,7 +263,7 @@ mod tests {
         for n in 0..5_000 {
             anti_entropy.broker(&name(&n.to_string()), Some(&hello(Some("x"))));
         }
-        assert_eq!(anti_entropy.brokers.len(), MAX_BROKERS);
+        assert_eq!(anti_entropy.brokers.len(), BROKERS_MAX);
     }
 
     #[test]
@@ -327,8 +327,8 @@ mod tests {
     #[test]
     fn the_requesters_that_are_remembered_are_bounded() {
         let (mut broker, now) = anti_entropy(Some("own"), &[]);
-        (0..2 * MAX_REQUESTERS).for_each(|n| broker.asked(worker(&n.to_string()), now));
-        assert_eq!(broker.requesters.len(), MAX_REQUESTERS);
+        (0..2 * REQUESTERS_MAX).for_each(|n| broker.asked(worker(&n.to_string()), now));
+        assert_eq!(broker.requesters.len(), REQUESTERS_MAX);
         broker.asked(worker("later"), now + REQUESTER_LIFETIME);
         assert_eq!(broker.requesters.len(), 1);
     }

@@ -6,7 +6,7 @@
 
 mod source;
 
-use self::source::{FileKind, Source};
+use self::source::{FileKind, ListSource};
 use crate::access_lists::{AllowList, Entry, List};
 use crate::config::KeyLists;
 
@@ -19,7 +19,7 @@ const IN_CONFIG: &str = "key_whitelist";
 /// All files and directories that the config names, and their content as last read.
 #[derive(Debug, Clone)]
 pub struct Files {
-    sources: Vec<Source>,
+    sources: Vec<ListSource>,
     in_config: Vec<Entry>,
     only_allowed: bool,
 }
@@ -40,7 +40,7 @@ impl Files {
         Self {
             sources: sources
                 .into_iter()
-                .filter_map(|(name, path, kind)| Some(Source::new(name, path?, kind)))
+                .filter_map(|(name, path, kind)| Some(ListSource::new(name, path?, kind)))
                 .collect(),
             in_config: config.trusted.iter().map(|key| Entry::new(List::Trusted, *key)).collect(),
             only_allowed: allow.is_some(),
@@ -60,7 +60,7 @@ impl Files {
     /// Whether the next check should be soon: a source changed, or was checked only once.
     #[must_use]
     pub fn is_unsettled(&self) -> bool {
-        self.sources.iter().any(Source::is_unsettled)
+        self.sources.iter().any(ListSource::is_unsettled)
     }
 
     /// All entries, each with the key of the config that names its source.
@@ -81,7 +81,7 @@ impl Files {
     pub fn allow_list(&self) -> AllowList {
         if !self.only_allowed {
             AllowList::Off
-        } else if self.sources.iter().any(Source::is_unread_allow_list) {
+        } else if self.sources.iter().any(ListSource::is_unread_allow_list) {
             AllowList::Unread
         } else {
             AllowList::Read

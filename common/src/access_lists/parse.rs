@@ -10,7 +10,7 @@ use crate::config::{self, Tree};
 use crate::time_text;
 
 /// The longest text, in bytes: a list of 100,000 keys is shorter.
-const SIZE_MAX: usize = 16 << 20;
+const LIST_FILE_SIZE_MAX: usize = 16 << 20;
 /// A longer text, in bytes, may be a key.
 const NAME_MAX: usize = 30;
 /// The year 2001 in Unix time: a smaller number is not meant as seconds, but perhaps as a year.
@@ -32,13 +32,13 @@ pub struct Listed {
 /// The keys of a file: a list of them, or `key: {reason, name, until}`, or `key: reason`. YAML or JSON; an empty text is an
 /// empty list.
 pub fn keys(text: &str, list: List) -> Result<Listed, String> {
-    let Tree { value, duplicates } = config::tree(text, SIZE_MAX)?;
+    let Tree { value, duplicates } = config::tree(text, LIST_FILE_SIZE_MAX)?;
     Ok(Listed { entries: entries(&value, list)?, duplicates, is_blank: value.is_null(), blank_domain: None })
 }
 
 /// The allowed keys of a file, `domain: KEYS` with KEYS as [`keys`] has them.
 pub fn keys_by_domain(text: &str) -> Result<Listed, String> {
-    let Tree { value, duplicates } = config::tree(text, SIZE_MAX)?;
+    let Tree { value, duplicates } = config::tree(text, LIST_FILE_SIZE_MAX)?;
     let is_blank = value.is_null();
     let domains = match value {
         Value::Object(domains) => domains,

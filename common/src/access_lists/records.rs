@@ -12,13 +12,13 @@ use crate::time_text::TEXT_MAX;
 use crate::{PublicKey, is_topic_level};
 
 /// With so many keys an operator cannot allow or trust another one.
-pub const MAX: usize = 10_000;
-/// The limit of all records, so that keys can be denied when there are [`MAX`].
-const MAX_WITH_DENIED: usize = 2 * MAX;
+pub const RECORDS_MAX: usize = 10_000;
+/// The limit of all records, so that keys can be denied when there are [`RECORDS_MAX`].
+const RECORDS_WITH_DENIED_MAX: usize = 2 * RECORDS_MAX;
 /// How far ahead, in seconds, the clock of a record's maker may be.
-const MAX_AHEAD: u64 = 3_600;
+const CLOCK_AHEAD_MAX: u64 = 3_600;
 /// Records that are no longer in effect are remembered this long, in seconds, for programs that were away.
-const REMEMBERED: u64 = 7 * 86_400;
+const ENDED_RECORD_LIFETIME: u64 = 7 * 86_400;
 /// The year 10000, in milliseconds of Unix time: no clock is set to that.
 const AT_MAX: u64 = 253_402_300_800_000;
 /// The longest name of a domain.
@@ -48,12 +48,12 @@ pub struct Merged {
     /// The records that are in effect instead of older ones.
     pub taken: Vec<Record>,
     /// How many newer records were not accepted.
-    pub refused: Refused,
+    pub refused: RefusedRecords,
 }
 
 /// How many records were not accepted, by reason.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Refused {
+pub struct RefusedRecords {
     /// Invalid ones, which no broker makes.
     pub unsound: u64,
     /// Their time is in the future by the clock here.
@@ -62,7 +62,7 @@ pub struct Refused {
     pub full: u64,
 }
 
-impl Refused {
+impl RefusedRecords {
     /// How many of each reason, by its label in metrics.
     #[must_use]
     pub fn by_reason(self) -> [(&'static str, u64); 3] {
@@ -70,7 +70,7 @@ impl Refused {
     }
 }
 
-impl std::ops::AddAssign for Refused {
+impl std::ops::AddAssign for RefusedRecords {
     fn add_assign(&mut self, more: Self) {
         self.unsound += more.unsound;
         self.future += more.future;
@@ -119,13 +119,13 @@ impl Record {
 
     /// Whether its time is too far in the future: its maker's clock was wrong, or the one here is.
     fn is_of_the_future(&self, now: u64) -> bool {
-        self.at / 1000 > now.saturating_add(MAX_AHEAD)
+        self.at / 1000 > now.saturating_add(CLOCK_AHEAD_MAX)
     }
 
     /// Whether it can be forgotten.
     fn is_past(&self, now: u64) -> bool {
         let end = if self.present { self.entry.until } else { Some(self.at / 1000) };
-        end.is_some_and(|end| end.saturating_add(REMEMBERED) <= now)
+        end.is_some_and(|end| end.saturating_add(ENDED_RECORD_LIFETIME) <= now)
     }
 
     fn id(&self) -> RecordId {
@@ -134,7 +134,7 @@ impl Record {
 
     /// Eviction order when the table is full: first records that are not in effect, then those that do not deny, then the
     /// oldest. The same in every program, so that those with too many keep the same ones.
-    fn worth(&self, now: u64) -> (bool, bool, (u64, bool, &Entry)) {
+    fn eviction_rank(&self, now: u64) -> (bool, bool, (u64, bool, &Entry)) {
         (self.counts(now), self.entry.list == List::Deny, self.version())
     }
 
@@ -148,7 +148,7 @@ impl Record {
 impl Records {
     /// Merges records of other programs. `now` is in seconds of Unix time.
     pub fn merge(&mut self, records: impl IntoIterator<Item = Record>, now: u64) -> Merged {
-        let (mut subjects, mut refused) = (BTreeSet::new(), Refused::default());
+        let (mut subjects, mut refused) = (BTreeSet::new(), RefusedRecords::default());
         for record in records {
             if !record.is_valid() {
                 refused.unsound += 1;
@@ -188,12 +188,12 @@ impl Records {
 
     /// Drops the records over the limit; returns how many of those were in effect.
     fn trim(&mut self, now: u64) -> u64 {
-        let surplus = self.newest.len().saturating_sub(MAX_WITH_DENIED);
+        let surplus = self.newest.len().saturating_sub(RECORDS_WITH_DENIED_MAX);
         if surplus == 0 {
             return 0;
         }
         let mut all: Vec<&Record> = self.newest.values().collect();
-        all.sort_unstable_by(|a, b| a.worth(now).cmp(&b.worth(now)));
+        all.sort_unstable_by(|a, b| a.eviction_rank(now).cmp(&b.eviction_rank(now)));
         let gone: Vec<_> = all.into_iter().take(surplus).map(|record| (record.id(), record.counts(now))).collect();
         for (subject, _) in &gone {
             self.newest.remove(subject);
@@ -209,7 +209,8 @@ impl Records {
         match self.newest.get(&record.id()) {
             Some(known) if !known.is_of_the_future(now) => record.at = now_ms.max(known.at + 1).min(AT_MAX),
             Some(_) => {}
-            None => self.make_room(if record.entry.list == List::Deny { MAX_WITH_DENIED } else { MAX }, now)?,
+            None => self
+                .make_room(if record.entry.list == List::Deny { RECORDS_WITH_DENIED_MAX } else { RECORDS_MAX }, now)?,
         }
         self.newest.insert(record.id(), record.clone());
         Ok(record)
@@ -314,10 +315,10 @@ mod tests {
 
     #[test]
     fn a_change_counts_although_somebodys_clock_is_ahead() {
-        let mut ahead = records([record(1, MAX_AHEAD * 1000, true)]);
+        let mut ahead = records([record(1, CLOCK_AHEAD_MAX * 1000, true)]);
         let lifted = ahead.change(deny(1), false, NOW * 1000).unwrap();
         assert!(!ahead.has(&deny(1), NOW));
-        let mut other = records([record(1, MAX_AHEAD * 1000, true)]);
+        let mut other = records([record(1, CLOCK_AHEAD_MAX * 1000, true)]);
         assert_eq!(other.merge([lifted.clone()], NOW + 1).taken, [lifted]);
         assert_eq!(other, ahead);
     }
@@ -326,9 +327,12 @@ mod tests {
     /// clock.
     #[test]
     fn records_of_the_future_are_refused_and_replaced() {
-        let future = record(1, (MAX_AHEAD + 1) * 1000, true);
+        let future = record(1, (CLOCK_AHEAD_MAX + 1) * 1000, true);
         let merged = Records::default().merge([future.clone()], NOW);
-        assert_eq!((merged.taken.len(), merged.refused), (0, Refused { future: 1, ..Refused::default() }));
+        assert_eq!(
+            (merged.taken.len(), merged.refused),
+            (0, RefusedRecords { future: 1, ..RefusedRecords::default() })
+        );
         // The record was made here, while the clock was wrong.
         let of_the_future = || Records::restored([future.clone()], NOW);
         assert!(of_the_future().has(&deny(1), NOW), "it counts here");
@@ -346,18 +350,18 @@ mod tests {
     /// Failed when with 10,000 entries no further key could be denied.
     #[test]
     fn a_full_list_lets_an_operator_deny() {
-        let max = u32::try_from(MAX).unwrap();
+        let max = u32::try_from(RECORDS_MAX).unwrap();
         let mut full = records(many(0..max, 0));
         let trust = Entry::new(List::Trusted, key(1));
-        assert_eq!(full.change(trust.clone(), true, NOW * 1000), Err(RecordsFull(MAX)));
+        assert_eq!(full.change(trust.clone(), true, NOW * 1000), Err(RecordsFull(RECORDS_MAX)));
         assert!(full.change(deny(max), true, NOW * 1000).is_ok());
         assert!(full.change(deny(7), false, NOW * 1000).is_ok());
         full.merge(many(max..2 * max, 0), NOW);
-        assert_eq!(full.newest.len(), MAX_WITH_DENIED);
+        assert_eq!(full.newest.len(), RECORDS_WITH_DENIED_MAX);
         // Removed entries are dropped first, and only those.
         assert!(full.change(deny(1_000_000), true, NOW * 1000).is_ok());
-        assert!(!full.newest.contains_key(&record(7, 0, false).id()) && full.newest.len() == MAX_WITH_DENIED);
-        assert_eq!(full.change(deny(1_000_001), true, NOW * 1000), Err(RecordsFull(MAX_WITH_DENIED)));
+        assert!(!full.newest.contains_key(&record(7, 0, false).id()) && full.newest.len() == RECORDS_WITH_DENIED_MAX);
+        assert_eq!(full.change(deny(1_000_001), true, NOW * 1000), Err(RecordsFull(RECORDS_WITH_DENIED_MAX)));
         for n in 0..max + 10 {
             full.change(deny(n), false, NOW * 1000).unwrap();
         }
@@ -368,11 +372,14 @@ mod tests {
     /// agreed.
     #[test]
     fn of_too_many_everybody_keeps_the_same() {
-        let most = u32::try_from(MAX_WITH_DENIED).unwrap();
+        let most = u32::try_from(RECORDS_WITH_DENIED_MAX).unwrap();
         let trusted = Record { entry: Entry::new(List::Trusted, key(1)), ..record(1, 9, true) };
         let all: Vec<_> = many(0..most, 5).chain(many(most..most + 10, 3)).chain([trusted]).collect();
         let merged = Records::default().merge(all.clone(), NOW);
-        assert_eq!((merged.taken.len(), merged.refused), (MAX_WITH_DENIED, Refused { full: 11, ..Refused::default() }));
+        assert_eq!(
+            (merged.taken.len(), merged.refused),
+            (RECORDS_WITH_DENIED_MAX, RefusedRecords { full: 11, ..RefusedRecords::default() })
+        );
         let mut backwards = Records::default();
         for part in all.chunks(777).rev() {
             backwards.merge(part.iter().cloned(), NOW);
@@ -388,10 +395,10 @@ mod tests {
         let (lifted, stays) = (record(2, 0, false), record(3, 0, true));
         let mut all = records([ends.clone(), lifted.clone(), stays]);
         assert!(all.has(&ends.entry, NOW + 9) && !all.has(&ends.entry, NOW + 10));
-        assert!(!all.forget(NOW + REMEMBERED - 1) && all.forget(NOW + REMEMBERED));
+        assert!(!all.forget(NOW + ENDED_RECORD_LIFETIME - 1) && all.forget(NOW + ENDED_RECORD_LIFETIME));
         assert_eq!(all.newest.len(), 2);
-        assert!(all.forget(NOW + REMEMBERED + 10) && all.newest.len() == 1);
-        assert_eq!(all.merge([ends, lifted], NOW + REMEMBERED + 10), Merged::default());
+        assert!(all.forget(NOW + ENDED_RECORD_LIFETIME + 10) && all.newest.len() == 1);
+        assert_eq!(all.merge([ends, lifted], NOW + ENDED_RECORD_LIFETIME + 10), Merged::default());
     }
 
     #[test]
@@ -405,7 +412,7 @@ mod tests {
             with(Entry { domain: Some("a".into()), ..deny(1) }),
             with(Entry { domain: Some("a/b".into()), ..Entry::new(List::Allow, key(1)) }),
         ] {
-            let refused = Refused { unsound: 1, ..Refused::default() };
+            let refused = RefusedRecords { unsound: 1, ..RefusedRecords::default() };
             assert_eq!(Records::default().merge([bad.clone()], NOW), Merged { taken: vec![], refused }, "{bad:?}");
         }
     }

@@ -44,7 +44,7 @@ pub(super) struct RecordsWriter {
 /// The result of a write, or that of a read, with the records.
 type WriteOutcome = Result<Option<Vec<Record>>, StorageError>;
 /// A finished write or read: the number of the last change in it, and its result.
-pub(super) type Written = (u64, WriteOutcome);
+pub(super) type FinishedWrite = (u64, WriteOutcome);
 
 impl RecordsWriter {
     /// Reads the records of `file`, where they are written from now on. A corrupt file is renamed; one that cannot be
@@ -101,7 +101,7 @@ impl RecordsWriter {
     }
 
     /// Returns when the running write or read has finished; never if none is running.
-    pub async fn done(&mut self) -> Written {
+    pub async fn done(&mut self) -> FinishedWrite {
         let Some((number, task)) = &mut self.working else { return pending().await };
         let (number, result) = (*number, task.await);
         self.working = None;
@@ -109,7 +109,7 @@ impl RecordsWriter {
     }
 
     /// Handles the result of a write or a read, and returns the records that were read.
-    pub fn written(&mut self, (number, result): Written) -> Option<Vec<Record>> {
+    pub fn written(&mut self, (number, result): FinishedWrite) -> Option<Vec<Record>> {
         match result {
             Ok(found) => {
                 self.is_unread = false;

@@ -15,11 +15,11 @@ use tokio::time::sleep;
 use tracing::{debug, info, warn};
 
 pub use self::handle::{BY_CALL, Changed, Handle, ListEvent, ListSnapshot, ListUpdate, ListedEntry};
-use self::handle::{COMMANDS, ListCommand};
+use self::handle::{COMMANDS_MAX, ListCommand};
 use crate::access_lists::anti_entropy::{AntiEntropy, TimedOut};
 use crate::access_lists::files::Files;
-use crate::access_lists::records::{Merged, Record, Records, RecordsFull, Refused};
-use crate::access_lists::records_file::{self, RecordsWriter, Written};
+use crate::access_lists::records::{Merged, Record, Records, RecordsFull, RefusedRecords};
+use crate::access_lists::records_file::{self, FinishedWrite, RecordsWriter};
 use crate::access_lists::{Admission, Entry, List};
 use crate::mqtt::{Message, MqttHandle};
 use crate::runtime::hangups::Hangups;
@@ -39,9 +39,9 @@ const DUE_CHECK_INTERVAL_CLOSED: Duration = Duration::from_millis(20);
 /// The shortest pause between two checks of the files.
 const REFRESH_MIN: Duration = Duration::from_millis(100);
 /// A changed file is checked again after this time, or after the regular pause if that is shorter.
-const SECOND_LOOK_DELAY: Duration = Duration::from_secs(1);
+const SECOND_READ_DELAY: Duration = Duration::from_secs(1);
 /// The shortest pause between two log lines about rejected records.
-const LOG_REFUSED: Duration = Duration::from_secs(60);
+const LOG_REFUSED_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Owns the lists of a program.
 pub struct ListService {
@@ -59,9 +59,9 @@ pub struct ListService {
     /// The snapshot is outdated.
     is_stale: bool,
     writer: RecordsWriter,
-    refused: Refused,
+    refused: RefusedRecords,
     /// The counts that were last logged, and when.
-    logged_refused: (Refused, Option<Instant>),
+    logged_refused: (RefusedRecords, Option<Instant>),
 }
 
 impl ListService {
@@ -92,8 +92,8 @@ impl ListService {
             new_records: Vec::new(),
             is_stale: true,
             writer,
-            refused: Refused::default(),
-            logged_refused: (Refused::default(), None),
+            refused: RefusedRecords::default(),
+            logged_refused: (RefusedRecords::default(), None),
         };
         Ok((service, handle))
     }
@@ -145,7 +145,7 @@ impl ListService {
 
     /// The pause until the next check of the files.
     fn pause(&self) -> Duration {
-        if self.files.is_unsettled() { SECOND_LOOK_DELAY.min(self.refresh) } else { self.refresh }
+        if self.files.is_unsettled() { SECOND_READ_DELAY.min(self.refresh) } else { self.refresh }
     }
 
     /// Reads the files, on a blocking thread.
@@ -172,7 +172,7 @@ impl ListService {
     /// Applies all queued commands, so that many of them cause one notification.
     fn apply_all(&mut self, first: ListCommand) {
         self.apply(first);
-        for _ in 0..COMMANDS {
+        for _ in 0..COMMANDS_MAX {
             let Ok(command) = self.commands.try_recv() else { return };
             self.apply(command);
         }
@@ -203,7 +203,7 @@ impl ListService {
         Ok(Changed { record, was_present, persisted: self.writer.persisted() })
     }
 
-    fn written(&mut self, written: Written) {
+    fn written(&mut self, written: FinishedWrite) {
         let was_failing = self.writer.is_failing();
         if let Some(records) = self.writer.written(written) {
             self.merge(records);
@@ -222,9 +222,9 @@ impl ListService {
 
     fn log_refused(&mut self, now: Instant) {
         let (logged, at) = self.logged_refused;
-        let is_due = at.is_none_or(|at| now.saturating_duration_since(at) >= LOG_REFUSED);
+        let is_due = at.is_none_or(|at| now.saturating_duration_since(at) >= LOG_REFUSED_INTERVAL);
         if is_due && logged != self.refused {
-            let Refused { unsound, future, full } = self.refused;
+            let RefusedRecords { unsound, future, full } = self.refused;
             warn!(
                 unsound,
                 future,

@@ -21,9 +21,9 @@ pub struct Reserved {
     listed_addresses: BTreeSet<Ipv6Addr>,
     /// The domains whose gateways reserve keys.
     domains: BTreeSet<Domain>,
-    gateways: BTreeMap<GatewayDomain, Published>,
+    gateways: BTreeMap<WorkerDomain, Published>,
     /// Gateways with a value that is not reserved yet.
-    unstable: BTreeSet<GatewayDomain>,
+    unstable: BTreeSet<WorkerDomain>,
     /// How many gateways reserve each key and address.
     keys: BTreeMap<PublicKey, usize>,
     addresses: BTreeMap<Ipv6Addr, usize>,
@@ -41,7 +41,7 @@ pub struct GatewayPeer {
 
 /// A worker and a domain, as in the topic.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-struct GatewayDomain {
+struct WorkerDomain {
     worker: WorkerName,
     domain: String,
 }
@@ -115,7 +115,7 @@ impl Reserved {
 
     /// Handles the data that a worker published for a domain; none if it was cleared.
     pub fn update(&mut self, worker: &WorkerName, domain: &str, peer: Option<GatewayPeer>) {
-        let gateway = GatewayDomain { worker: worker.clone(), domain: domain.to_owned() };
+        let gateway = WorkerDomain { worker: worker.clone(), domain: domain.to_owned() };
         let is_known = self.gateways.contains_key(&gateway);
         let may_be_new = peer.is_some() && self.domains.contains(domain) && self.gateways.len() < GATEWAYS_MAX;
         if is_known || may_be_new {
@@ -136,7 +136,7 @@ impl Reserved {
         }
     }
 
-    fn change(&mut self, gateway: GatewayDomain, change: impl FnOnce(&mut Published)) {
+    fn change(&mut self, gateway: WorkerDomain, change: impl FnOnce(&mut Published)) {
         let published = self.gateways.entry(gateway.clone()).or_default();
         let before = *published;
         change(published);
@@ -169,7 +169,7 @@ impl Reserved {
     #[must_use]
     pub fn is_reserved_by(&self, worker: &WorkerName, key: &PublicKey) -> bool {
         let domains = self.domains.iter().map(|domain| domain.name().to_owned());
-        let gateways = domains.map(|domain| GatewayDomain { worker: worker.clone(), domain });
+        let gateways = domains.map(|domain| WorkerDomain { worker: worker.clone(), domain });
         let mut published = gateways.filter_map(|gateway| self.gateways.get(&gateway));
         published.any(|published| {
             published.key.counted() == Some(*key) || published.addresses().any(|address| address == key.link_local())
@@ -294,7 +294,7 @@ mod tests {
     fn nonsense_in_any_number_is_not_remembered() {
         let mut reserved = reserved(&[]);
         for number in 0..GATEWAYS_MAX {
-            let gateway = GatewayDomain { worker: worker(&number.to_string()), domain: "ff_a".into() };
+            let gateway = WorkerDomain { worker: worker(&number.to_string()), domain: "ff_a".into() };
             reserved.gateways.insert(gateway, Published::default());
         }
         reserved.update(&worker("one more"), "ff_a", Some(peer(key(2), "fe80::1")));

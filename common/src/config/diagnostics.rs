@@ -7,7 +7,7 @@ use std::fmt::{self, Write as _};
 use serde_json::Value;
 use serde_path_to_error::Segment;
 
-use super::problem::Problem;
+use super::problem::ConfigProblem;
 
 /// Keys with secret values.
 const SECRET_KEYS: [&str; 5] = ["password", "password_hash", "api_key", "broker_signing_key", "admin_token_hash"];
@@ -86,8 +86,8 @@ pub(super) struct Diagnostics {
     /// The names of known keys, which are not secret even if a password is the same.
     known: BTreeSet<String>,
     secrets: Vec<String>,
-    errors: Vec<Problem>,
-    warnings: Vec<Problem>,
+    errors: Vec<ConfigProblem>,
+    warnings: Vec<ConfigProblem>,
 }
 
 /// The locations of some keys.
@@ -102,8 +102,8 @@ pub(super) struct Places {
 /// The problems of a config: its errors and warnings.
 #[derive(Debug, Default)]
 pub(super) struct Problems {
-    pub errors: Vec<Problem>,
-    pub warnings: Vec<Problem>,
+    pub errors: Vec<ConfigProblem>,
+    pub warnings: Vec<ConfigProblem>,
 }
 
 impl Diagnostics {
@@ -160,7 +160,7 @@ impl Diagnostics {
 
     /// An error of the source as a whole, or in a line of it.
     pub fn error_of_source(&mut self, line: Option<usize>, complaint: &str) {
-        self.errors.push(Problem { file: self.file.clone(), line, key: None, problem: complaint.to_owned() });
+        self.errors.push(ConfigProblem { file: self.file.clone(), line, key: None, problem: complaint.to_owned() });
     }
 
     /// Sets the lines of the keys, which are shown with their problems.
@@ -180,9 +180,9 @@ impl Diagnostics {
         self.warnings.push(problem);
     }
 
-    fn problem(&self, path: &Path, problem: &str) -> Problem {
+    fn problem(&self, path: &Path, problem: &str) -> ConfigProblem {
         let line = path.upwards().find_map(|path| self.lines.get(&path).copied());
-        Problem { file: self.file.clone(), line, key: Some(self.name(path)), problem: problem.to_owned() }
+        ConfigProblem { file: self.file.clone(), line, key: Some(self.name(path)), problem: problem.to_owned() }
     }
 
     /// Whether `text` holds a secret.

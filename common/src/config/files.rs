@@ -6,7 +6,7 @@ use std::io::{self, ErrorKind, Read as _};
 use std::path::{Path, PathBuf};
 
 use super::problem::UNREAD;
-use super::{Config, Https, MqttListen, Problem};
+use super::{Config, ConfigProblem, Https, MqttListen};
 use crate::tls;
 
 /// The keys that name files.
@@ -62,14 +62,14 @@ pub struct UnreadableFile {
     /// The program that does not start without it.
     pub needed_by: NeededBy,
     /// The problem, at its key.
-    pub problem: Problem,
+    pub problem: ConfigProblem,
 }
 
 impl FileToRead {
     /// Whether it is a directory.
     #[must_use]
     pub fn is_directory(&self) -> bool {
-        Content::of(self.key) == Content::Directory
+        ExpectedContent::of(self.key) == ExpectedContent::Directory
     }
 }
 
@@ -79,7 +79,7 @@ impl Config {
     pub fn unreadable_files(&self) -> Vec<UnreadableFile> {
         let unreadable = |(key, needed_by, path): (&'static str, NeededBy, Option<&Path>)| {
             let path = path?;
-            let problem = format!("{}: {}", path.display(), trouble(path, Content::of(key))?);
+            let problem = format!("{}: {}", path.display(), trouble(path, ExpectedContent::of(key))?);
             Some(UnreadableFile { needed_by, problem: self.source.problem(key, problem) })
         };
         self.named_files().into_iter().filter_map(unreadable).collect()
@@ -140,14 +140,14 @@ impl Config {
 
 /// The expected kind of file at a path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Content {
+enum ExpectedContent {
     Certificates,
     PrivateKey,
     Text,
     Directory,
 }
 
-impl Content {
+impl ExpectedContent {
     /// By the name of the key.
     fn of(key: &str) -> Self {
         match key.rsplit('.').next() {
@@ -160,16 +160,16 @@ impl Content {
 }
 
 /// Why it cannot be used; none if it can, or if that cannot be checked while its unit is not running.
-fn trouble(path: &Path, content: Content) -> Option<String> {
+fn trouble(path: &Path, content: ExpectedContent) -> Option<String> {
     match read(path, content) {
         Ok(()) => match content {
-            Content::Certificates => {
+            ExpectedContent::Certificates => {
                 tls::certificates("", path).err().map(|_| "has no certificate: PEM is expected".to_owned())
             }
-            Content::PrivateKey => {
+            ExpectedContent::PrivateKey => {
                 tls::private_key("", path).err().map(|_| "has no private key: PEM is expected".to_owned())
             }
-            Content::Text | Content::Directory => None,
+            ExpectedContent::Text | ExpectedContent::Directory => None,
         },
         Err(error) if error.kind() == ErrorKind::NotFound => {
             (!path.starts_with(CREDENTIALS)).then(|| "does not exist".to_owned())
@@ -183,16 +183,16 @@ fn trouble(path: &Path, content: Content) -> Option<String> {
 }
 
 /// Reading others than files and directories, such as a pipe, could block the program.
-fn read(path: &Path, content: Content) -> io::Result<()> {
+fn read(path: &Path, content: ExpectedContent) -> io::Result<()> {
     let metadata = fs::metadata(path)?;
     match content {
-        Content::Directory => fs::read_dir(path).map(drop),
-        Content::Certificates | Content::PrivateKey | Content::Text if metadata.is_dir() => {
+        ExpectedContent::Directory => fs::read_dir(path).map(drop),
+        ExpectedContent::Certificates | ExpectedContent::PrivateKey | ExpectedContent::Text if metadata.is_dir() => {
             Err(ErrorKind::IsADirectory.into())
         }
-        Content::Certificates | Content::PrivateKey | Content::Text if metadata.is_file() => {
+        ExpectedContent::Certificates | ExpectedContent::PrivateKey | ExpectedContent::Text if metadata.is_file() => {
             File::open(path)?.read(&mut [0]).map(drop)
         }
-        Content::Certificates | Content::PrivateKey | Content::Text => Ok(()),
+        ExpectedContent::Certificates | ExpectedContent::PrivateKey | ExpectedContent::Text => Ok(()),
     }
 }

@@ -11,7 +11,7 @@ use crate::address::tenants::TenantNetworks;
 
 /// A WireGuard interface that forwards between the members of a tenant.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Hub {
+pub struct HubSettings {
     /// The WireGuard interface.
     pub interface: String,
     /// The file of its private key.
@@ -35,13 +35,18 @@ pub(super) struct RawHub {
 
 impl RawHub {
     /// None unless it is enabled. Its key file is in `key_dir`.
-    pub fn check(self, networks: &TenantNetworks, key_dir: &FilePath, diagnostics: &mut Diagnostics) -> Option<Hub> {
+    pub fn check(
+        self,
+        networks: &TenantNetworks,
+        key_dir: &FilePath,
+        diagnostics: &mut Diagnostics,
+    ) -> Option<HubSettings> {
         let path = Path::of("hub.interface");
         let interface = self.interface.map_or_else(|| "wg-hub".to_owned(), |interface| interface.0);
         if !is_interface(&interface) {
             diagnostics.error(&path, INTERFACE_COMPLAINT);
         }
-        let hub = Hub {
+        let hub = HubSettings {
             key_file: key_dir.join(format!("{interface}.key")),
             interface,
             listen_port: port(self.listen_port.as_ref(), 51830),

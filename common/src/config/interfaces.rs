@@ -4,18 +4,18 @@
 use std::collections::BTreeMap;
 
 use super::diagnostics::{Diagnostics, Path};
-use super::{Hub, Server, Setup};
+use super::{HubSettings, ServerSettings, Setup};
 use crate::Domain;
 
 /// An owner of interfaces.
 #[derive(Clone, Copy)]
-pub(super) struct Interfaces<'a> {
+pub(super) struct InterfaceOwners<'a> {
     pub domains: &'a BTreeMap<Domain, Setup>,
-    pub servers: &'a BTreeMap<String, Server>,
-    pub hub: Option<&'a Hub>,
+    pub servers: &'a BTreeMap<String, ServerSettings>,
+    pub hub: Option<&'a HubSettings>,
 }
 
-impl Interfaces<'_> {
+impl InterfaceOwners<'_> {
     /// Compares each server, and the hub, with those before it; the domains have been compared with each other.
     pub fn check(self, diagnostics: &mut Diagnostics) {
         let Self { domains, servers, hub } = self;

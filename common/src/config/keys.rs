@@ -126,19 +126,19 @@ fn merge(keys: &mut Map<String, Value>) {
 fn warn_unknown(path: &Path, place: &Path, key: &str, empty: &[String], diagnostics: &mut Diagnostics) {
     let guess = match nearest(path, place, key, empty) {
         None => String::new(),
-        Some(Near { path, parent: Some(parent), .. }) if !parent.0.is_empty() => {
+        Some(SimilarKey { path, parent: Some(parent), .. }) if !parent.0.is_empty() => {
             format!(", did you mean {path}? It belongs below {parent}, with spaces before it")
         }
-        Some(Near { path, .. }) if path.0.last().is_some_and(|name| name == "password_hash") => {
+        Some(SimilarKey { path, .. }) if path.0.last().is_some_and(|name| name == "password_hash") => {
             format!(", did you mean {path}? \"wgkex-broker hash-password\" prints what it must be")
         }
-        Some(Near { path, .. }) => format!(", did you mean {path}?"),
+        Some(SimilarKey { path, .. }) => format!(", did you mean {path}?"),
     };
     diagnostics.warn(&path.then(key), &format!("is not a known key and is ignored{guess}"));
 }
 
 /// A known key that is similar to an unknown one.
-struct Near {
+struct SimilarKey {
     path: Path,
     /// How many letters differ; a part that is left out counts as one.
     typos: usize,
@@ -151,7 +151,7 @@ struct Near {
 
 /// The known key that is most similar to `key`: one of the same mapping, else of the whole file. If several blocks have
 /// such a key, that of the empty block.
-fn nearest(path: &Path, place: &Path, key: &str, empty: &[String]) -> Option<Near> {
+fn nearest(path: &Path, place: &Path, key: &str, empty: &[String]) -> Option<SimilarKey> {
     let candidates = paths().into_iter().filter_map(|known| {
         let (name, parent) = known.0.split_last()?;
         let is_elsewhere = parent != place.0;
@@ -163,11 +163,11 @@ fn nearest(path: &Path, place: &Path, key: &str, empty: &[String]) -> Option<Nea
         let parent = (typos == 0 && parent.starts_with(&place.0)).then(|| named(parent));
         let path = if is_elsewhere { named(&known.0) } else { path.then(name) };
         let is_in_empty = is_elsewhere && known.0.get(place.0.len()).is_some_and(|block| empty.contains(block));
-        (name != ANY).then_some(Near { path, typos, is_elsewhere, is_in_empty, parent })
+        (name != ANY).then_some(SimilarKey { path, typos, is_elsewhere, is_in_empty, parent })
     });
     let mut candidates: Vec<_> = candidates.collect();
     candidates.sort_by_key(|near| (near.is_elsewhere, near.typos, !near.is_in_empty, near.path.0.len()));
-    let rank = |near: &Near| (near.typos, near.is_in_empty);
+    let rank = |near: &SimilarKey| (near.typos, near.is_in_empty);
     let is_ambiguous = matches!(&candidates[..], [first, second, ..]
         if first.is_elsewhere && first.parent.is_some() && second.parent.is_some() && rank(first) == rank(second));
     candidates.into_iter().next().filter(|_| !is_ambiguous)

@@ -31,7 +31,7 @@ pub struct LiveKeyLimits {
 
 /// How many peers a domain has at a gateway at most.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Peers {
+pub struct PeerLimits {
     /// In all, those included that other programs made; at least 1.
     pub max: usize,
     /// Of those that never had a handshake; at least 1.
@@ -87,9 +87,9 @@ impl RawLiveKeys {
 }
 
 impl RawPeers {
-    pub fn check(&self) -> Peers {
+    pub fn check(&self) -> PeerLimits {
         let count = |raw: &Option<Count>, default| raw.as_ref().map_or(default, |count| count.0);
-        Peers { max: count(&self.max, 100_000), unproven: count(&self.unproven, 30_000) }
+        PeerLimits { max: count(&self.max, 100_000), unproven: count(&self.unproven, 30_000) }
     }
 }
 

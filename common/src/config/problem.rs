@@ -13,7 +13,7 @@ pub(super) const NO_PASSWORD: &str = "must have one line, the password";
 
 /// An error or warning about a config. It shows no secret, and its text is one line.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Problem {
+pub struct ConfigProblem {
     /// The file; none if it is not about one.
     pub file: Option<String>,
     /// The line in it, from 1: of the key, or of the nearest mapping around a key that is missing.
@@ -24,7 +24,7 @@ pub struct Problem {
     pub problem: String,
 }
 
-impl Problem {
+impl ConfigProblem {
     /// About no file and no key.
     pub(super) fn other(problem: String) -> Self {
         Self { file: None, line: None, key: None, problem }
@@ -43,7 +43,7 @@ impl Problem {
     }
 }
 
-impl fmt::Display for Problem {
+impl fmt::Display for ConfigProblem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(file) = &self.file {
             write!(f, "{file}:")?;

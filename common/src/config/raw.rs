@@ -11,7 +11,7 @@ use super::diagnostics::{Diagnostics, Path};
 use super::domains::{self, RawWorker};
 use super::http::{Listen, RawBrokerListen, RawListen, check_places};
 use super::hub::RawHub;
-use super::interfaces::Interfaces;
+use super::interfaces::InterfaceOwners;
 use super::limits::RawLimits;
 use super::lists::{RawAllowlist, RawKeyLists};
 use super::logging::{Format, LogFormat, log_level};
@@ -25,7 +25,7 @@ use super::servers::{self, RawServer};
 use super::setup::{RawSetup, RawSetupDomain};
 use super::tenants::RawTenants;
 use super::value::{DatabaseUrl, Directory, File, Hash, Key, LogLevel, Net, PublicHost, Seconds, Secret, Share, Text};
-use super::{Config, Source};
+use super::{Config, ConfigSource};
 use crate::{HostName, PublicKey};
 
 /// Stands for any name in [`Raw::every_key`].
@@ -116,7 +116,7 @@ impl Raw {
         let servers = servers::check(self.servers, &key_dir, diagnostics);
         let hub = self.hub.check(&tenants.settings.networks, &key_dir, diagnostics);
         let (is_setup_named, setup) = (self.setup.is_named(), self.setup.check(&listed, &domains, diagnostics));
-        Interfaces { domains: &setup, servers: &servers, hub: hub.as_ref() }.check(diagnostics);
+        InterfaceOwners { domains: &setup, servers: &servers, hub: hub.as_ref() }.check(diagnostics);
         let mqtt_address = mqtt_listen.as_ref().map(|listen| Listen::of(listen.address));
         check_places(
             [
@@ -160,7 +160,7 @@ impl Raw {
             setup,
             log_level: log_level(self.log_level, self.logging_config.as_ref(), diagnostics),
             log_format: self.log_format.map_or_else(LogFormat::default, |format| format.0),
-            source: Source::default(),
+            source: ConfigSource::default(),
             warnings: Vec::new(),
             domains: domains.into_iter().collect(),
         }

@@ -9,7 +9,7 @@ use super::value::{DatabaseUrl, File, Flag, Text};
 
 /// The registry of servers, clients and leases.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Registry {
+pub struct RegistrySettings {
     /// The one user who may make calls.
     pub user: String,
     /// The file with that user's password.
@@ -38,7 +38,7 @@ pub(super) struct RawRegistry {
 
 impl RawRegistry {
     /// None if it is not enabled.
-    pub fn check(self, diagnostics: &mut Diagnostics) -> Option<Registry> {
+    pub fn check(self, diagnostics: &mut Diagnostics) -> Option<RegistrySettings> {
         let is_set = |flag: Option<Flag>| flag.is_some_and(|flag| flag.0);
         if !is_set(self.enabled) {
             return None;
@@ -53,7 +53,7 @@ impl RawRegistry {
             return None;
         };
         let (password_file, open_client_config) = (password_file.0.into(), is_set(self.open_client_config));
-        Some(Registry { user, password_file, open_client_config })
+        Some(RegistrySettings { user, password_file, open_client_config })
     }
 }
 

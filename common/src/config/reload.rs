@@ -8,12 +8,12 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 
 use super::diagnostics::Places;
-use super::{Config, ConfigError, Problem};
+use super::{Config, ConfigError, ConfigProblem};
 
 /// The source of a config, and the values of all its keys. It is not part of the settings, so all sources compare as
 /// equal.
 #[derive(Clone, Default)]
-pub struct Source {
+pub struct ConfigSource {
     /// The file, if the caller named one.
     file: Option<PathBuf>,
     /// The locations of keys that may get a problem only later.
@@ -21,15 +21,15 @@ pub struct Source {
     values: Value,
 }
 
-impl Source {
+impl ConfigSource {
     pub(super) fn of(values: Value, places: Places) -> Self {
         Self { file: None, places, values }
     }
 
     /// A problem of this key.
-    pub(super) fn problem(&self, key: &str, problem: String) -> Problem {
+    pub(super) fn problem(&self, key: &str, problem: String) -> ConfigProblem {
         let Places { file, lines } = &self.places;
-        Problem { file: file.clone(), line: lines.get(key).copied(), key: Some(key.to_owned()), problem }
+        ConfigProblem { file: file.clone(), line: lines.get(key).copied(), key: Some(key.to_owned()), problem }
     }
 
     /// The file of the config; none if the command line named it, or the config is from variables.
@@ -63,13 +63,13 @@ impl Config {
 }
 
 /// The values are not shown: some are passwords.
-impl fmt::Debug for Source {
+impl fmt::Debug for ConfigSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Source").field("file", &self.file).finish_non_exhaustive()
+        f.debug_struct("ConfigSource").field("file", &self.file).finish_non_exhaustive()
     }
 }
 
-impl PartialEq for Source {
+impl PartialEq for ConfigSource {
     fn eq(&self, _: &Self) -> bool {
         true
     }

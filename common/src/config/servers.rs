@@ -18,7 +18,7 @@ pub(super) const INTERFACE_COMPLAINT: &str =
 
 /// A server: a WireGuard interface whose clients lease addresses from the registry.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Server {
+pub struct ServerSettings {
     /// The WireGuard interface.
     pub interface: String,
     /// The file of its private key.
@@ -51,7 +51,7 @@ pub(super) fn check(
     servers: BTreeMap<String, RawServer>,
     key_dir: &FilePath,
     diagnostics: &mut Diagnostics,
-) -> BTreeMap<String, Server> {
+) -> BTreeMap<String, ServerSettings> {
     let check = |(name, raw): (String, RawServer)| {
         let path = Path::of("servers").then(&*name);
         let server = raw.check(&name, key_dir, &path, diagnostics)?;
@@ -61,7 +61,13 @@ pub(super) fn check(
 }
 
 impl RawServer {
-    fn check(self, name: &str, key_dir: &FilePath, path: &Path, diagnostics: &mut Diagnostics) -> Option<Server> {
+    fn check(
+        self,
+        name: &str,
+        key_dir: &FilePath,
+        path: &Path,
+        diagnostics: &mut Diagnostics,
+    ) -> Option<ServerSettings> {
         let interface = self.interface.map_or_else(|| name.to_owned(), |interface| interface.0);
         if !is_interface(&interface) {
             diagnostics.error(&path.then("interface"), INTERFACE_COMPLAINT);
@@ -77,7 +83,7 @@ impl RawServer {
             let complaint = format!("must have no bits behind its length, as {}", network.trunc());
             diagnostics.invalid(&path.then("network"), &Value::from(network.to_string()), &complaint);
         }
-        Some(Server {
+        Some(ServerSettings {
             key_file: key_dir.join(format!("{interface}.key")),
             interface,
             listen_port: port(self.listen_port.as_ref(), 51840),

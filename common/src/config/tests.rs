@@ -97,8 +97,8 @@ logging_config:
 "#;
 
 /// Each problem with its file and without its line, which is in a test of its own.
-fn texts(problems: &[Problem]) -> Vec<String> {
-    let without_line = |problem: &Problem| Problem { line: None, ..problem.clone() }.to_string();
+fn texts(problems: &[ConfigProblem]) -> Vec<String> {
+    let without_line = |problem: &ConfigProblem| ConfigProblem { line: None, ..problem.clone() }.to_string();
     problems.iter().map(without_line).collect()
 }
 
@@ -187,7 +187,7 @@ fn missing_keys_have_their_defaults() {
         live_keys: LiveKeyLimits { max: 200_000, ttl: Duration::from_secs(86_400) },
         worker_user: None,
         forget_idle_after: None,
-        peers: Peers { max: 100_000, unproven: 30_000 },
+        peers: PeerLimits { max: 100_000, unproven: 30_000 },
         rebalance: Rebalance { over: seconds(900) },
         protected_keys: BTreeSet::new(),
         trusted_proxies: vec![],
@@ -210,7 +210,7 @@ fn missing_keys_have_their_defaults() {
         setup: config.setup.clone(),
         log_level: Level::INFO,
         log_format: LogFormat::Text,
-        source: Source::default(),
+        source: ConfigSource::default(),
         warnings: vec![],
     };
     assert_eq!(config, expected);
@@ -525,7 +525,8 @@ fn a_misspelt_variable_is_named() {
 #[test]
 fn a_file_counts_alone_and_variables_stand_in_for_none() {
     let set = variables(&[("WGKEX_DOMAINS", "x_a"), ("WGKEX_DOMAIN_PREFIXES", "x_"), ("MQTT_PASSWORD", "hidden")]);
-    let choose = |content, set: &_| Config::choose("/f", content, set, Machine { host_name: "gw1", credential: None });
+    let choose =
+        |content, set: &_| Config::choose("/f", content, set, HostDefaults { host_name: "gw1", credential: None });
     let no_file = || Err(io::Error::from(io::ErrorKind::NotFound));
     let config = choose(Ok(LEAST.to_owned()), &set).unwrap();
     assert_eq!(config.domains.len(), 2);
@@ -549,7 +550,7 @@ fn a_credential_of_the_service_manager_is_the_password_unless_the_config_has_one
     assert_eq!(password_credential(&credentials), None);
     std::fs::write(dir.path().join("mqtt-password"), "from-unit\n").unwrap();
     let file = password_credential(&credentials).unwrap();
-    let machine = Machine { host_name: "gw1", credential: Some(&file) };
+    let machine = HostDefaults { host_name: "gw1", credential: Some(&file) };
     let password = |config: &Config| config.mqtt.credentials.as_ref().map(|of| of.password.expose().to_owned());
     let of_file = |more: &str| Config::of_file("/f", &format!("{LEAST}mqtt: {{{more}}}\n"), machine).unwrap();
     assert_eq!(password(&of_file("username: gw1")).as_deref(), Some("from-unit"));
@@ -674,7 +675,7 @@ fn the_registry_needs_a_password_file_and_its_database_no_password() {
         "registry: {enabled: true, password_file: /p}\nstorage: postgres://u@h:5432/d\nstorage_password_file: /q\n",
     );
     let config = config.unwrap();
-    let expected = Registry { user: "admin".into(), password_file: "/p".into(), open_client_config: false };
+    let expected = RegistrySettings { user: "admin".into(), password_file: "/p".into(), open_client_config: false };
     assert_eq!(config.registry, Some(expected));
     assert_eq!(config.storage, Storage { url: Some("postgres://u@h:5432/d".into()), password_file: Some("/q".into()) });
     assert_eq!(with("registry: {enabled: false}").unwrap().registry, None);
@@ -703,7 +704,7 @@ fn a_server_needs_a_network_and_an_interface() {
         "s1: {network: 192.168.2.0/24}, long-name-of-server: {interface: wg1, listen_port: 51841, network: \"fd00::/64\", reserved: 20}",
     );
     let servers = config.unwrap().servers;
-    let expected = Server {
+    let expected = ServerSettings {
         interface: "s1".into(),
         key_file: "/etc/wgkex/s1.key".into(),
         listen_port: 51840,

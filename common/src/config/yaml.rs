@@ -16,11 +16,11 @@ use yaml_rust2::yaml::Yaml;
 use super::diagnostics::{Diagnostics, Path};
 
 /// The largest text: no config is as large.
-const SIZE_MAX: usize = 1 << 20;
+const CONFIG_SIZE_MAX: usize = 1 << 20;
 /// The deepest tree: functions that read it recurse once per level.
 const DEPTH_MAX: usize = 200;
 /// The largest size of expanded aliases, in multiples of the largest text.
-const COPIES: usize = 4;
+const ALIAS_GROWTH_MAX: usize = 4;
 /// The approximate size of a value beside its text.
 const VALUE: usize = 100;
 /// The most duplicate keys that are reported.
@@ -112,7 +112,7 @@ impl Format for BoundedYaml {
         _: Option<&String>,
         text: &str,
     ) -> Result<Map<String, config::Value>, Box<dyn Error + Send + Sync>> {
-        let Document { top, findings } = read(text, SIZE_MAX, Findings::with_lines())?;
+        let Document { top, findings } = read(text, CONFIG_SIZE_MAX, Findings::with_lines())?;
         *self.0.lock() = findings;
         match top {
             ValueKind::Table(keys) if !keys.is_empty() => Ok(keys),
@@ -276,7 +276,7 @@ fn read(text: &str, max: usize, findings: Findings) -> Result<Document, Mistake>
     if let Some(line) = text.lines().position(|line| line.contains('\0')) {
         return Err(Mistake::Nul(line + 1));
     }
-    Reader::new(text, COPIES * max, findings).document(text)
+    Reader::new(text, ALIAS_GROWTH_MAX * max, findings).document(text)
 }
 
 /// Builds values from the parser's events.

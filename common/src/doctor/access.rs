@@ -7,7 +7,7 @@ use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
-use super::acl::{Acl, Owner};
+use super::acl::{FileOwner, PosixAcl};
 use nix::sys::statvfs::{FsFlags, statvfs};
 use nix::unistd::{Gid, Group, Uid, User, getgrouplist, getgroups};
 
@@ -18,7 +18,7 @@ const DAC_OVERRIDE: u64 = 1 << 1;
 
 /// The access of a user to a file or directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Access {
+pub enum FileAccess {
     /// The user has the needed access.
     Granted,
     /// It does not exist, and the user can create it.
@@ -133,9 +133,9 @@ impl Identity {
     /// Whether the file's access control list, or else its mode, grants these of the bits 4 (read), 2 (write), 1
     /// (enter).
     fn is_given(&self, path: &Path, metadata: &Metadata, bits: u32) -> bool {
-        let owner = Owner { user: metadata.uid(), group: metadata.gid() };
-        let is_given = || match Acl::of(path) {
-            Some(list) => list.gives(self.uid, &self.groups, owner, bits),
+        let owner = FileOwner { user: metadata.uid(), group: metadata.gid() };
+        let is_given = || match PosixAcl::of(path) {
+            Some(list) => list.grants(self.uid, &self.groups, owner, bits),
             None => self.may(modes(metadata), bits),
         };
         self.passes_modes || is_given()
@@ -167,28 +167,28 @@ fn group_id(group: &str) -> Option<u32> {
 
 /// The access of `user` to `path`.
 #[must_use]
-pub fn find(path: &Path, user: Result<&Identity, &Unknown>, need: Need) -> Access {
+pub fn find(path: &Path, user: Result<&Identity, &Unknown>, need: Need) -> FileAccess {
     let user = match user {
         Ok(user) => user,
         Err(Unknown { name }) => {
-            return Access::Denied(format!("there is no user {name} on this system"));
+            return FileAccess::Denied(format!("there is no user {name} on this system"));
         }
     };
     if path.starts_with(CREDENTIALS) && !path.exists() {
-        return Access::OnlyWhileRunning;
+        return FileAccess::OnlyWhileRunning;
     }
     for dir in path.ancestors().skip(1).collect::<Vec<_>>().into_iter().rev() {
         let Ok(metadata) = fs::metadata(dir) else { continue };
         if !user.is_given(dir, &metadata, 1) {
-            return Access::Denied(format!("it may not enter {}", dir.display()));
+            return FileAccess::Denied(format!("it may not enter {}", dir.display()));
         }
     }
     let metadata = match fs::metadata(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => return missing(path, user, need),
         Err(error) if error.kind() == ErrorKind::PermissionDenied && user.is_another() => {
-            return Access::Unseen(error.to_string());
+            return FileAccess::Unseen(error.to_string());
         }
-        Err(error) => return Access::Denied(error.to_string()),
+        Err(error) => return FileAccess::Denied(error.to_string()),
         Ok(metadata) => metadata,
     };
     let bits = match need {
@@ -198,26 +198,31 @@ pub fn find(path: &Path, user: Result<&Identity, &Unknown>, need: Need) -> Acces
         Need::Write => 6,
     };
     if need == Need::Write && is_read_only(path) {
-        return Access::Denied("the file system is read-only".into());
+        return FileAccess::Denied("the file system is read-only".into());
     }
     let (owner, _, mode) = modes(&metadata);
     if user.is_given(path, &metadata, bits) {
-        return Access::Granted;
+        return FileAccess::Granted;
     }
     if !user.is_named && owner != user.uid && mode >> 6 & bits == bits {
-        return Access::OnlyFor(user_name(owner));
+        return FileAccess::OnlyFor(user_name(owner));
     }
-    Access::Denied(format!("{} belongs to {} and has the mode {:o}", path.display(), user_name(owner), mode & 0o7777))
+    FileAccess::Denied(format!(
+        "{} belongs to {} and has the mode {:o}",
+        path.display(),
+        user_name(owner),
+        mode & 0o7777
+    ))
 }
 
 /// A missing directory is created by the program, if its user may do that.
-fn missing(path: &Path, user: &Identity, need: Need) -> Access {
+fn missing(path: &Path, user: &Identity, need: Need) -> FileAccess {
     let above = path.ancestors().skip(1).find_map(|dir| Some((dir, fs::metadata(dir).ok()?)));
     match above {
         Some((dir, metadata)) if need == Need::Write && (!user.is_given(dir, &metadata, 3) || is_read_only(dir)) => {
-            Access::Denied(format!("it is missing, and may not be made in {}", dir.display()))
+            FileAccess::Denied(format!("it is missing, and may not be made in {}", dir.display()))
         }
-        _ => Access::Creatable,
+        _ => FileAccess::Creatable,
     }
 }
 
@@ -263,8 +268,9 @@ mod tests {
         assert_eq!(Identity::in_status("Name:\tx\n"), None);
         let dir = tempfile::tempdir().unwrap();
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o700)).unwrap();
-        let may =
-            |status: &str| find(dir.path(), Ok(&Identity::in_status(status).unwrap()), Need::Write) == Access::Granted;
+        let may = |status: &str| {
+            find(dir.path(), Ok(&Identity::in_status(status).unwrap()), Need::Write) == FileAccess::Granted
+        };
         assert!(!may(status) && may(&format!("{status}CapEff:\t0000000000000002\n")), "with CAP_DAC_OVERRIDE");
         let own = Identity::of_process(std::process::id()).unwrap();
         assert!(!own.is_another() && own.name == Identity::own().name);
@@ -285,16 +291,16 @@ mod tests {
         fs::write(&file, "x").unwrap();
         fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
         let other = user(4711, &[4711]);
-        assert!(matches!(find(&file, Ok(&other), Need::Read), Access::Denied(_)));
+        assert!(matches!(find(&file, Ok(&other), Need::Read), FileAccess::Denied(_)));
         crate::doctor::acl::tests::let_read(&file, 4711);
-        assert_eq!(find(&file, Ok(&other), Need::Read), Access::Granted);
-        assert!(matches!(find(&file, Ok(&user(4712, &[4711])), Need::Read), Access::Denied(_)));
+        assert_eq!(find(&file, Ok(&other), Need::Read), FileAccess::Granted);
+        assert!(matches!(find(&file, Ok(&user(4712, &[4711])), Need::Read), FileAccess::Denied(_)));
     }
 
     #[test]
     fn a_credential_of_a_unit_that_does_not_run_is_not_judged() {
         let credential = Path::new("/run/credentials/no-such-unit.service/key.pem");
-        assert_eq!(find(credential, Ok(&user(1, &[1])), Need::Read), Access::OnlyWhileRunning);
+        assert_eq!(find(credential, Ok(&user(1, &[1])), Need::Read), FileAccess::OnlyWhileRunning);
     }
 
     #[test]
@@ -303,22 +309,22 @@ mod tests {
         let own = Identity { is_named: true, ..Identity::own() };
         let at = |name: &str| dir.path().join(name);
         fs::create_dir(at("state")).unwrap();
-        assert_eq!(find(&at("state"), Ok(&own), Need::Write), Access::Granted);
-        assert_eq!(find(&at("state/new/er"), Ok(&own), Need::Write), Access::Creatable);
-        assert_eq!(find(&at("list"), Ok(&own), Need::Read), Access::Creatable);
+        assert_eq!(find(&at("state"), Ok(&own), Need::Write), FileAccess::Granted);
+        assert_eq!(find(&at("state/new/er"), Ok(&own), Need::Write), FileAccess::Creatable);
+        assert_eq!(find(&at("list"), Ok(&own), Need::Read), FileAccess::Creatable);
         fs::set_permissions(at("state"), fs::Permissions::from_mode(0o500)).unwrap();
         assert!(
-            matches!(find(&at("state"), Ok(&own), Need::Write), Access::Denied(reason) if reason.contains("mode 500"))
+            matches!(find(&at("state"), Ok(&own), Need::Write), FileAccess::Denied(reason) if reason.contains("mode 500"))
         );
-        assert!(matches!(find(&at("state/new"), Ok(&own), Need::Write), Access::Denied(_)));
-        assert_eq!(find(&at("state"), Ok(&own), Need::List), Access::Granted);
+        assert!(matches!(find(&at("state/new"), Ok(&own), Need::Write), FileAccess::Denied(_)));
+        assert_eq!(find(&at("state"), Ok(&own), Need::List), FileAccess::Granted);
         fs::set_permissions(at("state"), fs::Permissions::from_mode(0o600)).unwrap();
         assert!(
-            matches!(find(&at("state/x"), Ok(&own), Need::Read), Access::Denied(reason) if reason.contains("enter"))
+            matches!(find(&at("state/x"), Ok(&own), Need::Read), FileAccess::Denied(reason) if reason.contains("enter"))
         );
         let unknown = Identity::named(Some("no such user")).unwrap_err();
         assert!(
-            matches!(find(&at("state"), Err(&unknown), Need::Read), Access::Denied(reason) if reason.contains("no such user"))
+            matches!(find(&at("state"), Err(&unknown), Need::Read), FileAccess::Denied(reason) if reason.contains("no such user"))
         );
     }
 }

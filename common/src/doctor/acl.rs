@@ -7,7 +7,7 @@ use rustix::fs::getxattr;
 const ATTRIBUTE: &str = "system.posix_acl_access";
 const VERSION: u32 = 2;
 /// More than any file system stores.
-const SIZE_MAX: usize = 1 << 16;
+const ATTRIBUTE_SIZE_MAX: usize = 1 << 16;
 
 const OWNER: u16 = 0x01;
 const USER: u16 = 0x02;
@@ -18,10 +18,10 @@ const OTHER: u16 = 0x20;
 
 /// The list of one file.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Acl(Vec<Entry>);
+pub(super) struct PosixAcl(Vec<AclEntry>);
 
 #[derive(Debug, PartialEq, Eq)]
-struct Entry {
+struct AclEntry {
     tag: u16,
     bits: u32,
     id: u32,
@@ -29,15 +29,15 @@ struct Entry {
 
 /// The owner and the group of a file.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Owner {
+pub(super) struct FileOwner {
     pub(super) user: u32,
     pub(super) group: u32,
 }
 
-impl Acl {
+impl PosixAcl {
     /// The list of a file; none if its mode is all that applies.
     pub(super) fn of(path: &Path) -> Option<Self> {
-        let mut bytes = vec![0; SIZE_MAX];
+        let mut bytes = vec![0; ATTRIBUTE_SIZE_MAX];
         let size = getxattr(path, ATTRIBUTE, &mut bytes[..]).ok()?;
         Self::parse(bytes.get(..size)?)
     }
@@ -45,7 +45,7 @@ impl Acl {
     fn parse(bytes: &[u8]) -> Option<Self> {
         let (version, entries) = bytes.split_first_chunk()?;
         let entry = |entry: &[u8]| match *entry {
-            [t0, t1, b0, b1, i0, i1, i2, i3] => Some(Entry {
+            [t0, t1, b0, b1, i0, i1, i2, i3] => Some(AclEntry {
                 tag: u16::from_le_bytes([t0, t1]),
                 bits: u16::from_le_bytes([b0, b1]).into(),
                 id: u32::from_le_bytes([i0, i1, i2, i3]),
@@ -58,7 +58,7 @@ impl Acl {
 
     /// Whether the list grants a user with these groups these of the bits 4 (read), 2 (write), 1 (enter), by the
     /// kernel's rules.
-    pub(super) fn gives(&self, uid: u32, groups: &[u32], owner: Owner, bits: u32) -> bool {
+    pub(super) fn grants(&self, uid: u32, groups: &[u32], owner: FileOwner, bits: u32) -> bool {
         let has = |given: u32| given & bits == bits;
         let first = |tag| self.0.iter().find(|entry| entry.tag == tag).map(|entry| entry.bits);
         if uid == owner.user {
@@ -68,7 +68,7 @@ impl Acl {
         if let Some(user) = self.0.iter().find(|entry| entry.tag == USER && entry.id == uid) {
             return has(user.bits & mask);
         }
-        let is_of_group = |entry: &&Entry| match entry.tag {
+        let is_of_group = |entry: &&AclEntry| match entry.tag {
             OWNING_GROUP => groups.contains(&owner.group),
             GROUP => groups.contains(&entry.id),
             _ => false,
@@ -106,7 +106,7 @@ pub(super) mod tests {
 
     #[test]
     fn the_first_kind_of_entry_that_is_for_the_user_counts() {
-        let list = Acl::parse(&bytes(&[
+        let list = PosixAcl::parse(&bytes(&[
             (OWNER, 6, NOBODY),
             (USER, 7, 10),
             (USER, 0, 11),
@@ -116,8 +116,8 @@ pub(super) mod tests {
             (OTHER, 1, NOBODY),
         ]))
         .unwrap();
-        let owner = Owner { user: 1, group: 2 };
-        for (uid, groups, bits, gives) in [
+        let owner = FileOwner { user: 1, group: 2 };
+        for (uid, groups, bits, grants) in [
             (1, &[][..], 6, true),
             (1, &[20], 1, false),
             (10, &[], 5, true),
@@ -130,17 +130,17 @@ pub(super) mod tests {
             (12, &[21], 1, true),
             (12, &[21], 4, false),
         ] {
-            assert_eq!(list.gives(uid, groups, owner, bits), gives, "{uid} {groups:?} {bits}");
+            assert_eq!(list.grants(uid, groups, owner, bits), grants, "{uid} {groups:?} {bits}");
         }
     }
 
     #[test]
     fn what_is_no_list_is_none() {
         for text in [&b""[..], b"\x02\0\0\0\x01", b"\x03\0\0\0", b"\x02\0\0"] {
-            assert_eq!(Acl::parse(text), None, "{text:?}");
+            assert_eq!(PosixAcl::parse(text), None, "{text:?}");
         }
         let file = tempfile::NamedTempFile::new().unwrap();
-        assert_eq!(Acl::of(file.path()), None);
-        assert_eq!(Acl::of(Path::new("/no/such/file")), None);
+        assert_eq!(PosixAcl::of(file.path()), None);
+        assert_eq!(PosixAcl::of(Path::new("/no/such/file")), None);
     }
 }

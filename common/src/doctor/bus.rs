@@ -1,7 +1,7 @@
 //! Checks of the connection to the MQTT server: whether it works, and the rights that it has.
 
 use super::{Finding, Program};
-use crate::mqtt::trial::{Allowed, Echo, Failure, Trial};
+use crate::mqtt::trial::{Allowed, ConnectFailure, EchoOutcome, Trial};
 use crate::mqtt::{Fault, TlsError};
 
 /// The subject of these findings.
@@ -13,7 +13,7 @@ pub struct MqttFacts<B> {
     /// The server, for people.
     pub server: String,
     /// The facts about the connection; or why it failed.
-    pub outcome: Result<B, Failure>,
+    pub outcome: Result<B, ConnectFailure>,
 }
 
 impl<B> MqttFacts<B> {
@@ -21,7 +21,7 @@ impl<B> MqttFacts<B> {
     pub fn of(trial: Result<Trial, TlsError>, known: impl FnOnce(&Allowed) -> B) -> Self {
         match trial {
             Err(error) => {
-                let failure = Failure { fault: Fault::Tls, cause: error.to_string() };
+                let failure = ConnectFailure { fault: Fault::Tls, cause: error.to_string() };
                 Self { server: "certificates".into(), outcome: Err(failure) }
             }
             Ok(Trial { server, outcome }) => Self { server, outcome: outcome.map(|allowed| known(&allowed)) },
@@ -37,7 +37,7 @@ pub struct Rights {
     /// Other refused subscriptions.
     pub refused_optional: Vec<String>,
     /// The result of a message below `wgkex/`.
-    pub echo: Echo,
+    pub echo: EchoOutcome,
 }
 
 impl From<&Allowed> for Rights {
@@ -48,7 +48,7 @@ impl From<&Allowed> for Rights {
 
 /// The finding for a failed connection.
 #[must_use]
-pub fn no_connection(program: Program, server: &str, Failure { fault, cause }: &Failure) -> Finding {
+pub fn no_connection(program: Program, server: &str, ConnectFailure { fault, cause }: &ConnectFailure) -> Finding {
     Finding::fail(SUBJECT, format!("{server}: {cause}"), advice(program, *fault))
 }
 
@@ -92,19 +92,19 @@ fn subscriptions(program: Program, rights: &Rights) -> Finding {
     }
 }
 
-fn echo(program: Program, echo: Echo) -> Finding {
+fn echo(program: Program, echo: EchoOutcome) -> Finding {
     let follows = match program {
         Program::Worker => "brokers get no confirmations",
         Program::Broker => "workers hear nothing of revocations, and may miss keys",
     };
     match echo {
-        Echo::Came => Finding::ok(SUBJECT, "what it publishes below wgkex/ comes back"),
-        Echo::Lost => Finding::warn(
+        EchoOutcome::Came => Finding::ok(SUBJECT, "what it publishes below wgkex/ comes back"),
+        EchoOutcome::Lost => Finding::warn(
             SUBJECT,
             format!("what it publishes below wgkex/ does not come back: {follows}"),
             lacking(program),
         ),
-        Echo::Closed => Finding::warn(
+        EchoOutcome::Closed => Finding::warn(
             SUBJECT,
             format!("the server ends the connection when it publishes below wgkex/: {follows}"),
             lacking(program),

@@ -9,9 +9,9 @@ use super::{Finding, Level, Program};
 use crate::peer_clock::Difference;
 
 /// The difference in seconds above which there is a warning.
-const ODD: Duration = Duration::from_secs(5);
+const CLOCK_ODD_MIN: Duration = Duration::from_secs(5);
 /// The difference in seconds above which the expiry of list entries and certificates is wrong.
-const WRONG: Duration = Duration::from_secs(3600);
+const CLOCK_WRONG_MIN: Duration = Duration::from_secs(3600);
 
 const SUBJECT: &str = "clock";
 const SYNCHRONISE: &str = "synchronise it: `timedatectl set-ntp true`, or chrony";
@@ -47,14 +47,14 @@ pub fn is_synchronised() -> Option<bool> {
 #[must_use]
 pub fn clock(program: Program, facts: &ClockFacts) -> Finding {
     if let Some((broker, difference)) = facts.brokers.iter().max_by_key(|(_, difference)| difference.seconds()) {
-        let level = if difference.seconds() >= WRONG.as_secs() { Level::Fail } else { Level::Warn };
+        let level = if difference.seconds() >= CLOCK_WRONG_MIN.as_secs() { Level::Fail } else { Level::Warn };
         let found = format!("that of broker {broker} is {difference} this machine's: one of the two is wrong");
         return Finding { level, ..Finding::warn(SUBJECT, found, format!("on both machines: {SYNCHRONISE}")) };
     }
     let away = |off: &Duration| format!("it is {} s away from that of the HTTP server", off.as_secs());
     match (&facts.server, facts.is_synchronised) {
-        (Some(Ok(off)), _) if *off >= WRONG => Finding::fail(SUBJECT, away(off), SYNCHRONISE),
-        (Some(Ok(off)), _) if *off > ODD => Finding::warn(SUBJECT, away(off), SYNCHRONISE),
+        (Some(Ok(off)), _) if *off >= CLOCK_WRONG_MIN => Finding::fail(SUBJECT, away(off), SYNCHRONISE),
+        (Some(Ok(off)), _) if *off > CLOCK_ODD_MIN => Finding::warn(SUBJECT, away(off), SYNCHRONISE),
         (Some(Err(error)), _) => Finding::warn(
             SUBJECT,
             format!("it cannot be compared: {error}"),

@@ -2,12 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use super::access::{Access, Identity, Need, Unknown, find};
+use super::access::{FileAccess, Identity, Need, Unknown, find};
 use super::{Finding, Level, Program, Trouble};
 use crate::Config;
 use crate::access_lists::files::Files;
 use crate::config::{CONFIG_FILE, FileToRead, KeyLists, PASSWORD_FILE, UnreadableFile};
-use crate::storage::process_lock::Holder;
+use crate::storage::process_lock::LockHolder;
 
 /// The running program that answers on this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,9 +28,9 @@ pub struct StateFacts {
     /// The user as whom the program serves.
     pub user: String,
     /// The user's access to it.
-    pub access: Access,
+    pub access: FileAccess,
     /// The process that has the program's state file; or why that is not known.
-    pub holder: Result<Option<Holder>, String>,
+    pub holder: Result<Option<LockHolder>, String>,
 }
 
 /// A file or directory of an access list.
@@ -41,7 +41,7 @@ pub struct ListFacts {
     /// Where it is.
     pub path: PathBuf,
     /// The program's access to it.
-    pub access: Access,
+    pub access: FileAccess,
     /// The mistake in its content, with the line; none if it is valid, or was not read.
     pub damage: Option<String>,
 }
@@ -54,7 +54,7 @@ pub struct FileFacts {
     /// Where it is.
     pub path: PathBuf,
     /// The program's access to it.
-    pub access: Access,
+    pub access: FileAccess,
 }
 
 impl FileFacts {
@@ -83,7 +83,7 @@ fn read_as_user(config: &Config, program: Program) -> Vec<FileToRead> {
 pub fn denied(config: &Config, program: Program, user: &Identity) -> Vec<UnreadableFile> {
     let denied = |file: FileToRead| {
         let need = if file.is_directory() { Need::List } else { Need::Read };
-        let Access::Denied(reason) = find(&file.path, Ok(user), need) else { return None };
+        let FileAccess::Denied(reason) = find(&file.path, Ok(user), need) else { return None };
         let name = &user.name;
         Some(
             config
@@ -99,10 +99,10 @@ impl StateFacts {
     pub fn of(dir: &Path, name: &str, user: Result<&Identity, &Unknown>) -> Self {
         let file = dir.join(name);
         let mut access = find(dir, user, Need::Write);
-        if access == Access::Granted && file.exists() {
+        if access == FileAccess::Granted && file.exists() {
             access = find(&file, user, Need::Write);
         }
-        let holder = Holder::of(&file).map_err(|error| error.to_string());
+        let holder = LockHolder::of(&file).map_err(|error| error.to_string());
         let user = user.map_or_else(|unknown| &unknown.name, |user| &user.name);
         Self { dir: dir.to_owned(), user: user.clone(), access, holder }
     }
@@ -126,7 +126,7 @@ impl ListFacts {
         let facts = paths.into_iter().filter_map(|(key, path, need)| {
             let path = path?.clone();
             let access = find(&path, user, need);
-            let damage = files.damages().find(|(list, _)| *list == key && access == Access::Granted);
+            let damage = files.damages().find(|(list, _)| *list == key && access == FileAccess::Granted);
             Some(Self { key, damage: damage.map(|(_, damage)| damage.to_owned()), access, path })
         });
         facts.collect()
@@ -142,16 +142,16 @@ pub fn state(program: Program, facts: &StateFacts, running: Option<&Running>) ->
     let is_kept = running.is_some_and(|running| running.keeps_state);
     let kept = match access {
         _ if is_kept => Finding::ok("state", format!("the running {word} writes to {dir}")),
-        Access::Granted => Finding::ok("state", format!("{user} may write to {dir}")),
-        Access::Creatable => Finding::ok("state", format!("{dir} is not there yet, and {user} may make it")),
-        Access::OnlyFor(other) => Finding::warn(
+        FileAccess::Granted => Finding::ok("state", format!("{user} may write to {dir}")),
+        FileAccess::Creatable => Finding::ok("state", format!("{dir} is not there yet, and {user} may make it")),
+        FileAccess::OnlyFor(other) => Finding::warn(
             "state",
             format!("{dir} is writable for {other} and not for {user}"),
             format!("start the {word} as {other} ({}), or {make}", program.user()),
         ),
-        Access::Denied(reason) => Finding::fail("state", format!("{user} cannot write to {dir}: {reason}"), make),
-        Access::OnlyWhileRunning => unchecked("state", facts.dir.as_path()),
-        Access::Unseen(reason) => unseen("state", facts.dir.as_path(), reason),
+        FileAccess::Denied(reason) => Finding::fail("state", format!("{user} cannot write to {dir}: {reason}"), make),
+        FileAccess::OnlyWhileRunning => unchecked("state", facts.dir.as_path()),
+        FileAccess::Unseen(reason) => unseen("state", facts.dir.as_path(), reason),
     };
     [kept].into_iter().chain(holder(program, facts, running)).collect()
 }
@@ -226,20 +226,20 @@ fn unread_list(program: Program, ListFacts { key, path, access, damage }: &ListF
 }
 
 /// Whether the program's user may read the file of this `key` of the config.
-fn readable(program: Program, key: &str, file: &Path, access: &Access, user: &str) -> Finding {
+fn readable(program: Program, key: &str, file: &Path, access: &FileAccess, user: &str) -> Finding {
     let (path, advice) = (file.display(), format!("let {user} read it (chmod, chown)"));
     match access {
-        Access::Granted => Finding::ok(key, format!("{user} may read {path}")),
-        Access::Creatable => {
+        FileAccess::Granted => Finding::ok(key, format!("{user} may read {path}")),
+        FileAccess::Creatable => {
             Finding::fail(key, format!("{path} is missing"), format!("write it, or take {key} out of the config"))
         }
-        Access::OnlyFor(other) => {
+        FileAccess::OnlyFor(other) => {
             let advice = format!("start the {} as {other} ({}), or {advice}", program.word(), program.user());
             Finding::warn(key, format!("{path} is readable for {other} and not for {user}"), advice)
         }
-        Access::Denied(reason) => Finding::fail(key, format!("{user} cannot read {path}: {reason}"), advice),
-        Access::OnlyWhileRunning => unchecked(key, file),
-        Access::Unseen(reason) => unseen(key, file, reason),
+        FileAccess::Denied(reason) => Finding::fail(key, format!("{user} cannot read {path}: {reason}"), advice),
+        FileAccess::OnlyWhileRunning => unchecked(key, file),
+        FileAccess::Unseen(reason) => unseen(key, file, reason),
     }
 }
 

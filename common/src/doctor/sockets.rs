@@ -23,7 +23,7 @@ pub enum PortOwner {
 
 /// A socket of the kernel's table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Socket {
+struct KernelSocket {
     address: IpAddr,
     port: u16,
     is_listening: bool,
@@ -64,7 +64,7 @@ fn overlap(one: IpAddr, other: IpAddr) -> bool {
     one == other || covers(one, other) || covers(other, one)
 }
 
-fn owner(tables: &[&str], is_it: impl Fn(&Socket) -> bool) -> PortOwner {
+fn owner(tables: &[&str], is_it: impl Fn(&KernelSocket) -> bool) -> PortOwner {
     let read = |table: &&str| fs::read_to_string(format!("/proc/self/net/{table}")).unwrap_or_default();
     let tables: String = tables.iter().map(read).collect();
     let names: BTreeSet<String> =
@@ -81,13 +81,13 @@ fn owner(tables: &[&str], is_it: impl Fn(&Socket) -> bool) -> PortOwner {
 }
 
 /// The sockets in tables like those in /proc/net; other lines, such as the heads, are skipped.
-fn sockets(tables: &str) -> impl Iterator<Item = Socket> {
+fn sockets(tables: &str) -> impl Iterator<Item = KernelSocket> {
     tables.lines().filter_map(|line| {
         let mut fields = line.split_whitespace();
         let (address, port) = fields.nth(1)?.rsplit_once(':')?;
         let (address, port) = (self::address(address)?, u16::from_str_radix(port, 16).ok()?);
         let is_listening = fields.nth(1)? == "0A";
-        Some(Socket { address, port, is_listening, inode: fields.nth(5)?.parse().ok()? })
+        Some(KernelSocket { address, port, is_listening, inode: fields.nth(5)?.parse().ok()? })
     })
 }
 

@@ -26,7 +26,7 @@ pub(super) use self::flow::{ActiveRequest, Flow};
 use self::table::{AdmittedConnection, ConnectionTable};
 
 /// How long a connection may be open between two requests.
-pub const IDLE: Duration = Duration::from_secs(75);
+pub const IDLE_TIMEOUT: Duration = Duration::from_secs(75);
 
 /// Why a connection is closed by the server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,7 +75,7 @@ pub enum PeerKind {
 pub struct Connections(Arc<ConnectionsState>);
 
 struct ConnectionsState {
-    table: Mutex<ConnectionTable<Socket>>,
+    table: Mutex<ConnectionTable<ConnectionSocket>>,
     capacity: Capacity,
     /// The memory held by all, including those that are about to end.
     held: AtomicUsize,
@@ -85,7 +85,7 @@ struct ConnectionsState {
 }
 
 /// A duplicate of a connection's socket, to close it from elsewhere.
-struct Socket(std::net::TcpStream);
+struct ConnectionSocket(std::net::TcpStream);
 
 /// An upgraded connection, as its session sees it. Dropping it means that the session has sent everything: the
 /// connection ends when the client closes its side, or a few seconds later.
@@ -119,7 +119,7 @@ impl Connections {
 
     /// The connections of a listener for a few clients: they need no [`Self::tidy`], since each new one evicts others.
     #[must_use]
-    pub fn few() -> Self {
+    pub fn for_few_clients() -> Self {
         Self::new(Capacity::FEW, peer_kind, |_| {})
     }
 
@@ -153,7 +153,7 @@ impl Connections {
     }
 
     /// Closes idle connections.
-    pub fn tidy(&self) {
+    pub fn close_idle(&self) {
         let idle = self.table().expire(since(self.0.began));
         self.evict(idle, Closed::Idle);
     }
@@ -162,7 +162,7 @@ impl Connections {
     pub(super) fn opened(&self, stream: &TcpStream) -> ConnectionGuard {
         let flow = Flow::new(self.0.began);
         let address = stream.peer_addr().map(|address| address.ip());
-        let socket = stream.as_fd().try_clone_to_owned().map(|socket| Socket(socket.into()));
+        let socket = stream.as_fd().try_clone_to_owned().map(|socket| ConnectionSocket(socket.into()));
         let id = match (address, socket) {
             (Ok(address), Ok(socket)) => self.admit((self.0.peer_kind)(address), socket, flow.clone()),
             (Err(_), _) | (_, Err(_)) => {
@@ -174,7 +174,7 @@ impl Connections {
         ConnectionGuard { connections: self.clone(), flow, id }
     }
 
-    fn admit(&self, peer: PeerKind, socket: Socket, flow: Arc<Flow>) -> Option<u64> {
+    fn admit(&self, peer: PeerKind, socket: ConnectionSocket, flow: Arc<Flow>) -> Option<u64> {
         let admitted = self.table().admit(peer, socket, flow);
         match admitted {
             Ok(AdmittedConnection { id, evicted }) => {
@@ -189,29 +189,29 @@ impl Connections {
     }
 
     /// Resets connections, and drops the unsent data in the kernel.
-    fn evict(&self, sockets: impl IntoIterator<Item = Socket>, closed: Closed) {
+    fn evict(&self, sockets: impl IntoIterator<Item = ConnectionSocket>, closed: Closed) {
         for socket in sockets {
             socket.reset();
             (self.0.closed)(closed);
         }
     }
 
-    fn close(&self, socket: &Socket, closed: Closed) {
+    fn close(&self, socket: &ConnectionSocket, closed: Closed) {
         // It may have ended already.
         let _ = socket.0.shutdown(Shutdown::Both);
         (self.0.closed)(closed);
     }
 
     /// The lock needs no poison: a panic ends the process.
-    fn table(&self) -> MutexGuard<'_, ConnectionTable<Socket>> {
+    fn table(&self) -> MutexGuard<'_, ConnectionTable<ConnectionSocket>> {
         self.0.table.lock()
     }
 }
 
 impl UpgradedConnection {
     /// The session is accepted: the connection is no longer evicted for others.
-    pub fn settle(&self) {
-        self.flow.settle();
+    pub fn pin(&self) {
+        self.flow.pin();
     }
 
     /// Returns when the client has begun a message that is larger than [`super::MESSAGE_MAX`]. Nothing is received from
@@ -245,7 +245,7 @@ impl Drop for UpgradedConnection {
     }
 }
 
-impl Socket {
+impl ConnectionSocket {
     /// Closes it, and drops the unsent data in the kernel.
     fn reset(&self) {
         // It may have ended already.

@@ -14,7 +14,7 @@ use nix::sys::socket::{
 use tokio::time::sleep;
 
 /// The interval of checks of a listener.
-const CHECK_INTERVAL: Duration = Duration::from_secs(1);
+const LISTENER_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The backlog of connections that are not accepted yet: a whole fleet may connect at once.
 const BACKLOG: i32 = 4_096;
@@ -56,7 +56,7 @@ pub fn is_listening(listener: &impl AsFd) -> bool {
 /// Returns when the kernel no longer listens on `listener`, at most a second later.
 pub async fn closed(listener: TcpListener) {
     while is_listening(&listener) {
-        sleep(CHECK_INTERVAL).await;
+        sleep(LISTENER_CHECK_INTERVAL).await;
     }
 }
 

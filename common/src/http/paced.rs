@@ -13,12 +13,12 @@ use super::connections::{ConnectionGuard, Flow};
 use super::frames::Frames;
 
 /// The size of a read, and so the most bytes that wait here.
-const PIECE: usize = 4096;
+const READ_BYTES: usize = 4096;
 /// The most heads that are passed on before the server decodes them. Two, so that a request and its body are passed on
 /// at once.
-const HEADS: usize = 2;
+const HEADS_AHEAD_MAX: usize = 2;
 /// Memory that a connection may hold without being counted: the usual amount.
-const FREE: usize = 8 << 10;
+const UNCOUNTED_BYTES: usize = 8 << 10;
 /// The largest head that the server accepts; it keeps no more than that for a client.
 const HEAD_MAX: usize = 128 << 10;
 
@@ -28,7 +28,7 @@ pub struct Paced<S> {
     place: ConnectionGuard,
     /// Bytes that were read and not passed on.
     ahead: Vec<u8>,
-    ends: Ends,
+    ends: HeadEndFinder,
     /// Heads that were passed on since the server last had to wait, which is when it decodes them.
     handed: usize,
     /// Bytes passed on since the last head ended; they may be the beginning of a head, which the server keeps.
@@ -51,7 +51,7 @@ impl<S> Paced<S> {
             stream,
             place,
             ahead: Vec::new(),
-            ends: Ends::default(),
+            ends: HeadEndFinder::default(),
             handed: 0,
             input: 0,
             most_input: 0,
@@ -76,13 +76,13 @@ impl<S> Paced<S> {
     fn hand_on(&mut self, buf: &mut ReadBuf<'_>) {
         let most = self.ahead.len().min(buf.remaining());
         let mut length = 0;
-        while length < most && self.handed < HEADS {
+        while length < most && self.handed < HEADS_AHEAD_MAX {
             let byte = self.ahead[length];
             length += 1;
             self.input += 1;
             let is_upgrade = self.upgrade.is_found_with(byte);
             if self.ends.is_end(byte) {
-                self.handed = if is_upgrade { HEADS } else { self.handed + 1 };
+                self.handed = if is_upgrade { HEADS_AHEAD_MAX } else { self.handed + 1 };
                 self.input = 0;
                 self.upgrade = UpgradeHeader::default();
             }
@@ -103,7 +103,8 @@ impl<S> Paced<S> {
     }
 
     fn count(&self) {
-        self.place.hold(self.most_input.saturating_sub(FREE) + self.most_unread.saturating_sub(FREE));
+        self.place
+            .hold(self.most_input.saturating_sub(UNCOUNTED_BYTES) + self.most_unread.saturating_sub(UNCOUNTED_BYTES));
     }
 
     /// Wakes the reader of the next request if nothing else delays that. Not for frames, which do not wait for writes:
@@ -132,7 +133,7 @@ impl<S: AsyncRead + Unpin> Paced<S> {
             if frames.is_closed() {
                 return if self.place.flow().is_ending() { Poll::Ready(Ok(())) } else { Poll::Pending };
             }
-            let mut piece = [0; PIECE];
+            let mut piece = [0; READ_BYTES];
             let mut piece = ReadBuf::new(&mut piece);
             ready!(Pin::new(&mut self.stream).poll_read(cx, &mut piece))?;
             if piece.filled().is_empty() {
@@ -145,13 +146,13 @@ impl<S: AsyncRead + Unpin> Paced<S> {
     }
 
     fn read(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        if self.handed >= HEADS {
+        if self.handed >= HEADS_AHEAD_MAX {
             // The server has to decode them first.
             cx.waker().wake_by_ref();
             return Poll::Pending;
         }
         if self.ahead.is_empty() {
-            let mut piece = [0; PIECE];
+            let mut piece = [0; READ_BYTES];
             let mut piece = ReadBuf::new(&mut piece);
             ready!(Pin::new(&mut self.stream).poll_read(cx, &mut piece))?;
             if piece.filled().is_empty() {
@@ -217,7 +218,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Paced<S> {
 
 /// Finds the ends of heads: a line end and an empty line. A body may contain the same bytes.
 #[derive(Default)]
-enum Ends {
+enum HeadEndFinder {
     #[default]
     Within,
     /// After the end of a line.
@@ -226,7 +227,7 @@ enum Ends {
     Return,
 }
 
-impl Ends {
+impl HeadEndFinder {
     fn is_end(&mut self, byte: u8) -> bool {
         let (next, is_end) = match (&self, byte) {
             (Self::Line | Self::Return, b'\n') => (Self::Within, true),
@@ -274,7 +275,7 @@ mod tests {
 
     fn paced(room: usize) -> (Paced<DuplexStream>, DuplexStream) {
         let (server, client) = duplex(room);
-        (Paced::new(server, Connections::few().guard()), client)
+        (Paced::new(server, Connections::for_few_clients().guard()), client)
     }
 
     /// The received bytes, empty at the end; none if there is nothing now.
@@ -394,7 +395,7 @@ mod tests {
         let answer = vec![0; 100 << 10];
         assert_eq!(write(&mut server, &answer), Some(64 << 10));
         assert_eq!(write(&mut server, &answer[64 << 10..]), None);
-        assert_eq!(flow.held(), (100 << 10) - FREE);
+        assert_eq!(flow.held(), (100 << 10) - UNCOUNTED_BYTES);
         assert!(read(&mut client, 64 << 10).is_some());
         assert_eq!(write(&mut server, &answer[64 << 10..]), Some(36 << 10));
         assert_eq!(flow.held(), 0);
@@ -423,7 +424,7 @@ mod tests {
                     Some(part) => {
                         came.extend(&part);
                         at_once.extend(&part);
-                        prop_assert!(heads(&at_once) <= HEADS);
+                        prop_assert!(heads(&at_once) <= HEADS_AHEAD_MAX);
                     }
                     None => at_once.clear(),
                 }

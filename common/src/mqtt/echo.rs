@@ -19,18 +19,18 @@ const ECHO_TIMEOUT: Duration = Duration::from_secs(30);
 const FIRST_ECHO_TIMEOUT: Duration = Duration::from_secs(2);
 /// After so many connections in a row without an echo, but with other messages, the session stops reconnecting: the
 /// server may not allow the echo.
-const MAX_TRIES: u32 = 3;
+const TRIES_MAX: u32 = 3;
 /// The same for a session that has never received an echo, and receives no other message.
 const SILENCE_TIMEOUT: Duration = Duration::from_secs(300);
 /// After so many connections in a row that the server closed because of the echo nothing more is published below
 /// `wgkex/`,
-const MAX_CLOSED: u32 = 2;
+const CLOSED_MAX: u32 = 2;
 /// for so long.
 const FORBIDDEN_TIME: Duration = Duration::from_secs(600);
 
 /// The echo of a session.
 #[derive(Debug, Default)]
-pub(super) struct Echo {
+pub(super) struct SessionEcho {
     /// When the next one is published; none while there is no connection, or the server does not allow it.
     due: Option<Instant>,
     /// When the first unanswered one was published.
@@ -48,7 +48,7 @@ pub(super) struct Echo {
     forbidden: Option<Instant>,
 }
 
-impl Echo {
+impl SessionEcho {
     /// The session is subscribed.
     pub(super) fn up(&mut self, now: Instant) {
         let due = (!self.is_forbidden(now)).then_some(now);
@@ -60,7 +60,7 @@ impl Echo {
         let is_over_echo = is_closed && self.must_wait(now);
         if is_over_echo {
             self.closed += 1;
-            if self.closed >= MAX_CLOSED {
+            if self.closed >= CLOSED_MAX {
                 self.forbidden = Some(now + FORBIDDEN_TIME);
             }
         }
@@ -97,17 +97,17 @@ impl Echo {
         self.silent = Some(now);
     }
 
-    /// Whether the echo has been missing for too long, so that the session has to reconnect. After [`MAX_TRIES`]
+    /// Whether the echo has been missing for too long, so that the session has to reconnect. After [`TRIES_MAX`]
     /// connections in a row only if no other message is received either.
     pub(super) fn is_lost(&mut self, now: Instant) -> bool {
         let is_lost = self.lost_at().is_some_and(|at| at <= now);
-        self.losses += u32::from(is_lost && self.losses < MAX_TRIES);
+        self.losses += u32::from(is_lost && self.losses < TRIES_MAX);
         is_lost
     }
 
     fn lost_at(&self) -> Option<Instant> {
         let unanswered = self.unanswered.map(|since| since + ECHO_TIMEOUT);
-        if self.losses < MAX_TRIES {
+        if self.losses < TRIES_MAX {
             return unanswered;
         }
         let silence = if self.has_come { ECHO_TIMEOUT } else { SILENCE_TIMEOUT };
@@ -116,7 +116,7 @@ impl Echo {
 
     /// Whether echoes have been missing on so many connections that they are no longer expected.
     pub(super) fn is_given_up(&self) -> bool {
-        self.losses >= MAX_TRIES
+        self.losses >= TRIES_MAX
     }
 
     /// Whether the server closes the connection when this program publishes to itself.
@@ -136,7 +136,7 @@ mod tests {
     use super::*;
 
     /// Connects, publishes an echo, and receives nothing for so long; whether the session has to reconnect then.
-    fn is_lost_after(echo: &mut Echo, now: &mut Instant, wait: Duration, others: bool) -> bool {
+    fn is_lost_after(echo: &mut SessionEcho, now: &mut Instant, wait: Duration, others: bool) -> bool {
         echo.up(*now);
         assert!(
             echo.is_due(*now)
@@ -155,7 +155,7 @@ mod tests {
 
     #[test]
     fn a_session_to_which_nothing_comes_back_connects_anew_and_not_for_ever_where_others_come() {
-        let (mut echo, mut now) = (Echo::default(), Instant::now());
+        let (mut echo, mut now) = (SessionEcho::default(), Instant::now());
         for is_lost in [true, true, true, false, false] {
             assert_eq!(is_lost_after(&mut echo, &mut now, ECHO_TIMEOUT, true), is_lost);
         }
@@ -174,7 +174,7 @@ mod tests {
 
     #[test]
     fn one_that_comes_after_a_lost_one_shows_a_gap() {
-        let (mut echo, now) = (Echo::default(), Instant::now());
+        let (mut echo, now) = (SessionEcho::default(), Instant::now());
         echo.up(now);
         assert!(echo.is_due(now) && !echo.received(now + ECHO_INTERVAL / 2));
         assert!(
@@ -188,7 +188,7 @@ mod tests {
     /// Failed when the session gave up for ever, and never received a message again.
     #[test]
     fn where_it_came_before_it_is_looked_for_as_long_as_nothing_comes() {
-        let (mut echo, mut now) = (Echo::default(), Instant::now());
+        let (mut echo, mut now) = (SessionEcho::default(), Instant::now());
         echo.up(now);
         assert!(echo.is_due(now));
         echo.received(now);
@@ -204,7 +204,7 @@ mod tests {
 
     #[test]
     fn where_the_connection_ends_over_the_first_one_nothing_of_ours_is_published_for_a_while() {
-        let (mut echo, now) = (Echo::default(), Instant::now());
+        let (mut echo, now) = (SessionEcho::default(), Instant::now());
         for is_forbidden in [false, true] {
             echo.up(now);
             assert!(echo.is_due(now) && echo.down(true, now));

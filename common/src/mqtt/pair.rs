@@ -22,7 +22,7 @@ const SIMULTANEOUS: Duration = Duration::from_millis(30);
 /// After this many takeovers in a row the server allows only one connection.
 const TAKEOVERS: u32 = 4;
 /// Events that wait for the second session at most.
-const MAX_EVENTS: usize = 65_536;
+const EVENTS_MAX: usize = 65_536;
 
 /// Which connection of a program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,7 +33,7 @@ pub(super) enum Side {
 
 /// How often the connections of a program were closed for one another.
 #[derive(Debug, Default)]
-struct Rivalry {
+struct TakeoverCounter {
     /// When each was connected, if it is.
     connected: [Option<Instant>; 2],
     /// When each was last lost.
@@ -43,7 +43,7 @@ struct Rivalry {
     takeovers: u32,
 }
 
-impl Rivalry {
+impl TakeoverCounter {
     /// The two events of a takeover may be reported in either order.
     fn connected(&mut self, side: Side, now: Instant) {
         let other = 1 - side as usize;
@@ -85,60 +85,64 @@ fn age(since: Instant, now: Instant) -> Duration {
 
 /// The state that one session of a pair shares with the other.
 #[derive(Debug)]
-pub(super) struct Pair {
+pub(super) struct SessionPair {
     side: Side,
-    rivalry: Arc<Mutex<Rivalry>>,
+    takeover_counter: Arc<Mutex<TakeoverCounter>>,
     /// The channel by which the second session joins the first: the receiver of the first, the sender of the second.
-    pub joining: Joining,
+    pub joining: JoinChannel,
 }
 
 #[derive(Debug)]
-pub(super) enum Joining {
-    First(mpsc::Receiver<Guest>),
-    Second { guests: mpsc::Sender<Guest>, queue: mpsc::Sender<PendingPublish> },
+pub(super) enum JoinChannel {
+    First(mpsc::Receiver<JoinedSession>),
+    Second { joined_sessions: mpsc::Sender<JoinedSession>, queue: mpsc::Sender<PendingPublish> },
 }
 
 /// The second session, served by the first on its connection.
 #[derive(Debug)]
-pub(super) struct Guest {
+pub(super) struct JoinedSession {
     pub filters: Vec<Filter>,
     /// Another program may use its name.
     pub is_name_suspect: bool,
     events: mpsc::Sender<Event>,
 }
 
-impl Pair {
+impl SessionPair {
     /// Both sides of a pair; after joining, the second publishes by the `queue` of the first.
     pub(super) fn new(queue: mpsc::Sender<PendingPublish>) -> [Self; 2] {
-        let (rivalry, (guests, joining)) = (Arc::default(), mpsc::channel(1));
-        let first = Self { side: Side::First, rivalry: Arc::clone(&rivalry), joining: Joining::First(joining) };
-        [first, Self { side: Side::Second, rivalry, joining: Joining::Second { guests, queue } }]
+        let (takeover_counter, (joined_sessions, joining)) = (Arc::default(), mpsc::channel(1));
+        let first = Self {
+            side: Side::First,
+            takeover_counter: Arc::clone(&takeover_counter),
+            joining: JoinChannel::First(joining),
+        };
+        [first, Self { side: Side::Second, takeover_counter, joining: JoinChannel::Second { joined_sessions, queue } }]
     }
 
     pub(super) fn connected(&self, now: Instant) {
-        self.rivalry.lock().connected(self.side, now);
+        self.takeover_counter.lock().connected(self.side, now);
     }
 
     /// A connection is lost; `perhaps` because of the other one.
     pub(super) fn lost(&self, perhaps: bool, now: Instant) {
-        let mut rivalry = self.rivalry.lock();
+        let mut takeover_counter = self.takeover_counter.lock();
         if perhaps {
-            rivalry.lost(self.side, now);
+            takeover_counter.lost(self.side, now);
         } else {
-            *rivalry = Rivalry { connected: rivalry.connected, ..Rivalry::default() };
-            rivalry.connected[self.side as usize] = None;
+            *takeover_counter = TakeoverCounter { connected: takeover_counter.connected, ..TakeoverCounter::default() };
+            takeover_counter.connected[self.side as usize] = None;
         }
     }
 
     /// Whether the server allows one connection only, and this is the one to be given up.
     pub(super) fn has_to_join(&self) -> bool {
-        self.side == Side::Second && self.rivalry.lock().is_settled()
+        self.side == Side::Second && self.takeover_counter.lock().is_settled()
     }
 }
 
-impl Guest {
+impl JoinedSession {
     pub(super) fn new(filters: Vec<Filter>, is_name_suspect: bool) -> (Self, mpsc::Receiver<Event>) {
-        let (events, received) = mpsc::channel(MAX_EVENTS);
+        let (events, received) = mpsc::channel(EVENTS_MAX);
         (Self { filters, is_name_suspect, events }, received)
     }
 
@@ -159,44 +163,44 @@ mod tests {
 
     #[test]
     fn connections_that_throw_each_other_out_become_one_and_those_that_a_server_drops_do_not() {
-        let (mut rivalry, begun) = (Rivalry::default(), Instant::now());
+        let (mut takeover_counter, begun) = (TakeoverCounter::default(), Instant::now());
         let at = |tenths: u32| begun + Duration::from_millis(100) * tenths;
-        rivalry.connected(Side::First, at(0));
+        takeover_counter.connected(Side::First, at(0));
         for (n, [lost, other]) in
             (0..TAKEOVERS).zip([[Side::First, Side::Second], [Side::Second, Side::First]].into_iter().cycle())
         {
-            assert!(!rivalry.is_settled());
-            rivalry.connected(other, at(10 * n));
-            rivalry.lost(lost, at(10 * n + 1));
+            assert!(!takeover_counter.is_settled());
+            takeover_counter.connected(other, at(10 * n));
+            takeover_counter.lost(lost, at(10 * n + 1));
         }
-        assert!(rivalry.is_settled());
+        assert!(takeover_counter.is_settled());
 
-        let mut rivalry = Rivalry::default();
-        rivalry.connected(Side::First, at(0));
+        let mut takeover_counter = TakeoverCounter::default();
+        takeover_counter.connected(Side::First, at(0));
         let sides = [[Side::First, Side::Second], [Side::Second, Side::First]];
         for (n, [lost, other]) in (1..=TAKEOVERS).zip(sides.into_iter().cycle()) {
-            assert!(!rivalry.is_settled());
-            rivalry.lost(lost, at(10 * n));
-            rivalry.connected(other, at(10 * n + 1));
+            assert!(!takeover_counter.is_settled());
+            takeover_counter.lost(lost, at(10 * n));
+            takeover_counter.connected(other, at(10 * n + 1));
         }
-        assert!(rivalry.is_settled(), "the loss is noticed first");
+        assert!(takeover_counter.is_settled(), "the loss is noticed first");
 
-        let mut rivalry = Rivalry::default();
+        let mut takeover_counter = TakeoverCounter::default();
         for n in 0..20 {
             for side in [Side::First, Side::Second] {
-                rivalry.connected(side, at(10 * n));
+                takeover_counter.connected(side, at(10 * n));
             }
             for side in [Side::Second, Side::First] {
-                rivalry.lost(side, at(10 * n + 5));
+                takeover_counter.lost(side, at(10 * n + 5));
             }
         }
-        assert!(!rivalry.is_settled(), "the server drops both");
-        rivalry.connected(Side::First, at(0));
-        rivalry.connected(Side::Second, at(0));
+        assert!(!takeover_counter.is_settled(), "the server drops both");
+        takeover_counter.connected(Side::First, at(0));
+        takeover_counter.connected(Side::Second, at(0));
         for n in 1..20 {
-            rivalry.lost(Side::First, at(100 * n));
-            rivalry.connected(Side::First, at(100 * n + 1));
+            takeover_counter.lost(Side::First, at(100 * n));
+            takeover_counter.connected(Side::First, at(100 * n + 1));
         }
-        assert!(!rivalry.is_settled(), "one is lost again and again, and not to the other");
+        assert!(!takeover_counter.is_settled(), "one is lost again and again, and not to the other");
     }
 }

@@ -15,10 +15,10 @@ use tokio::time::{Instant, sleep, sleep_until};
 use tracing::warn;
 
 use super::cause::Attempt;
-use super::echo::Echo;
+use super::echo::SessionEcho;
 use super::options;
 use super::outbox::{Outbox, PendingPublish};
-use super::pair::{Guest, Joining, Pair};
+use super::pair::{JoinChannel, JoinedSession, SessionPair};
 use super::reconnect::Reconnect;
 use super::subscriptions::Subscriptions;
 use super::tls_probe;
@@ -28,10 +28,10 @@ use crate::config::Mqtt;
 use crate::runtime::heartbeat::Heartbeat;
 
 /// Messages that may wait for the session; a publisher waits for a place, and its own deadline bounds that.
-const MAX_QUEUED_MESSAGES: usize = 1024;
+const QUEUED_MESSAGES_MAX: usize = 1024;
 
 /// The task behind a [`MqttHandle`].
-pub struct Session {
+pub struct MqttSession {
     client: AsyncClient,
     eventloop: EventLoop,
     queue: mpsc::Receiver<PendingPublish>,
@@ -41,7 +41,7 @@ pub struct Session {
     subscriptions: Subscriptions,
     /// The topic on which it publishes to itself, as a topic and as text.
     echo_topic: Option<(Topic, String)>,
-    echo: Echo,
+    echo: SessionEcho,
     is_connected: bool,
     /// The reasons without a connection that were logged since the last one.
     said: BTreeSet<String>,
@@ -54,9 +54,9 @@ pub struct Session {
     dotted: Option<String>,
     heartbeat: Heartbeat,
     /// The state shared with the program's other session.
-    pair: Option<Pair>,
+    pair: Option<SessionPair>,
     /// The other session, if that publishes and subscribes through this one.
-    guest: Option<Guest>,
+    joined_session: Option<JoinedSession>,
 }
 
 /// The two sessions of a program, `second` made by [`SessionConfig::secondary`]. Where the server lets a program have one connection
@@ -65,22 +65,22 @@ pub fn open_pair(
     config: &Mqtt,
     first: SessionConfig,
     second: SessionConfig,
-) -> Result<[(MqttHandle, Session); 2], TlsError> {
+) -> Result<[(MqttHandle, MqttSession); 2], TlsError> {
     let (mut first, mut second) = (open(config, first)?, open(config, second)?);
-    let [of_first, of_second] = Pair::new(first.0.queue.clone());
+    let [of_first, of_second] = SessionPair::new(first.0.queue.clone());
     (first.1.pair, second.1.pair) = (Some(of_first), Some(of_second));
     Ok([first, second])
 }
 
-/// A session with the configured server, not yet connected: [`Session::run`] does that.
-pub fn open(config: &Mqtt, client: SessionConfig) -> Result<(MqttHandle, Session), TlsError> {
+/// A session with the configured server, not yet connected: [`MqttSession::run`] does that.
+pub fn open(config: &Mqtt, client: SessionConfig) -> Result<(MqttHandle, MqttSession), TlsError> {
     let (options, network, server) = options::options(config, &client)?;
     let (rumqtt, mut eventloop) = AsyncClient::new(options, usize::from(INFLIGHT) + 16);
     eventloop.set_network_options(network);
-    let (sender, queue) = mpsc::channel(MAX_QUEUED_MESSAGES);
+    let (sender, queue) = mpsc::channel(QUEUED_MESSAGES_MAX);
     let (state, watched) = watch::channel(ConnectionState::Down(format!("not connected to {server} yet")));
     let (name_suspect, suspected) = watch::channel(false);
-    let session = Session {
+    let session = MqttSession {
         client: rumqtt,
         eventloop,
         queue,
@@ -90,7 +90,7 @@ pub fn open(config: &Mqtt, client: SessionConfig) -> Result<(MqttHandle, Session
         subscriptions: Subscriptions::new(client.filters()),
         dotted: client.dotted(),
         echo_topic: client.echo.map(|topic| (topic.clone(), topic.to_string())),
-        echo: Echo::default(),
+        echo: SessionEcho::default(),
         is_connected: false,
         said: BTreeSet::new(),
         attempt: Attempt::new(config, &client.id),
@@ -100,12 +100,12 @@ pub fn open(config: &Mqtt, client: SessionConfig) -> Result<(MqttHandle, Session
         reconnect: Reconnect::default(),
         heartbeat: Heartbeat::default(),
         pair: None,
-        guest: None,
+        joined_session: None,
     };
     Ok((MqttHandle { queue: sender, state: watched, name_suspect: suspected }, session))
 }
 
-impl Session {
+impl MqttSession {
     /// Runs until `stop` returns, then disconnects, so that the server does not publish the will; a publisher that
     /// needs an acknowledgement has to await it before that. `on_event` is called in this task: it must not block.
     pub async fn run(mut self, mut on_event: impl FnMut(Event), stop: impl Future<Output = ()>) {
@@ -120,7 +120,7 @@ impl Session {
                         () = &mut stop => return,
                     }
                     self.on_disconnect(&error, &mut on_event);
-                    if self.pair.as_ref().is_some_and(Pair::has_to_join) {
+                    if self.pair.as_ref().is_some_and(SessionPair::has_to_join) {
                         return self.join(&mut on_event, stop).await;
                     }
                     tokio::select! {
@@ -191,15 +191,15 @@ impl Session {
                 Some(publish) = self.queue.recv(), if room => {
                     enqueue(publish, is_silenced, &mut self.outbox, &self.client);
                 }
-                Some(guest) = joined(&mut self.pair), if self.guest.is_none() => {
+                Some(joined_session) = joined(&mut self.pair), if self.joined_session.is_none() => {
                     // The next connection is used by both sessions.
-                    let filters = self.subscriptions.filters().chain(&guest.filters).cloned();
+                    let filters = self.subscriptions.filters().chain(&joined_session.filters).cloned();
                     self.subscriptions = Subscriptions::new(filters);
-                    if guest.is_name_suspect {
+                    if joined_session.is_name_suspect {
                         self.reconnect.suspect_name();
                         set(&self.name_suspect, true);
                     }
-                    self.guest = Some(guest);
+                    self.joined_session = Some(joined_session);
                     return Some(Err(ConnectionError::NetworkTimeout));
                 }
                 () = &mut stop => return None,
@@ -226,9 +226,9 @@ pub(super) fn set(watched: &watch::Sender<bool>, value: bool) {
 }
 
 /// The other session of a program, when it joins the first one's connection.
-async fn joined(pair: &mut Option<Pair>) -> Option<Guest> {
+async fn joined(pair: &mut Option<SessionPair>) -> Option<JoinedSession> {
     match pair {
-        Some(Pair { joining: Joining::First(joining), .. }) => joining.recv().await,
+        Some(SessionPair { joining: JoinChannel::First(joining), .. }) => joining.recv().await,
         _ => None,
     }
 }

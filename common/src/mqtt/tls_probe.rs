@@ -14,13 +14,13 @@ use tokio_rustls::rustls::{ClientConfig, ClientConnection, RootCertStore};
 use crate::tls::provider;
 
 /// How long the server may take.
-const ANSWER: Duration = Duration::from_secs(3);
+const TLS_ANSWER_TIMEOUT: Duration = Duration::from_secs(3);
 /// The first bytes of records with which a TLS server answers: a handshake, or an alert.
 const RECORDS: [u8; 2] = [22, 21];
 
 /// Whether the server answers a TLS hello in time.
 pub(super) async fn speaks_tls(host: &str, port: u16) -> bool {
-    let answer = timeout(ANSWER, answer(host, port)).await;
+    let answer = timeout(TLS_ANSWER_TIMEOUT, answer(host, port)).await;
     matches!(answer, Ok(Ok(first)) if RECORDS.contains(&first))
 }
 

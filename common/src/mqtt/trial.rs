@@ -18,11 +18,11 @@ use crate::Topic;
 use crate::config::Mqtt;
 
 /// The timeout for the login, and for the answer to the subscriptions.
-const ANSWER: Duration = Duration::from_secs(10);
+const SERVER_ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the echo may take.
-const ECHO: Duration = Duration::from_secs(3);
+const TRIAL_ECHO_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long to wait for retained messages after it.
-const REST: Duration = Duration::from_millis(300);
+const RETAINED_WAIT: Duration = Duration::from_millis(300);
 
 /// The result of a trial.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,12 +30,12 @@ pub struct Trial {
     /// The server, for people.
     pub server: String,
     /// The facts about an accepted connection; or why there is none.
-    pub outcome: Result<Allowed, Failure>,
+    pub outcome: Result<Allowed, ConnectFailure>,
 }
 
 /// Why there is no connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Failure {
+pub struct ConnectFailure {
     /// The setting or the server that has to change.
     pub fault: Fault,
     /// The cause, in one line.
@@ -50,14 +50,14 @@ pub struct Allowed {
     /// Other refused subscriptions.
     pub refused_optional: Vec<String>,
     /// The result of a message that the client published to itself.
-    pub echo: Echo,
+    pub echo: EchoOutcome,
     /// The wanted retained messages.
-    pub retained: Vec<Retained>,
+    pub retained: Vec<RetainedPublish>,
 }
 
 /// The result of a message that the client published to itself.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Echo {
+pub enum EchoOutcome {
     /// It was received.
     Came,
     /// It was not received.
@@ -69,7 +69,7 @@ pub enum Echo {
 
 /// A retained message.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Retained {
+pub struct RetainedPublish {
     /// Its topic.
     pub topic: String,
     /// Its payload.
@@ -95,7 +95,7 @@ pub async fn attempt(
         }
     }
     let mut cause = Attempt::new(config, &id);
-    let mut line = Line { client, eventloop, retained: Vec::new(), wanted };
+    let mut line = TrialConnection { client, eventloop, retained: Vec::new(), wanted };
     let outcome = match line.connect().await {
         Ok(()) => line.try_out(&filters, echo, &id).await.map_err(|error| (error, true)),
         Err(error) => Err((error, false)),
@@ -105,7 +105,7 @@ pub async fn attempt(
     {
         cause.server_speaks_tls(speaks_tls(&host, port).await);
     }
-    let outcome = outcome.map_err(|(error, accepted)| Failure {
+    let outcome = outcome.map_err(|(error, accepted)| ConnectFailure {
         fault: cause.fault(&error, accepted),
         cause: cause.describe(&error, accepted),
     });
@@ -113,16 +113,16 @@ pub async fn attempt(
 }
 
 /// The connection.
-struct Line<W> {
+struct TrialConnection<W> {
     client: AsyncClient,
     eventloop: EventLoop,
-    retained: Vec<Retained>,
+    retained: Vec<RetainedPublish>,
     wanted: W,
 }
 
-impl<W: Fn(&str) -> bool> Line<W> {
+impl<W: Fn(&str) -> bool> TrialConnection<W> {
     async fn connect(&mut self) -> Result<(), ConnectionError> {
-        let until = Instant::now() + ANSWER;
+        let until = Instant::now() + SERVER_ANSWER_TIMEOUT;
         self.wait(until, |incoming| matches!(incoming, Incoming::ConnAck(_)).then_some(())).await
     }
 
@@ -132,7 +132,7 @@ impl<W: Fn(&str) -> bool> Line<W> {
         if self.client.try_subscribe_many(wanted).is_err() {
             return Err(ConnectionError::RequestsDone);
         }
-        let until = Instant::now() + ANSWER;
+        let until = Instant::now() + SERVER_ANSWER_TIMEOUT;
         let codes = self
             .wait(
                 until,
@@ -145,28 +145,28 @@ impl<W: Fn(&str) -> bool> Line<W> {
             refused.extend((!is_granted).then(|| filter.text.clone()));
         }
         allowed.echo = self.echo(&echo.to_string(), &format!("{id} {:016x}", fastrand::u64(..))).await;
-        if allowed.echo != Echo::Closed {
+        if allowed.echo != EchoOutcome::Closed {
             // Only the end of it matters.
-            let _ = self.wait(Instant::now() + REST, |_| None::<()>).await;
+            let _ = self.wait(Instant::now() + RETAINED_WAIT, |_| None::<()>).await;
             let _ = self.client.try_disconnect();
-            let _ = self.wait(Instant::now() + REST, |_| None::<()>).await;
+            let _ = self.wait(Instant::now() + RETAINED_WAIT, |_| None::<()>).await;
         }
         allowed.retained = std::mem::take(&mut self.retained);
         Ok(allowed)
     }
 
-    async fn echo(&mut self, topic: &str, text: &str) -> Echo {
+    async fn echo(&mut self, topic: &str, text: &str) -> EchoOutcome {
         if self.client.try_publish(topic, QoS::AtMostOnce, false, text).is_err() {
-            return Echo::Lost;
+            return EchoOutcome::Lost;
         }
         let is_echo = |publish: &Publish| publish.topic == topic && publish.payload == text.as_bytes();
-        let came = self.wait(Instant::now() + ECHO, |incoming| {
+        let came = self.wait(Instant::now() + TRIAL_ECHO_TIMEOUT, |incoming| {
             if let Incoming::Publish(publish) = incoming { is_echo(publish).then_some(()) } else { None }
         });
         match came.await {
-            Ok(()) => Echo::Came,
-            Err(ConnectionError::NetworkTimeout) => Echo::Lost,
-            Err(_) => Echo::Closed,
+            Ok(()) => EchoOutcome::Came,
+            Err(ConnectionError::NetworkTimeout) => EchoOutcome::Lost,
+            Err(_) => EchoOutcome::Closed,
         }
     }
 
@@ -184,7 +184,7 @@ impl<W: Fn(&str) -> bool> Line<W> {
                 && publish.retain
                 && (self.wanted)(&publish.topic)
             {
-                self.retained.push(Retained { topic: publish.topic.clone(), payload: publish.payload.to_vec() });
+                self.retained.push(RetainedPublish { topic: publish.topic.clone(), payload: publish.payload.to_vec() });
             }
             if let Some(found) = found(&incoming) {
                 return Ok(found);

@@ -11,7 +11,7 @@ use parking_lot::Mutex;
 use tokio::time::{Instant, timeout};
 
 /// How often a task that waits beats.
-pub const INTERVAL: Duration = Duration::from_secs(1);
+pub const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The heartbeat of one task. Clones share it.
 #[derive(Debug, Clone)]
@@ -41,7 +41,7 @@ impl Heartbeat {
         let mut event = pin!(event);
         loop {
             self.beat();
-            if let Ok(event) = timeout(INTERVAL, event.as_mut()).await {
+            if let Ok(event) = timeout(HEARTBEAT_INTERVAL, event.as_mut()).await {
                 self.beat();
                 return event;
             }
@@ -60,13 +60,13 @@ mod tests {
         let heartbeat = Heartbeat::default();
         let of_task = heartbeat.clone();
         tokio::spawn(async move {
-            of_task.wait_for(sleep(100 * INTERVAL)).await;
-            sleep(100 * INTERVAL).await;
+            of_task.wait_for(sleep(100 * HEARTBEAT_INTERVAL)).await;
+            sleep(100 * HEARTBEAT_INTERVAL).await;
         });
-        sleep(99 * INTERVAL + INTERVAL / 2).await;
-        assert!(heartbeat.age() <= INTERVAL, "{:?}", heartbeat.age());
-        sleep(50 * INTERVAL).await;
-        assert!(heartbeat.age() > 49 * INTERVAL, "{:?}", heartbeat.age());
+        sleep(99 * HEARTBEAT_INTERVAL + HEARTBEAT_INTERVAL / 2).await;
+        assert!(heartbeat.age() <= HEARTBEAT_INTERVAL, "{:?}", heartbeat.age());
+        sleep(50 * HEARTBEAT_INTERVAL).await;
+        assert!(heartbeat.age() > 49 * HEARTBEAT_INTERVAL, "{:?}", heartbeat.age());
         heartbeat.beat();
         assert_eq!(heartbeat.age(), Duration::ZERO);
     }

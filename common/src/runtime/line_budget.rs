@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 /// The most lines about one object in each period.
-const MAX_LINES: u32 = 10;
+const LINES_MAX: u32 = 10;
 const PERIOD_OF_LINES: Duration = Duration::from_secs(60);
 
 /// The lines about one object in this period.
@@ -36,7 +36,7 @@ impl LineBudget {
     /// Whether the limit of this period is reached.
     #[must_use]
     pub fn is_spent(&self) -> bool {
-        self.lines >= MAX_LINES
+        self.lines >= LINES_MAX
     }
 
     /// Counts a line.

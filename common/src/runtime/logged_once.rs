@@ -6,7 +6,7 @@ use std::time::Instant;
 use crate::runtime::line_budget::LineBudget;
 
 /// The most objects that are remembered; others are not logged.
-const MAX_THINGS: usize = 1024;
+const THINGS_MAX: usize = 1024;
 
 /// The objects that were logged.
 #[derive(Debug)]
@@ -25,7 +25,7 @@ impl<T: Ord> LoggedOnce<T> {
     /// Whether to log a line about `thing`, which then counts as logged.
     pub fn is_due(&mut self, thing: T, now: Instant) -> bool {
         self.budget.renew(now);
-        if self.logged.len() >= MAX_THINGS || self.budget.is_spent() || !self.logged.insert(thing) {
+        if self.logged.len() >= THINGS_MAX || self.budget.is_spent() || !self.logged.insert(thing) {
             return false;
         }
         self.budget.spend();
@@ -53,6 +53,6 @@ mod tests {
         assert_eq!(lines(&mut logged, later), 10);
         let minutes = (1..500).map(|minute| later + Duration::from_secs(60) * minute);
         let all: usize = minutes.map(|at| lines(&mut logged, at)).sum();
-        assert!(all <= MAX_THINGS && logged.logged.len() == MAX_THINGS, "{all}");
+        assert!(all <= THINGS_MAX && logged.logged.len() == THINGS_MAX, "{all}");
     }
 }

@@ -9,13 +9,13 @@ use prometheus::{
 };
 
 /// Buckets in seconds, from the time that a local gateway takes to more than the longest budget in use.
-const SECONDS: [f64; 13] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
+const DURATION_BUCKETS: [f64; 13] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
 
 /// All metrics of this program. Clones share them. A name that is registered twice is an error.
 #[derive(Debug, Clone, Default)]
-pub struct Registry(prometheus::Registry);
+pub struct MetricsRegistry(prometheus::Registry);
 
-impl Registry {
+impl MetricsRegistry {
     /// A new counter.
     pub fn counter(&self, name: &str, help: &str) -> Result<IntCounter, Error> {
         self.add(IntCounter::new(name, help)?)
@@ -58,12 +58,12 @@ impl Registry {
 
     /// A new histogram of durations.
     pub fn seconds(&self, name: &str, help: &str) -> Result<Histogram, Error> {
-        self.histogram(name, help, SECONDS.into())
+        self.histogram(name, help, DURATION_BUCKETS.into())
     }
 
     /// New histograms of durations, by these labels.
     pub fn seconds_by(&self, name: &str, help: &str, labels: &[&str]) -> Result<HistogramVec, Error> {
-        self.add(HistogramVec::new(HistogramOpts::new(name, help).buckets(SECONDS.into()), labels)?)
+        self.add(HistogramVec::new(HistogramOpts::new(name, help).buckets(DURATION_BUCKETS.into()), labels)?)
     }
 
     fn add<C: Collector + Clone + 'static>(&self, collector: C) -> Result<C, Error> {

@@ -10,7 +10,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tracing::{Level, error, warn};
 
 use crate::Config;
-use crate::config::{ConfigError, LogFormat, Problem};
+use crate::config::{ConfigError, ConfigProblem, LogFormat};
 use crate::runtime::{log, services};
 
 /// Ends the whole process when a thread or task panics, after the message is logged, or printed if logging is not set
@@ -41,15 +41,15 @@ fn log_panic(info: &PanicHookInfo<'_>) {
 }
 
 /// The exit code of a service with an invalid config, as `EX_CONFIG` of sysexits.h: its unit does not restart it.
-const CONFIG: u8 = 78;
+const EXIT_CONFIG: u8 = 78;
 
 /// Serves with the config, in `file` if one is named, and returns the exit code.
 #[must_use]
 pub fn serve(file: Option<&Path>, serve: impl FnOnce(Config) -> anyhow::Result<()>) -> ExitCode {
     match load(file) {
         Ok(config) => exit(serve(config)),
-        Err(wrong) if wrong.mistakes.iter().any(Problem::may_pass) => ExitCode::FAILURE,
-        Err(_) => CONFIG.into(),
+        Err(wrong) if wrong.mistakes.iter().any(ConfigProblem::may_pass) => ExitCode::FAILURE,
+        Err(_) => EXIT_CONFIG.into(),
     }
 }
 

@@ -8,7 +8,7 @@ use tokio::task::spawn_blocking;
 use tracing::{error, info, warn};
 
 use crate::Config;
-use crate::config::{ConfigError, Source};
+use crate::config::{ConfigError, ConfigSource};
 use crate::runtime::hangups::Hangups;
 use crate::runtime::log;
 
@@ -38,7 +38,7 @@ pub async fn on_hangup(config: Config, keys: KeyUse, mut apply: impl FnMut(&Conf
                 for problem in &new.warnings {
                     warn!("{problem}");
                 }
-                let changes = Changes::between(&config.source, &last, &new.source, &keys);
+                let changes = ChangedSettings::between(&config.source, &last, &new.source, &keys);
                 log::set_level(new.log_level);
                 apply(&new);
                 changes.log();
@@ -60,7 +60,7 @@ pub async fn on_hangup(config: Config, keys: KeyUse, mut apply: impl FnMut(&Conf
 
 /// The keys whose values changed.
 #[derive(Debug, PartialEq, Eq)]
-struct Changes {
+struct ChangedSettings {
     /// Since the config was last read, and they are applied.
     applied: Vec<String>,
     /// Since the start, and they take effect after a restart.
@@ -69,8 +69,8 @@ struct Changes {
     need_command: BTreeMap<&'static str, Vec<String>>,
 }
 
-impl Changes {
-    fn between(started: &Source, last: &Source, new: &Source, keys: &KeyUse) -> Self {
+impl ChangedSettings {
+    fn between(started: &ConfigSource, last: &ConfigSource, new: &ConfigSource, keys: &KeyUse) -> Self {
         let KeyUse { live, unused, of_commands } = keys;
         let is_below =
             |key: &str, root: &str| key.strip_prefix(root).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
@@ -115,7 +115,7 @@ mod tests {
         };
         let changes = |started, last, new| {
             let keys = KeyUse { live: vec!["workers"], unused: vec!["hub"], of_commands: vec![("setup", "w setup")] };
-            let changes = Changes::between(&source(started), &source(last), &source(new), &keys);
+            let changes = ChangedSettings::between(&source(started), &source(last), &source(new), &keys);
             let of_setup = changes.need_command.get("w setup").into_iter().flatten().cloned();
             let need_restart: Vec<_> = changes.need_restart.into_iter().chain(of_setup.map(|key| key + "!")).collect();
             (changes.applied.join(" "), need_restart.join(" "))

@@ -14,7 +14,7 @@ use tracing::{debug, error};
 use super::heartbeat::Heartbeat;
 
 /// The interval of checks of the program.
-const INTERVAL: Duration = Duration::from_secs(1);
+const NOTIFY_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A program that is still not ready after this time is reported as ready: it answers requests with the reason.
 /// Otherwise a boot, or the installation of a package, would wait for as long as an MQTT server is down.
@@ -24,7 +24,7 @@ const READY_WITHIN: Duration = Duration::from_secs(10);
 pub type Watched = (&'static str, Heartbeat);
 
 /// The state of the reports, with the last ones.
-struct Report {
+struct ManagerReport {
     begun: Instant,
     /// A task without progress for so long is stuck; none if the service manager has no watchdog for the program.
     limit: Option<Duration>,
@@ -34,18 +34,18 @@ struct Report {
 
 /// One message to the service manager.
 #[derive(Debug, PartialEq, Eq)]
-enum Message {
+enum ManagerMessage {
     Ready,
     Status(String),
     Watchdog,
 }
 
-/// Runs for ever. `unready` returns why the program is not ready, if it is not, as in `/readyz`.
-pub async fn run<const N: usize>(watched: [Watched; N], unready: impl Fn() -> Option<String>) {
+/// Runs for ever. `not_ready_reason` returns why the program is not ready, if it is not, as in `/readyz`.
+pub async fn run<const N: usize>(watched: [Watched; N], not_ready_reason: impl Fn() -> Option<String>) {
     if env::var_os("NOTIFY_SOCKET").is_none() {
         return pending().await;
     }
-    let mut report = Report::new(sd_notify::watchdog_enabled(), Instant::now());
+    let mut report = ManagerReport::new(sd_notify::watchdog_enabled(), Instant::now());
     let mut was_stuck = None;
     loop {
         let stuck = report.stuck(&watched);
@@ -53,10 +53,10 @@ pub async fn run<const N: usize>(watched: [Watched; N], unready: impl Fn() -> Op
             error!(task, "no progress, so the watchdog is not fed any more");
         }
         was_stuck = stuck;
-        for message in report.next(unready(), stuck, Instant::now()) {
+        for message in report.next(not_ready_reason(), stuck, Instant::now()) {
             send(message.state());
         }
-        sleep(INTERVAL).await;
+        sleep(NOTIFY_INTERVAL).await;
     }
 }
 
@@ -81,7 +81,7 @@ fn send(state: NotifyState<'_>) {
     }
 }
 
-impl Report {
+impl ManagerReport {
     fn new(limit: Option<Duration>, begun: Instant) -> Self {
         Self { begun, limit, is_started: false, status: String::new() }
     }
@@ -93,29 +93,29 @@ impl Report {
     }
 
     /// The messages to send now.
-    fn next(&mut self, unready: Option<String>, stuck: Option<&str>, now: Instant) -> Vec<Message> {
+    fn next(&mut self, not_ready_reason: Option<String>, stuck: Option<&str>, now: Instant) -> Vec<ManagerMessage> {
         let mut messages = Vec::new();
-        if !self.is_started && (unready.is_none() || now - self.begun >= READY_WITHIN) {
+        if !self.is_started && (not_ready_reason.is_none() || now - self.begun >= READY_WITHIN) {
             self.is_started = true;
-            messages.push(Message::Ready);
+            messages.push(ManagerMessage::Ready);
         }
-        let status = match (stuck, unready) {
+        let status = match (stuck, not_ready_reason) {
             (Some(task), _) => format!("no progress: {task}"),
             (None, Some(reason)) => format!("not ready: {}", reason.trim_end().replace('\n', "; ")),
             (None, None) => "ready".to_owned(),
         };
         if status != self.status {
             self.status.clone_from(&status);
-            messages.push(Message::Status(status));
+            messages.push(ManagerMessage::Status(status));
         }
         if self.limit.is_some() && stuck.is_none() {
-            messages.push(Message::Watchdog);
+            messages.push(ManagerMessage::Watchdog);
         }
         messages
     }
 }
 
-impl Message {
+impl ManagerMessage {
     fn state(&self) -> NotifyState<'_> {
         match self {
             Self::Ready => NotifyState::Ready,
@@ -131,44 +131,45 @@ mod tests {
 
     const LIMIT: Duration = Duration::from_secs(60);
 
-    fn status(text: &str) -> Message {
-        Message::Status(text.into())
+    fn status(text: &str) -> ManagerMessage {
+        ManagerMessage::Status(text.into())
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_program_is_started_when_it_is_ready_and_each_status_is_said_once() {
-        let mut report = Report::new(None, Instant::now());
-        let mut next = |unready: Option<&str>| report.next(unready.map(str::to_owned), None, Instant::now());
+        let mut report = ManagerReport::new(None, Instant::now());
+        let mut next =
+            |not_ready_reason: Option<&str>| report.next(not_ready_reason.map(str::to_owned), None, Instant::now());
         assert_eq!(next(Some("one\ntwo\n")), [status("not ready: one; two")]);
         assert_eq!(next(Some("one\ntwo\n")), []);
-        assert_eq!(next(None), [Message::Ready, status("ready")]);
+        assert_eq!(next(None), [ManagerMessage::Ready, status("ready")]);
         assert_eq!(next(None), []);
         assert_eq!(next(Some("lost")), [status("not ready: lost")]);
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_program_that_does_not_become_ready_is_started_in_time_all_the_same() {
-        let mut report = Report::new(None, Instant::now());
+        let mut report = ManagerReport::new(None, Instant::now());
         assert_eq!(report.next(Some("lost".into()), None, Instant::now()), [status("not ready: lost")]);
         sleep(READY_WITHIN).await;
-        assert_eq!(report.next(Some("lost".into()), None, Instant::now()), [Message::Ready]);
+        assert_eq!(report.next(Some("lost".into()), None, Instant::now()), [ManagerMessage::Ready]);
     }
 
     #[tokio::test(start_paused = true)]
     async fn the_watchdog_is_fed_without_a_server_and_not_while_a_task_is_stuck() {
-        let mut report = Report::new(Some(LIMIT), Instant::now());
+        let mut report = ManagerReport::new(Some(LIMIT), Instant::now());
         let (works, stuck) = (Heartbeat::default(), Heartbeat::default());
         let watched = [("works", works.clone()), ("stuck", stuck.clone())];
-        let mut next = |unready: Option<&str>| {
+        let mut next = |not_ready_reason: Option<&str>| {
             let stuck = report.stuck(&watched);
-            report.next(unready.map(str::to_owned), stuck, Instant::now())
+            report.next(not_ready_reason.map(str::to_owned), stuck, Instant::now())
         };
-        assert_eq!(next(None), [Message::Ready, status("ready"), Message::Watchdog]);
-        assert_eq!(next(Some("lost")), [status("not ready: lost"), Message::Watchdog]);
-        sleep(LIMIT + INTERVAL).await;
+        assert_eq!(next(None), [ManagerMessage::Ready, status("ready"), ManagerMessage::Watchdog]);
+        assert_eq!(next(Some("lost")), [status("not ready: lost"), ManagerMessage::Watchdog]);
+        sleep(LIMIT + NOTIFY_INTERVAL).await;
         works.beat();
         assert_eq!(next(None), [status("no progress: stuck")]);
         stuck.beat();
-        assert_eq!(next(None), [status("ready"), Message::Watchdog]);
+        assert_eq!(next(None), [status("ready"), ManagerMessage::Watchdog]);
     }
 }

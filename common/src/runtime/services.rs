@@ -21,12 +21,12 @@ tokio::task_local! {
 #[derive(Debug, Default)]
 pub struct Services {
     tasks: JoinSet<&'static str>,
-    groups: Vec<Group>,
+    groups: Vec<ServiceGroup>,
 }
 
 /// Tasks that are stopped together.
 #[derive(Debug)]
-struct Group {
+struct ServiceGroup {
     stop: CancellationToken,
     limit: Duration,
     overdue: Option<&'static str>,
@@ -48,7 +48,7 @@ impl Services {
     /// Begins a group, which is stopped before those that were begun earlier. Its tasks then have `limit` to end; those
     /// that have not are aborted, and `overdue`, if given, is logged as an error of each.
     pub fn group(&mut self, limit: Duration, overdue: Option<&'static str>) -> &mut Self {
-        self.groups.push(Group { stop: CancellationToken::new(), limit, overdue, running: BTreeMap::new() });
+        self.groups.push(ServiceGroup { stop: CancellationToken::new(), limit, overdue, running: BTreeMap::new() });
         self
     }
 
@@ -108,7 +108,7 @@ impl Services {
         }
     }
 
-    async fn stop(&mut self, mut group: Group) {
+    async fn stop(&mut self, mut group: ServiceGroup) {
         group.stop.cancel();
         let all = async {
             while !group.running.is_empty() {

@@ -57,7 +57,7 @@ pub type Keys = BTreeMap<KeyId, KeyRecord>;
 pub type WriteBuffer = ChangeBuffer<KeyId, KeyRecord>;
 
 /// The new state of each changed key; none if it is removed.
-pub type Changes = BTreeMap<KeyId, Option<KeyRecord>>;
+pub type KeyChanges = BTreeMap<KeyId, Option<KeyRecord>>;
 
 impl WriteBuffer {
     /// Sets the state of a key.
@@ -136,7 +136,7 @@ impl Table for KeyTable {
     const SCHEMA: Schema = Schema { migrations: &[CREATE_TABLES] };
     const NOUN: Noun = Noun { name: "state", pronoun: "it" };
     type Content = Keys;
-    type Changes = Changes;
+    type Changes = KeyChanges;
 
     fn load(&mut self, connection: &Connection, now: Clocks) -> Result<Keys, StorageError> {
         self.clock = Clock::load(connection, now)?;
@@ -158,16 +158,16 @@ impl Table for KeyTable {
         Ok(keys)
     }
 
-    fn take(&mut self) -> Changes {
+    fn take(&mut self) -> KeyChanges {
         self.buffer.take()
     }
 
-    fn is_due(&self, changes: &Changes, now: Clocks) -> bool {
+    fn is_due(&self, changes: &KeyChanges, now: Clocks) -> bool {
         let is_clock_due = now.monotonic.saturating_duration_since(self.clock.written) >= CLOCK_INTERVAL;
         !changes.is_empty() || self.expired.is_some() || is_clock_due
     }
 
-    fn write(&self, transaction: &Transaction<'_>, changes: &Changes, now: Clocks) -> rusqlite::Result<()> {
+    fn write(&self, transaction: &Transaction<'_>, changes: &KeyChanges, now: Clocks) -> rusqlite::Result<()> {
         if let Some(expired) = self.expired {
             transaction.execute("DELETE FROM keys WHERE last <= ?1", [expired])?;
         }
@@ -186,7 +186,7 @@ impl Table for KeyTable {
         Ok(())
     }
 
-    fn requeue(&mut self, changes: Changes) {
+    fn requeue(&mut self, changes: KeyChanges) {
         self.buffer.requeue(changes);
     }
 

@@ -13,9 +13,9 @@ use std::time::{Duration, Instant};
 use crate::storage::{StorageError, state_file};
 
 /// How long a killed process may take to end, or the check of a reader may hold the lock.
-const PATIENCE: Duration = Duration::from_secs(2);
+const LOCK_WAIT_MAX: Duration = Duration::from_secs(2);
 /// The pause between two attempts.
-const PAUSE: Duration = Duration::from_millis(50);
+const LOCK_RETRY_PAUSE: Duration = Duration::from_millis(50);
 
 /// The lock of a state file. Dropping it releases the lock.
 #[derive(Debug)]
@@ -27,7 +27,7 @@ pub(super) struct ProcessLock {
 
 /// The process that uses a state file.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Holder {
+pub struct LockHolder {
     /// Its process id in its own namespace; none if it has not written it.
     pub pid: Option<u32>,
     /// The name of the process with this id in this namespace, if there is one.
@@ -37,7 +37,7 @@ pub struct Holder {
 impl ProcessLock {
     /// Acquires the lock of `file`; [`StorageError::InUse`] if another process holds it.
     pub(super) fn acquire(file: &Path) -> Result<Self, StorageError> {
-        Self::acquire_within(file, PATIENCE)
+        Self::acquire_within(file, LOCK_WAIT_MAX)
     }
 
     /// The same without waiting.
@@ -58,8 +58,8 @@ impl ProcessLock {
                 }
                 // Its last owner has deleted it meanwhile.
                 Ok(()) => {}
-                Err(TryLockError::WouldBlock) if begun.elapsed() < patience => sleep(PAUSE),
-                Err(TryLockError::WouldBlock) => return Err(in_use(file, &Holder::read(&mut lock))),
+                Err(TryLockError::WouldBlock) if begun.elapsed() < patience => sleep(LOCK_RETRY_PAUSE),
+                Err(TryLockError::WouldBlock) => return Err(in_use(file, &LockHolder::read(&mut lock))),
                 Err(TryLockError::Error(error)) => return Err(error.into()),
             }
         }
@@ -85,7 +85,7 @@ fn is_at(file: &File, path: &Path) -> bool {
     }
 }
 
-impl Holder {
+impl LockHolder {
     /// The process that uses `file`; none if there is none. No lock is kept and nothing is written.
     pub fn of(file: &Path) -> io::Result<Option<Self>> {
         let mut lock = match state_file::open(&lock_file(file), OpenOptions::new().read(true)) {
@@ -108,7 +108,7 @@ impl Holder {
     }
 }
 
-impl fmt::Display for Holder {
+impl fmt::Display for LockHolder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self { pid: Some(pid), program: Some(program) } => write!(f, "process {pid} ({program})"),
@@ -129,7 +129,7 @@ fn write_pid(lock: &mut File) -> io::Result<()> {
     lock.write_all(format!("{}\n", std::process::id()).as_bytes())
 }
 
-fn in_use(file: &Path, holder: &Holder) -> StorageError {
+fn in_use(file: &Path, holder: &LockHolder) -> StorageError {
     let file = file.display();
     StorageError::InUse(format!(
         "{file} is in use by {holder}: end that, or give this program another state_dir; two programs with one state would \
@@ -145,16 +145,16 @@ mod tests {
     fn one_process_has_a_file_and_is_named_until_it_lets_go() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("new/worker.sqlite");
-        assert_eq!(Holder::of(&file).unwrap(), None);
+        assert_eq!(LockHolder::of(&file).unwrap(), None);
         let lock = ProcessLock::acquire(&file).unwrap();
-        let holder = Holder::of(&file).unwrap().unwrap();
+        let holder = LockHolder::of(&file).unwrap().unwrap();
         assert_eq!(holder.pid, Some(std::process::id()));
         let refused = ProcessLock::try_acquire(&file).unwrap_err();
         assert!(matches!(refused, StorageError::InUse(_)));
         let refused = refused.to_string();
         assert!(refused.contains("new/worker.sqlite is in use by process ") && refused.contains(&holder.to_string()));
         drop(lock);
-        assert_eq!(Holder::of(&file).unwrap(), None);
+        assert_eq!(LockHolder::of(&file).unwrap(), None);
         drop(ProcessLock::try_acquire(&file).unwrap());
         assert!(!lock_file(&file).exists());
     }
@@ -166,7 +166,7 @@ mod tests {
         let lock = ProcessLock::acquire(&file).unwrap();
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                sleep(4 * PAUSE);
+                sleep(4 * LOCK_RETRY_PAUSE);
                 drop(lock);
             });
             drop(ProcessLock::acquire(&file).unwrap());
@@ -176,7 +176,7 @@ mod tests {
         reader.try_lock_shared().unwrap();
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                sleep(4 * PAUSE);
+                sleep(4 * LOCK_RETRY_PAUSE);
                 drop(reader);
             });
             drop(ProcessLock::acquire(&file).unwrap());

@@ -14,7 +14,7 @@ use crate::storage::schema::Schema;
 use crate::storage::{StorageError, state_file};
 
 /// How often copying a file is tried while its process changes it.
-const COPIES: u32 = 20;
+const COPY_ATTEMPTS_MAX: u32 = 20;
 /// The pause between two copies.
 const COPY_PAUSE: Duration = Duration::from_millis(50);
 
@@ -93,7 +93,7 @@ fn open_immutable(file: &Path) -> Result<Connection, StorageError> {
 pub fn open_copy(file: &Path, schema: Schema) -> Result<Option<(TempDir, Connection)>, StorageError> {
     let dir = tempfile::tempdir()?;
     let copy = dir.path().join("copy");
-    for _ in 0..COPIES {
+    for _ in 0..COPY_ATTEMPTS_MAX {
         let before = stamps(file);
         match copy_to(&copy, file) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),

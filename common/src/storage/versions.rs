@@ -14,12 +14,12 @@ pub struct StateFile {
     /// Its name.
     pub name: &'static str,
     /// Its format.
-    pub format: Format,
+    pub format: StateFormat,
 }
 
 /// The format of a file, with its version.
 #[derive(Debug, Clone, Copy)]
-pub enum Format {
+pub enum StateFormat {
     /// A database.
     Sqlite(Schema),
     /// A [`json_file`] with this version.
@@ -30,13 +30,13 @@ impl StateFile {
     /// A database.
     #[must_use]
     pub const fn sqlite(name: &'static str, schema: Schema) -> Self {
-        Self { name, format: Format::Sqlite(schema) }
+        Self { name, format: StateFormat::Sqlite(schema) }
     }
 
     /// A JSON file.
     #[must_use]
     pub const fn json(name: &'static str, layout: u32) -> Self {
-        Self { name, format: Format::Json(layout) }
+        Self { name, format: StateFormat::Json(layout) }
     }
 
     /// Its path.
@@ -48,8 +48,8 @@ impl StateFile {
     fn check(&self, state_dir: &Path) -> Result<(), StorageError> {
         let file = self.path(state_dir);
         match self.format {
-            Format::Sqlite(schema) => sqlite::check_version(&file, schema),
-            Format::Json(layout) => json_file::read::<IgnoredAny>(&file, layout).map(drop),
+            StateFormat::Sqlite(schema) => sqlite::check_version(&file, schema),
+            StateFormat::Json(layout) => json_file::read::<IgnoredAny>(&file, layout).map(drop),
         }
     }
 }

@@ -21,10 +21,10 @@ use crate::storage::schema::Schema;
 use crate::storage::{Health, Noun, StorageError, sqlite, state_file};
 
 /// The interval of writes. With the time of a write it stays below the documented second.
-const FLUSH: Duration = Duration::from_millis(500);
+const FLUSH_INTERVAL: Duration = Duration::from_millis(500);
 
 /// The most changes that wait while the disk fails: about 50 MB of keys.
-pub(super) const MAX_CHANGES: usize = 400_000;
+pub(super) const CHANGES_MAX: usize = 400_000;
 
 /// Both clocks at one instant.
 #[derive(Debug, Clone, Copy)]
@@ -97,7 +97,7 @@ impl<K: Ord, V> ChangeBuffer<K, V> {
     /// stays as it was.
     pub fn note(&self, entry: K, value: Option<V>) {
         let mut changes = self.changes.lock();
-        if changes.len() < MAX_CHANGES || changes.contains_key(&entry) {
+        if changes.len() < CHANGES_MAX || changes.contains_key(&entry) {
             changes.insert(entry, value);
         }
     }
@@ -135,7 +135,7 @@ impl<K: Ord, V> ChangeBuffer<K, V> {
     pub fn requeue(&self, unwritten: BTreeMap<K, Option<V>>) {
         let mut changes = self.changes.lock();
         for (entry, value) in unwritten {
-            if changes.len() >= MAX_CHANGES {
+            if changes.len() >= CHANGES_MAX {
                 return;
             }
             changes.entry(entry).or_insert(value);
@@ -221,7 +221,7 @@ impl<T: Table> WriteBehind<T> {
         let mut is_over = false;
         while !is_over {
             tokio::select! {
-                () = sleep(FLUSH) => {}
+                () = sleep(FLUSH_INTERVAL) => {}
                 () = &mut stop => is_over = true,
             }
             // An error means that the runtime is shutting down.

@@ -249,7 +249,7 @@ fn only_the_answer_to_its_question_counts() {
     }
     assert!(
         !world.client.apply(&SnapshotChunk {
-            keys: (0..=CHUNK)
+            keys: (0..=CHUNK_KEYS_MAX)
                 .map(|n| {
                     let mut bytes = [big[0]; 32];
                     bytes[..8].copy_from_slice(&n.to_be_bytes());
@@ -271,12 +271,12 @@ fn only_the_answer_to_its_question_counts() {
 #[test]
 fn brokers_are_bounded() {
     let mut world = World::worker(&[]);
-    for n in 0..MAX_BROKERS + 10 {
+    for n in 0..BROKERS_MAX + 10 {
         world.client.broker(&name(&n.to_string()), Some(&hello()), world.now);
     }
-    assert_eq!(world.client.brokers.len(), MAX_BROKERS);
+    assert_eq!(world.client.brokers.len(), BROKERS_MAX);
     assert!(
-        world.client.brokers.contains_key((MAX_BROKERS + 9).to_string().as_str()),
+        world.client.brokers.contains_key((BROKERS_MAX + 9).to_string().as_str()),
         "those that never answered give way"
     );
 }

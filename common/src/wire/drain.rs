@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::time_text::utc;
 
 /// The default portion of a minute.
-const PERCENT: u8 = 10;
+const DEFAULT_PERCENT: u8 = 10;
 
 /// A gateway gets no new routers. Times are seconds of Unix time.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -63,7 +63,7 @@ impl From<Percent> for u8 {
 
 impl Default for Percent {
     fn default() -> Self {
-        Self(PERCENT)
+        Self(DEFAULT_PERCENT)
     }
 }
 

@@ -13,7 +13,7 @@ use crate::address::tenants::TenantNetworks;
 use crate::{BrokerName, PublicKey};
 
 /// A chunk that has so many addresses is full.
-pub const CHUNK: usize = 1000;
+pub const CHUNK_ADDRESSES_MAX: usize = 1000;
 /// Servers of one worker at most.
 pub const SERVERS_MAX: usize = 16;
 /// The longest list of allowed-ips, and the longest endpoint.
@@ -124,7 +124,7 @@ impl LeaseMessage {
         let (mut leases, mut messages) = (leases.peekable(), Vec::new());
         for number in 0.. {
             let (mut chunk, mut size) = (BTreeMap::new(), 0);
-            while let Some((key, addresses)) = leases.next_if(|_| size < CHUNK) {
+            while let Some((key, addresses)) = leases.next_if(|_| size < CHUNK_ADDRESSES_MAX) {
                 size += addresses.iter().count();
                 chunk.insert(key, addresses);
             }

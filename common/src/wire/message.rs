@@ -58,7 +58,7 @@ impl WorkerData {
     /// The worker data in this payload; none if it is empty, which clears them. The original's broker passes the fields
     /// on as text, so the port may be a text.
     pub fn parse(payload: &[u8]) -> Result<Option<Self>, Malformed> {
-        let Some(fields) = Fields::parse(payload)? else { return Ok(None) };
+        let Some(fields) = RetainedFields::parse(payload)? else { return Ok(None) };
         Ok(Some(Self {
             external_address: fields.address("ExternalAddress")?,
             port: fields.port("Port")?,
@@ -75,9 +75,9 @@ impl From<&WorkerData> for GatewayPeer {
 }
 
 /// The fields of a retained payload, by name.
-struct Fields(Map<String, Value>);
+struct RetainedFields(Map<String, Value>);
 
-impl Fields {
+impl RetainedFields {
     /// None if the payload is empty, which clears the retained message (MQTT 3.1.1 section 3.3.1.3).
     fn parse(payload: &[u8]) -> Result<Option<Self>, Malformed> {
         match payload.len() {
@@ -219,7 +219,7 @@ impl Hello {
 
     /// The hello in this payload; none if it is empty, which clears it.
     pub fn parse(payload: &[u8]) -> Result<Option<Self>, Malformed> {
-        let Some(fields) = Fields::parse(payload)? else { return Ok(None) };
+        let Some(fields) = RetainedFields::parse(payload)? else { return Ok(None) };
         let number = |value: &Value| value.as_u64().ok_or(Malformed::Field("instance", "a whole number"));
         let said = |name| fields.get(name).is_some();
         Ok(Some(Self {
@@ -244,7 +244,7 @@ impl Hello {
     /// When this payload was sent, in seconds of Unix time by the clock of its program. None if it has no time.
     #[must_use]
     pub fn sent(payload: &[u8]) -> Option<u64> {
-        Fields::parse(payload).ok()??.get("time")?.as_u64()
+        RetainedFields::parse(payload).ok()??.get("time")?.as_u64()
     }
 
     /// Whether this payload is this hello, with any time.

@@ -28,13 +28,13 @@ use rtnetlink::{IpVersion, RouteMessageBuilder};
 use crate::links::{Links, plain};
 
 /// The routing table of the hub; `wg-quick` uses 51820 and those after it.
-const TABLE: u32 = 51_830;
+const ROUTING_TABLE: u32 = 51_830;
 /// The priority of the rules that select this table: before the main table. The rules at the next priority reject all
 /// other packets of the interface.
-const PRIORITY: u32 = 5_183;
+const RULE_PRIORITY: u32 = 5_183;
 /// The protocol number that marks the rules as wgkex's (`FRA_PROTOCOL` of `linux/fib_rules.h`; programs have numbers
 /// from 5 on).
-const PROTOCOL: RouteProtocol = RouteProtocol::Other(119);
+const ROUTE_PROTOCOL: RouteProtocol = RouteProtocol::Other(119);
 /// The input interface that the kernel uses for packets of this machine itself.
 const LOOPBACK: &str = "lo";
 /// Both families.
@@ -186,7 +186,7 @@ async fn set_route(links: &Links, index: u32, network: IpNet) -> io::Result<()> 
         .destination_prefix(network.addr(), network.prefix_len())
         .map_err(io::Error::other)?
         .output_interface(index)
-        .table_id(TABLE)
+        .table_id(ROUTING_TABLE)
         .protocol(RouteProtocol::Static)
         .scope(RouteScope::Link)
         .build();
@@ -199,15 +199,15 @@ async fn set_route(links: &Links, index: u32, network: IpNet) -> io::Result<()> 
 fn rules(interface: &str, pool: &[(IpNet, u8)]) -> Vec<RuleMessage> {
     let of_pool = if is_ipv4(pool) { AddressFamily::Inet } else { AddressFamily::Inet6 };
     let to_table = RuleAction::ToTable;
-    let mut rules = vec![rule(of_pool, interface, PRIORITY, to_table)];
+    let mut rules = vec![rule(of_pool, interface, RULE_PRIORITY, to_table)];
     for (network, _) in pool {
-        let mut own = rule(of_pool, LOOPBACK, PRIORITY, to_table);
+        let mut own = rule(of_pool, LOOPBACK, RULE_PRIORITY, to_table);
         own.header.dst_len = network.prefix_len();
         own.attributes.push(RuleAttribute::Destination(network.addr()));
         rules.push(own);
     }
     let others = [AddressFamily::Inet, AddressFamily::Inet6];
-    rules.extend(others.map(|family| rule(family, interface, PRIORITY + 1, RuleAction::Prohibit)));
+    rules.extend(others.map(|family| rule(family, interface, RULE_PRIORITY + 1, RuleAction::Prohibit)));
     rules
 }
 
@@ -217,10 +217,10 @@ fn rule(family: AddressFamily, interface: &str, priority: u32, action: RuleActio
     rule.attributes = vec![
         RuleAttribute::Iifname(interface.into()),
         RuleAttribute::Priority(priority),
-        RuleAttribute::Protocol(PROTOCOL),
+        RuleAttribute::Protocol(ROUTE_PROTOCOL),
     ];
     if action == RuleAction::ToTable {
-        rule.attributes.push(RuleAttribute::Table(TABLE));
+        rule.attributes.push(RuleAttribute::Table(ROUTING_TABLE));
     }
     rule
 }
@@ -239,7 +239,7 @@ fn iif(rule: &RuleMessage) -> Option<&str> {
 }
 
 async fn own_rules(links: &Links, version: IpVersion) -> io::Result<Vec<RuleMessage>> {
-    let is_own = |rule: &RuleMessage| rule.attributes.contains(&RuleAttribute::Protocol(PROTOCOL));
+    let is_own = |rule: &RuleMessage| rule.attributes.contains(&RuleAttribute::Protocol(ROUTE_PROTOCOL));
     let rules = links.handle().rule().get(version).execute().map(|rule| rule.map_err(plain));
     Ok(rules.try_collect::<Vec<_>>().await?.into_iter().filter(is_own).collect())
 }

@@ -15,7 +15,7 @@ use crate::{Change, Device, Errno, Indexes, Interface, Kernel, KernelError, Outc
 /// An in-memory kernel. Clones are handles to the same tables.
 #[derive(Debug, Clone, Default)]
 pub struct MemoryKernel {
-    state: Arc<Mutex<State>>,
+    state: Arc<Mutex<KernelState>>,
     events: Arc<Notify>,
 }
 
@@ -31,8 +31,8 @@ pub struct Delays {
 }
 
 #[derive(Debug, Default)]
-struct State {
-    interfaces: HashMap<Interface, Tables>,
+struct KernelState {
+    interfaces: HashMap<Interface, InterfaceTables>,
     last_index: u32,
     refused: BTreeSet<Change>,
     read_error: Option<KernelError>,
@@ -42,7 +42,7 @@ struct State {
 }
 
 #[derive(Debug)]
-struct Tables {
+struct InterfaceTables {
     device: Device,
     /// The owner of each allowed-ip: as on Linux, each has one.
     owners: HashMap<IpNet, PublicKey>,
@@ -83,7 +83,7 @@ impl MemoryKernel {
         let (wireguard, vxlan) = (state.last_index + 1, state.last_index + 2);
         state.last_index += 2;
         let indexes = Indexes { wireguard, vxlan: interface.vxlan.as_ref().map(|_| vxlan) };
-        state.interfaces.insert(interface, Tables::new(indexes));
+        state.interfaces.insert(interface, InterfaceTables::new(indexes));
         self.events.notify_one();
     }
 
@@ -188,7 +188,7 @@ impl MemoryKernel {
         std::mem::take(&mut self.lock().applies)
     }
 
-    fn links(&self, interface: impl Into<Interface>, change: impl FnOnce(&mut Tables)) {
+    fn links(&self, interface: impl Into<Interface>, change: impl FnOnce(&mut InterfaceTables)) {
         if let Some(tables) = self.lock().interfaces.get_mut(&interface.into()) {
             change(tables);
         }
@@ -196,7 +196,7 @@ impl MemoryKernel {
     }
 
     /// A failed assertion of one test under the lock must not make all later calls fail.
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, KernelState> {
         self.state.lock()
     }
 }
@@ -239,8 +239,8 @@ async fn pause(delay: Duration) {
     }
 }
 
-impl State {
-    fn usable(&mut self, interface: &Interface) -> Result<&mut Tables, KernelError> {
+impl KernelState {
+    fn usable(&mut self, interface: &Interface) -> Result<&mut InterfaceTables, KernelError> {
         let unusable = |name: &String, state| KernelError::Interface { interface: name.clone(), state };
         let tables = self.interfaces.get_mut(interface).ok_or_else(|| unusable(&interface.name, "missing"))?;
         let vxlan = interface.vxlan.iter().map(|name| (tables.vxlan, name));
@@ -255,7 +255,7 @@ impl State {
     }
 }
 
-impl Tables {
+impl InterfaceTables {
     fn new(indexes: Indexes) -> Self {
         let mut bytes = [0x77; 32];
         bytes[..4].copy_from_slice(&indexes.wireguard.to_be_bytes());

@@ -24,13 +24,13 @@ use crate::{Change, Device, Errno, Indexes, Interface, Kernel, KernelError, Outc
 
 /// The timeout of a call. A large table takes seconds; a longer call hangs, as the process of a userspace WireGuard
 /// may, and must not delay the other interfaces.
-const CALL_TIMEOUT: Duration = Duration::from_secs(30);
+const NETLINK_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The pause before listening again on a socket that failed.
 const LISTEN_PAUSE: Duration = Duration::from_secs(1);
 
 /// How often an interface is read again because its interfaces were replaced meanwhile.
-const MAX_READS: usize = 3;
+const READS_MAX: usize = 3;
 
 /// Groups of events (linux/rtnetlink.h): links, and the addresses of both families.
 const EVENT_GROUPS: [u32; 3] = [1, 5, 9];
@@ -53,7 +53,7 @@ impl Netlink {
         for group in EVENT_GROUPS {
             events.socket_mut().add_membership(group)?;
         }
-        Ok(Self { events, stuck: BTreeMap::new(), patience: CALL_TIMEOUT })
+        Ok(Self { events, stuck: BTreeMap::new(), patience: NETLINK_TIMEOUT })
     }
 
     /// Sets the timeout of calls; after it an interface counts as not usable.
@@ -76,7 +76,7 @@ impl Kernel for Netlink {
         let task_changes = Arc::clone(&changes);
         let results = self
             .blocking(interface, move || {
-                Interfaces::find(&task_interface).map(|mut interfaces| interfaces.apply(&task_changes))
+                OpenInterface::find(&task_interface).map(|mut interfaces| interfaces.apply(&task_changes))
             })
             .await;
         let changes = Arc::unwrap_or_clone(changes);
@@ -126,25 +126,25 @@ impl Netlink {
 }
 
 fn read(interface: &Interface) -> Result<Device, KernelError> {
-    for _ in 0..MAX_READS {
-        let mut interfaces = Interfaces::find(interface)?;
+    for _ in 0..READS_MAX {
+        let mut interfaces = OpenInterface::find(interface)?;
         let device = interfaces.read();
-        if Interfaces::find(interface)?.indexes == interfaces.indexes {
+        if OpenInterface::find(interface)?.indexes == interfaces.indexes {
             return device;
         }
     }
-    Err(KernelError::Interrupted { interface: interface.name.clone(), times: MAX_READS })
+    Err(KernelError::Interrupted { interface: interface.name.clone(), times: READS_MAX })
 }
 
 /// An interface and the VXLAN interface on it, both up, and the sockets for requests of their tables.
-struct Interfaces<'a> {
+struct OpenInterface<'a> {
     interface: &'a Interface,
     indexes: Indexes,
     routes: Channel,
     peers: WireGuard,
 }
 
-impl<'a> Interfaces<'a> {
+impl<'a> OpenInterface<'a> {
     fn find(interface: &'a Interface) -> Result<Self, KernelError> {
         let opened = Channel::open(NETLINK_ROUTE).and_then(Channel::filtered);
         let mut routes = opened.map_err(|source| KernelError::Refused { action: "open netlink", source })?;

@@ -28,7 +28,7 @@ pub struct BrokerClocks {
 
 impl BrokerClocks {
     /// The clocks that differ.
-    pub fn off(&self) -> watch::Receiver<ClocksOff> {
+    pub fn clocks_off(&self) -> watch::Receiver<ClocksOff> {
         self.off.subscribe()
     }
 

@@ -1,7 +1,7 @@
 //! The metrics of MQTT.
 
 use prometheus::{Error, IntCounter, IntCounterVec, IntGauge};
-use wgkex_common::runtime::metrics::Registry;
+use wgkex_common::runtime::metrics::MetricsRegistry;
 use wgkex_common::wire::ignored::Ignored;
 
 /// Clones share the metrics.
@@ -21,7 +21,7 @@ pub struct Metrics {
 
 impl Metrics {
     /// Registers them, each at 0.
-    pub fn register(registry: &Registry) -> Result<Self, Error> {
+    pub fn register(registry: &MetricsRegistry) -> Result<Self, Error> {
         Ok(Self {
             messages_ignored: registry.counters_of(
                 "wgkex_worker_messages_ignored_total",
@@ -48,7 +48,7 @@ mod tests {
 
     #[test]
     fn every_series_is_there_at_0_from_the_start() {
-        let registry = Registry::default();
+        let registry = MetricsRegistry::default();
         Metrics::register(&registry).unwrap();
         assert_has(
             &registry,

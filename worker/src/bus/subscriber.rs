@@ -176,7 +176,7 @@ pub fn receive_anything(topic: &str, payload: &[u8]) {
     let Ok(config) = Config::parse("", yaml, "w") else { return };
     let opened =
         service::ListService::open(&config, wgkex_common::wire::name::Participant::Worker((&config.name).into()));
-    let Ok((_keeper, lists)) = opened else { return };
+    let Ok((_service, lists)) = opened else { return };
     let (sync, _events) = wgkex_common::sync::channel();
     let (leases, _lease_events) = crate::leases::channel();
     let reserved = watch::Sender::new(Reserved::default());

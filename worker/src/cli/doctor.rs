@@ -21,14 +21,14 @@ use wgkex_common::doctor::files::{FileFacts, ListFacts, StateFacts};
 use wgkex_common::doctor::identity::{self, Sources};
 use wgkex_common::doctor::sockets::{self, PortOwner};
 use wgkex_common::doctor::{self, Program};
-use wgkex_common::mqtt::trial::{self, Retained};
+use wgkex_common::mqtt::trial::{self, RetainedPublish};
 use wgkex_common::wire::lease::HUB;
 use wgkex_common::wire::message::WorkerData;
 use wgkex_common::{Config, Domain, PublicKey, Topic, WorkerName};
 use wgkex_kernel::links::{Link, LinkKind, Links};
 use wgkex_kernel::{Backend, Key, wireguard};
 
-use self::managers::{Interface, Machine};
+use self::managers::{Machine, ManagedInterface};
 use super::http_client;
 use crate::bus::subscriber;
 use crate::doctor::facts::{
@@ -100,14 +100,14 @@ fn listener(listen: &Listen) -> (String, PortOwner) {
 }
 
 /// The interfaces that no other program may manage.
-fn managed(config: &Config) -> Vec<Interface> {
+fn managed(config: &Config) -> Vec<ManagedInterface> {
     let of_domains = config
         .domains
         .iter()
-        .flat_map(|domain| [Interface::Wireguard(domain.wireguard()), Interface::Vxlan(domain.vxlan())]);
+        .flat_map(|domain| [ManagedInterface::Wireguard(domain.wireguard()), ManagedInterface::Vxlan(domain.vxlan())]);
     let servers = config.servers.values().map(|server| &server.interface);
     let others = servers.chain(config.hub.iter().map(|hub| &hub.interface));
-    of_domains.chain(others.cloned().map(Interface::Wireguard)).collect()
+    of_domains.chain(others.cloned().map(ManagedInterface::Wireguard)).collect()
 }
 
 /// The worker that answers on `worker_listen`.
@@ -249,7 +249,7 @@ fn data(worker: &WorkerName, domain: &Domain) -> String {
     Topic::WorkerData { worker: worker.clone(), domain: domain.name().into() }.to_string()
 }
 
-fn online(retained: &[Retained], worker: &WorkerName) -> Option<bool> {
+fn online(retained: &[RetainedPublish], worker: &WorkerName) -> Option<bool> {
     let topic = Topic::WorkerStatus { worker: worker.clone() }.to_string();
     let status = retained.iter().rfind(|retained| retained.topic == topic)?;
     Some(status.payload == b"1")

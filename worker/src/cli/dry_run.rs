@@ -15,7 +15,7 @@ use wgkex_common::access_lists::Admission;
 use wgkex_common::access_lists::service::admission_on_disk;
 use wgkex_common::drain;
 use wgkex_common::storage::key_store::{self, Clocks, Keys};
-use wgkex_common::storage::process_lock::Holder;
+use wgkex_common::storage::process_lock::LockHolder;
 use wgkex_common::time_text::unix;
 use wgkex_common::wire::drain::Deadline;
 use wgkex_common::{Config, Domain, KeyId, PublicKey, Reserved};
@@ -44,13 +44,13 @@ pub struct DryRun {
 }
 
 /// The changes that the worker would make at one domain or server; or why they are not known.
-type Outcome = Result<Vec<Command>, String>;
+type DryRunOutcome = Result<Vec<Command>, String>;
 
 /// The tables of every domain, or why they cannot be read.
-type Tables = BTreeMap<Domain, Result<Device, String>>;
+type DomainTables = BTreeMap<Domain, Result<Device, String>>;
 
 /// The state on disk that decides about the changes of every domain.
-struct Known {
+struct RememberedState {
     remembered: Keys,
     admission: Arc<Admission>,
     deadline: Option<Deadline>,
@@ -74,16 +74,16 @@ impl DryRun {
         ExitCode::SUCCESS
     }
 
-    fn text(&self, outcomes: &BTreeMap<String, Outcome>) -> String {
+    fn text(&self, outcomes: &BTreeMap<String, DryRunOutcome>) -> String {
         if self.json {
-            let domain = |outcome: &Outcome| match outcome {
+            let domain = |outcome: &DryRunOutcome| match outcome {
                 Ok(commands) => json!({ "changes": commands }),
                 Err(error) => json!({ "error": error }),
             };
             let domains: BTreeMap<_, _> = outcomes.iter().map(|(name, outcome)| (name, domain(outcome))).collect();
             return format!("{:#}\n", json!(domains));
         }
-        let domain = |(name, outcome): (&String, &Outcome)| match outcome {
+        let domain = |(name, outcome): (&String, &DryRunOutcome)| match outcome {
             Ok(commands) => script(name, commands),
             Err(error) => format!("# {name}: {error}\n"),
         };
@@ -91,7 +91,7 @@ impl DryRun {
     }
 }
 
-fn outcomes(file: Option<&Path>) -> anyhow::Result<BTreeMap<String, Outcome>> {
+fn outcomes(file: Option<&Path>) -> anyhow::Result<BTreeMap<String, DryRunOutcome>> {
     let config = Config::load(file)?;
     let runtime = Builder::new_current_thread().enable_all().build().context("the runtime does not start")?;
     let tables = runtime.block_on(tables(&config));
@@ -104,7 +104,7 @@ fn outcomes(file: Option<&Path>) -> anyhow::Result<BTreeMap<String, Outcome>> {
     let reserved = Reserved::new(config.protected_keys.clone(), config.domains.clone());
     let drain = drain::read(&drain::worker_file(&config.state_dir)).context("the drain")?;
     let deadline = drain.and_then(|drain| drain.at(unix(SystemTime::now())).passed_deadline());
-    let known = Known { remembered, admission, deadline, reserved };
+    let known = RememberedState { remembered, admission, deadline, reserved };
     let outcome = |(domain, device): (Domain, Result<Device, String>)| {
         (domain.to_string(), device.map(|device| outcome(&config, &domain, &device, &known)))
     };
@@ -113,7 +113,7 @@ fn outcomes(file: Option<&Path>) -> anyhow::Result<BTreeMap<String, Outcome>> {
 }
 
 /// The changes for each server of the registry, and the hub.
-async fn servers(config: &Config) -> anyhow::Result<BTreeMap<String, Outcome>> {
+async fn servers(config: &Config) -> anyhow::Result<BTreeMap<String, DryRunOutcome>> {
     if config.servers.is_empty() && config.hub.is_none() {
         return Ok(BTreeMap::new());
     }
@@ -123,9 +123,9 @@ async fn servers(config: &Config) -> anyhow::Result<BTreeMap<String, Outcome>> {
     Ok(previews.into_iter().map(|(name, preview)| (name, preview.map(outcome))).collect())
 }
 
-async fn tables(config: &Config) -> anyhow::Result<Tables> {
+async fn tables(config: &Config) -> anyhow::Result<DomainTables> {
     let mut kernel = Netlink::open().context("netlink")?;
-    let mut tables = Tables::new();
+    let mut tables = DomainTables::new();
     for domain in &config.domains {
         let device = kernel.read(&mesh::interface(domain)).await.map_err(|error| error.to_string());
         tables.insert(domain.clone(), device);
@@ -135,13 +135,13 @@ async fn tables(config: &Config) -> anyhow::Result<Tables> {
 
 /// The keys in the state file. A running worker writes it up to a second after the kernel: waits until it has the peers
 /// that are in the tables, as they would be taken for unknown peers otherwise.
-fn remembered(config: &Config, tables: &Tables) -> anyhow::Result<Keys> {
+fn remembered(config: &Config, tables: &DomainTables) -> anyhow::Result<Keys> {
     let (file, until) = (key_store::WORKER_FILE.path(&config.state_dir), Instant::now() + STATE_PATIENCE);
     loop {
         let now = Clocks::read();
         let keys = key_store::read_copy(&config.state_dir, key_store::WORKER_FILE, &config.domains, now)
             .context("the state file")?;
-        let is_running = || matches!(Holder::of(&file), Ok(Some(_)));
+        let is_running = || matches!(LockHolder::of(&file), Ok(Some(_)));
         if knows_new_peers(&keys, tables) || Instant::now() >= until || !is_running() {
             return Ok(keys);
         }
@@ -150,7 +150,7 @@ fn remembered(config: &Config, tables: &Tables) -> anyhow::Result<Keys> {
 }
 
 /// Whether `keys` has each peer in these tables that a worker made and that had no handshake yet.
-fn knows_new_peers(keys: &Keys, tables: &Tables) -> bool {
+fn knows_new_peers(keys: &Keys, tables: &DomainTables) -> bool {
     let is_known = |domain: &Domain, key: &PublicKey, peer: &Peer| {
         let is_ours = || Mesh.desired(key).is_some_and(|desired| desired.ownership(peer) == Ownership::Ours);
         let id = KeyId { domain: domain.clone(), key: *key };
@@ -161,7 +161,7 @@ fn knows_new_peers(keys: &Keys, tables: &Tables) -> bool {
         .all(|(domain, key, peer)| is_known(domain, key, peer))
 }
 
-fn outcome(config: &Config, domain: &Domain, device: &Device, known: &Known) -> Vec<Command> {
+fn outcome(config: &Config, domain: &Domain, device: &Device, known: &RememberedState) -> Vec<Command> {
     let interface = mesh::interface(domain);
     let of_domain = known.remembered.iter().filter(|(id, _)| id.domain == *domain);
     let parts = PreviewParts {

@@ -11,11 +11,11 @@ use wgkex_common::Config;
 use wgkex_common::config::Listen;
 use wgkex_common::style::Style;
 
-use super::{WRONG, complain, http_client, print};
-use crate::status::Status;
+use super::{EXIT_PROBLEMS, complain, http_client, print};
+use crate::status::WorkerStatus;
 
 /// The pause between two updates of the screen.
-const REFRESH: Duration = Duration::from_secs(1);
+const REFRESH_INTERVAL: Duration = Duration::from_secs(1);
 /// The escape sequence that clears a terminal and moves the cursor to its top.
 const CLEAR: &str = "\x1b[H\x1b[2J\x1b[3J";
 
@@ -41,14 +41,14 @@ impl StatusCommand {
                 return ExitCode::FAILURE;
             }
         };
-        if self.watch { self.watch(&config.worker_listen) } else { self.look(&config.worker_listen) }
+        if self.watch { self.watch(&config.worker_listen) } else { self.show_once(&config.worker_listen) }
     }
 
-    fn look(&self, listen: &Listen) -> ExitCode {
+    fn show_once(&self, listen: &Listen) -> ExitCode {
         match http_client::status(listen) {
             Ok(status) if print(&self.text(&status, None, Style::of_stdout())).is_err() => ExitCode::FAILURE,
             Ok(status) if status.problems.is_empty() => ExitCode::SUCCESS,
-            Ok(_) => WRONG.into(),
+            Ok(_) => EXIT_PROBLEMS.into(),
             Err(error) => {
                 complain(&error);
                 ExitCode::FAILURE
@@ -58,7 +58,7 @@ impl StatusCommand {
 
     /// Ends when stdout is closed.
     fn watch(&self, listen: &Listen) -> ExitCode {
-        let mut before: Option<(Instant, Status)> = None;
+        let mut before: Option<(Instant, WorkerStatus)> = None;
         let (style, begin) = (Style::of_stdout(), if io::stdout().is_terminal() && !self.json { CLEAR } else { "" });
         loop {
             let now = Instant::now();
@@ -75,11 +75,11 @@ impl StatusCommand {
             if print(&format!("{begin}{text}{end}")).is_err() {
                 return ExitCode::FAILURE;
             }
-            sleep(REFRESH);
+            sleep(REFRESH_INTERVAL);
         }
     }
 
-    fn text(&self, status: &Status, before: Option<(&Status, Duration)>, style: Style) -> String {
+    fn text(&self, status: &WorkerStatus, before: Option<(&WorkerStatus, Duration)>, style: Style) -> String {
         if !self.json {
             return status.screen(before.and_then(|(before, elapsed)| status.rates(before, elapsed)), style);
         }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv6Addr;
 use std::path::PathBuf;
 
-use wgkex_common::config::{Problem, Setup};
+use wgkex_common::config::{ConfigProblem, Setup};
 use wgkex_common::doctor::bus::{MqttFacts, Rights};
 use wgkex_common::doctor::clock::ClockFacts;
 use wgkex_common::doctor::files::{FileFacts, ListFacts, Running, StateFacts};
@@ -14,13 +14,13 @@ use wgkex_common::{Domain, PublicKey};
 use wgkex_kernel::links::LinkKind;
 
 use crate::leases::ServerStatus;
-use crate::status::Status;
+use crate::status::WorkerStatus;
 
 /// All facts.
 #[derive(Debug, Clone)]
 pub struct Facts {
     /// The warnings about the config.
-    pub config_warnings: Vec<Problem>,
+    pub config_warnings: Vec<ConfigProblem>,
     /// Whether the config has a section `setup`.
     pub is_setup_named: bool,
     /// `worker_listen`, and the process that listens there.
@@ -211,8 +211,8 @@ pub struct RunningWorker {
     pub servers: BTreeMap<String, ServerStatus>,
 }
 
-impl From<Status> for RunningWorker {
-    fn from(status: Status) -> Self {
+impl From<WorkerStatus> for RunningWorker {
+    fn from(status: WorkerStatus) -> Self {
         let down = status.domains.into_iter().filter(|(_, domain)| !domain.up);
         Self {
             name: status.worker,

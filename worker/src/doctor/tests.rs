@@ -5,23 +5,23 @@ use std::time::Duration;
 use serde_json::json;
 use wgkex_common::PublicKey;
 use wgkex_common::config::Setup;
-use wgkex_common::doctor::access::Access;
+use wgkex_common::doctor::access::FileAccess;
 use wgkex_common::doctor::bus::{MqttFacts, Rights};
 use wgkex_common::doctor::clock::ClockFacts;
 use wgkex_common::doctor::files::{FileFacts, ListFacts, Running, StateFacts};
 use wgkex_common::doctor::sockets::PortOwner;
 use wgkex_common::doctor::{Level, report, worst};
 use wgkex_common::mqtt::Fault;
-use wgkex_common::mqtt::trial::{Echo, Failure};
+use wgkex_common::mqtt::trial::{ConnectFailure, EchoOutcome};
 use wgkex_common::peer_clock::Difference;
-use wgkex_common::storage::process_lock::Holder;
+use wgkex_common::storage::process_lock::LockHolder;
 use wgkex_common::style::Style;
 use wgkex_kernel::links::{LinkKind, VxlanAttributes};
 
 use super::facts::*;
 use super::*;
 use crate::leases::ServerStatus;
-use crate::status::Status;
+use crate::status::WorkerStatus;
 use crate::testing::{domain, key};
 
 type Spoil = fn(&mut Facts);
@@ -34,7 +34,7 @@ fn well() -> Facts {
     let mut facts = stopped();
     facts.running = Some(running());
     facts.listener.1 = PortOwner::Process { pid: 7, name: "wgkex-worker".into() };
-    facts.state.holder = Ok(Some(Holder { pid: Some(7), program: None }));
+    facts.state.holder = Ok(Some(LockHolder { pid: Some(7), program: None }));
     bus(&mut facts).online = Some(true);
     bus(&mut facts).published_keys = [("ffmuc_welt".to_owned(), key(1))].into();
     facts
@@ -79,13 +79,18 @@ fn stopped() -> Facts {
         worker: "gw01".into(),
         running: None,
         servers: Vec::new(),
-        state: StateFacts { dir: "/state".into(), user: "root".into(), access: Access::Granted, holder: Ok(None) },
-        lists: vec![ListFacts { key: "blacklist_file", path: "/list".into(), access: Access::Granted, damage: None }],
-        needed: vec![FileFacts { key: "mqtt.ca_file", path: "/ca".into(), access: Access::Granted }],
+        state: StateFacts { dir: "/state".into(), user: "root".into(), access: FileAccess::Granted, holder: Ok(None) },
+        lists: vec![ListFacts {
+            key: "blacklist_file",
+            path: "/list".into(),
+            access: FileAccess::Granted,
+            damage: None,
+        }],
+        needed: vec![FileFacts { key: "mqtt.ca_file", path: "/ca".into(), access: FileAccess::Granted }],
         mqtt: MqttFacts {
             server: "mqtt:1883".into(),
             outcome: Ok(BusFacts {
-                rights: Rights { echo: Echo::Came, ..Rights::default() },
+                rights: Rights { echo: EchoOutcome::Came, ..Rights::default() },
                 online: Some(false),
                 ..BusFacts::default()
             }),
@@ -129,7 +134,7 @@ fn process(name: &str) -> PortOwner {
 }
 
 fn no_mqtt(facts: &mut Facts, fault: Fault) {
-    facts.mqtt.outcome = Err(Failure { fault, cause: "the cause".into() });
+    facts.mqtt.outcome = Err(ConnectFailure { fault, cause: "the cause".into() });
 }
 
 /// The findings that are not ok.
@@ -166,8 +171,8 @@ fn a_gateway_on_which_all_is_well_has_only_ok_lines_and_one_whose_worker_does_no
 /// The problems that `wgkex-worker status` prints.
 #[test]
 fn each_problem_of_the_running_workers_status_is_a_finding() {
-    type SpoilStatus = fn(&mut Status);
-    let status = || -> Status {
+    type SpoilStatus = fn(&mut WorkerStatus);
+    let status = || -> WorkerStatus {
         serde_json::from_value(json!({
             "version": "1", "worker": "gw01", "pid": 7, "uptime_seconds": 9,
             "mqtt": { "connected": true, "cause": null },
@@ -237,7 +242,7 @@ fn a_worker_that_does_not_answer_is_to_be_restarted_and_its_port_not_to_be_chang
     let hung = || {
         let mut facts = stopped();
         facts.listener.1 = process("wgkex-worker");
-        facts.state.holder = Ok(Some(Holder { pid: Some(7), program: None }));
+        facts.state.holder = Ok(Some(LockHolder { pid: Some(7), program: None }));
         facts
     };
     let troubles: Vec<_> = troubles(&hung()).into_iter().filter(|trouble| trouble.subject != "state").collect();
@@ -588,8 +593,8 @@ fn a_broker_whose_clock_the_running_worker_finds_off_is_named() {
 #[test]
 fn what_the_running_worker_reads_and_writes_it_may() {
     let mut facts = well();
-    facts.state.access = Access::Denied("mode 700".into());
-    facts.lists[0].access = Access::Denied("mode 600".into());
+    facts.state.access = FileAccess::Denied("mode 700".into());
+    facts.lists[0].access = FileAccess::Denied("mode 600".into());
     assert_eq!(worst(&findings(&facts)), Level::Ok);
 }
 
@@ -606,19 +611,21 @@ fn each_trouble_of_files_is_named_with_what_to_do() {
             ),
             (
                 Level::Fail,
-                |facts| facts.state.access = Access::Denied("it is read-only".into()),
+                |facts| facts.state.access = FileAccess::Denied("it is read-only".into()),
                 "state: root cannot write to /state: it is read-only",
                 "install -d -m 700 -o root /state",
             ),
             (
                 Level::Warn,
-                |facts| facts.state.access = Access::OnlyFor("wgkex".into()),
+                |facts| facts.state.access = FileAccess::OnlyFor("wgkex".into()),
                 "/state is writable for wgkex and not for root",
                 "start the worker as wgkex",
             ),
             (
                 Level::Warn,
-                |facts| facts.state.holder = Ok(Some(Holder { pid: Some(8), program: Some("wgkex-worker".into()) })),
+                |facts| {
+                    facts.state.holder = Ok(Some(LockHolder { pid: Some(8), program: Some("wgkex-worker".into()) }))
+                },
                 "process 8 (wgkex-worker) has the state file, and no worker answers",
                 "log",
             ),
@@ -626,7 +633,7 @@ fn each_trouble_of_files_is_named_with_what_to_do() {
                 Level::Fail,
                 |facts| {
                     *facts = well();
-                    facts.state.holder = Ok(Some(Holder { pid: Some(8), program: None }));
+                    facts.state.holder = Ok(Some(LockHolder { pid: Some(8), program: None }));
                 },
                 "two workers on one machine",
                 "end one",
@@ -634,25 +641,25 @@ fn each_trouble_of_files_is_named_with_what_to_do() {
             (Level::Warn, |facts| facts.state.holder = Err("denied".into()), "cannot be told: denied", "as root"),
             (
                 Level::Fail,
-                |facts| facts.lists[0].access = Access::Creatable,
+                |facts| facts.lists[0].access = FileAccess::Creatable,
                 "blacklist_file: /list is missing",
                 "write it",
             ),
             (
                 Level::Warn,
-                |facts| facts.lists[0].access = Access::OnlyFor("wgkex".into()),
+                |facts| facts.lists[0].access = FileAccess::OnlyFor("wgkex".into()),
                 "/list is readable for wgkex and not for root",
                 "start the worker as wgkex",
             ),
             (
                 Level::Fail,
-                |facts| facts.lists[0].access = Access::Denied("mode 600".into()),
+                |facts| facts.lists[0].access = FileAccess::Denied("mode 600".into()),
                 "root cannot read /list: mode 600",
                 "chmod",
             ),
             (
                 Level::Fail,
-                |facts| facts.needed[0].access = Access::Denied("mode 600".into()),
+                |facts| facts.needed[0].access = FileAccess::Denied("mode 600".into()),
                 "mqtt.ca_file: root cannot read /ca: mode 600",
                 "chmod",
             ),
@@ -694,8 +701,8 @@ fn each_trouble_of_mqtt_is_named_with_what_to_do() {
                 "subscribe to a/b",
                 "mqtt-acl",
             ),
-            (Level::Warn, |facts| bus(facts).rights.echo = Echo::Lost, "does not come back", "mqtt-acl"),
-            (Level::Warn, |facts| bus(facts).rights.echo = Echo::Closed, "ends the connection", "mqtt-acl"),
+            (Level::Warn, |facts| bus(facts).rights.echo = EchoOutcome::Lost, "does not come back", "mqtt-acl"),
+            (Level::Warn, |facts| bus(facts).rights.echo = EchoOutcome::Closed, "ends the connection", "mqtt-acl"),
             (
                 Level::Fail,
                 |facts| bus(facts).published_keys = [("ffmuc_welt".to_owned(), key(2))].into(),

@@ -19,7 +19,7 @@ pub(super) struct Brokers {
 
 impl Brokers {
     /// A broker offers leases.
-    pub fn came(&mut self, name: BrokerName, offer: Offer) {
+    pub fn on_online(&mut self, name: BrokerName, offer: Offer) {
         if self.offers.len() < BROKERS_MAX {
             self.offers.insert(name, offer);
         }
@@ -27,7 +27,7 @@ impl Brokers {
 
     /// A broker no longer has leases, or is offline: its answer or its last change may be lost. Returns the leases for
     /// which another broker has to be asked.
-    pub fn went(&mut self, name: &BrokerName) -> Option<Offer> {
+    pub fn on_offline(&mut self, name: &BrokerName) -> Option<Offer> {
         let gone = self.offers.remove(name)?;
         let is_elsewhere = self.offers.values().any(|offer| offer.registry);
         (gone.registry && is_elsewhere).then_some(Offer { registry: true, tenants: false })
@@ -74,7 +74,7 @@ mod tests {
         let (mut brokers, server) = (Brokers::default(), server());
         assert!(brokers.next(&server).is_empty());
         for (broker, offer) in [("a", REGISTRY), ("b", TENANTS), ("c", REGISTRY)] {
-            brokers.came(name(broker), offer);
+            brokers.on_online(name(broker), offer);
         }
         let asked: Vec<_> = (0..3).flat_map(|_| brokers.next(&server)).collect();
         assert_eq!(asked, ["a", "c", "a"].map(name));
@@ -85,15 +85,15 @@ mod tests {
     fn another_broker_is_asked_where_one_goes_away() {
         let mut brokers = Brokers::default();
         for (broker, offer) in [("a", REGISTRY), ("b", TENANTS), ("c", REGISTRY)] {
-            brokers.came(name(broker), offer);
+            brokers.on_online(name(broker), offer);
         }
         let server = server();
         assert_eq!(brokers.next(&server), [name("a")]);
-        let to_ask = brokers.went(&name("a")).unwrap();
+        let to_ask = brokers.on_offline(&name("a")).unwrap();
         assert!(server.is_at(to_ask));
         assert_eq!(brokers.next(&server), [name("c")]);
-        assert!(brokers.went(&name("a")).is_none(), "it was away already");
-        assert!(brokers.went(&name("b")).is_none(), "it had none of a registry");
-        assert!(brokers.went(&name("c")).is_none(), "there is no other one");
+        assert!(brokers.on_offline(&name("a")).is_none(), "it was away already");
+        assert!(brokers.on_offline(&name("b")).is_none(), "it had none of a registry");
+        assert!(brokers.on_offline(&name("c")).is_none(), "there is no other one");
     }
 }

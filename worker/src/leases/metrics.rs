@@ -2,7 +2,7 @@
 
 use prometheus::{Error, IntGaugeVec};
 use wgkex_common::Config;
-use wgkex_common::runtime::metrics::Registry;
+use wgkex_common::runtime::metrics::MetricsRegistry;
 
 use super::server::sources;
 
@@ -15,7 +15,7 @@ pub struct Metrics {
 
 impl Metrics {
     /// Registers them, with a series for each server of the config.
-    pub fn register(registry: &Registry, config: &Config) -> Result<Self, Error> {
+    pub fn register(registry: &MetricsRegistry, config: &Config) -> Result<Self, Error> {
         let metrics = Self {
             leases: registry.gauges(
                 "wgkex_worker_server_leases",

@@ -22,7 +22,7 @@ pub struct LeasePlan {
 
 /// The desired state: the leases, and the peers that wgkex made for a lease.
 #[derive(Debug, Clone, Copy)]
-pub struct Wanted<'a> {
+pub struct WantedLeases<'a> {
     /// The networks of the server. Addresses outside of them are ignored.
     pub networks: &'a [IpNet],
     /// Its leases.
@@ -32,7 +32,7 @@ pub struct Wanted<'a> {
 }
 
 /// Computes the steps for an interface with these peers.
-pub fn plan(device: &Device, wanted: Wanted<'_>) -> LeasePlan {
+pub fn plan(device: &Device, wanted: WantedLeases<'_>) -> LeasePlan {
     let mut plan = LeasePlan::default();
     for key in wanted.made.iter().filter(|key| !wanted.leases.contains_key(key)) {
         if device.peers.contains_key(key) {
@@ -116,7 +116,7 @@ mod tests {
             (12, &["10.0.0.12/32", "10.1.0.12/32"]),
         ]);
         let networks = ["10.0.0.0/24", "10.1.0.0/24"].map(|network| network.parse().unwrap());
-        let plan = plan(&device, Wanted { networks: &networks, leases: &leases, made: &made });
+        let plan = plan(&device, WantedLeases { networks: &networks, leases: &leases, made: &made });
         let shown: Vec<_> = plan.steps.iter().map(|step| (step.peer.peer.clone(), step.action)).collect();
         let expected = [
             (config(7, "10.0.0.7"), Action::Remove(Objects::ALL)),

@@ -10,24 +10,24 @@ use wgkex_common::wire::lease::{HUB, LeaseMessage};
 use wgkex_kernel::{Device, Interface};
 
 use super::file::KeptServer;
-use super::plan::{LeasePlan, Wanted, plan};
+use super::plan::{LeasePlan, WantedLeases, plan};
 use super::source::{Announced, LeaseSource};
-use super::table::{LeaseTable, Progress};
+use super::table::{LeaseProgress, LeaseTable};
 
 /// How long a broker may take to answer before another one is asked.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+const LEASES_ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often to request all leases, in case a change was missed.
 const FULL_INTERVAL: Duration = Duration::from_secs(3600);
 /// How long to wait for a missing change before a broker is asked.
-const PATIENCE: Duration = Duration::from_secs(1);
+const MISSING_CHANGE_WAIT: Duration = Duration::from_secs(1);
 /// After this time without a message of the coordinator of tenants another one is accepted: it publishes its version
 /// every 10 s.
 const SILENCE_TIMEOUT: Duration = Duration::from_secs(15);
-/// The shortest time between two checks of the forwarding; shorter than [`CHECK_INTERVAL`], so that each regular check
+/// The shortest time between two checks of the forwarding; shorter than [`PEERS_CHECK_INTERVAL`], so that each regular check
 /// includes it.
-const LOOK_INTERVAL: Duration = Duration::from_secs(30);
+const FORWARDING_CHECK_INTERVAL: Duration = Duration::from_secs(30);
 /// How often the peers are compared with the leases.
-const CHECK_INTERVAL: Duration = Duration::from_secs(60);
+const PEERS_CHECK_INTERVAL: Duration = Duration::from_secs(60);
 
 pub(super) struct ServerState {
     pub name: String,
@@ -45,7 +45,7 @@ pub(super) struct ServerState {
     ask_at: Instant,
     check_at: Instant,
     /// The earliest time of the next check of the forwarding: not with each lease that changes.
-    look_at: Instant,
+    forwarding_check_at: Instant,
     /// The last change of the peers failed, and that is logged.
     pub is_failing: bool,
 }
@@ -73,7 +73,7 @@ impl ServerState {
             is_unsaved: true,
             ask_at: now,
             check_at: now,
-            look_at: now,
+            forwarding_check_at: now,
             is_failing: false,
         }
     }
@@ -108,11 +108,11 @@ impl ServerState {
         let message_id = message.version.id;
         let progress = self.table.apply(message.version, message.content);
         match progress {
-            Progress::Changed | Progress::Current => self.ask_at = now + FULL_INTERVAL,
-            Progress::Partial => self.ask_at = now + ANSWER_TIMEOUT,
-            Progress::Behind => self.ask_at = self.ask_at.min(now + PATIENCE),
+            LeaseProgress::Changed | LeaseProgress::Current => self.ask_at = now + FULL_INTERVAL,
+            LeaseProgress::Partial => self.ask_at = now + LEASES_ANSWER_TIMEOUT,
+            LeaseProgress::Behind => self.ask_at = self.ask_at.min(now + MISSING_CHANGE_WAIT),
         }
-        if progress == Progress::Changed {
+        if progress == LeaseProgress::Changed {
             self.check_at = now;
         }
         self.is_unsaved |= self.table.version() != before;
@@ -138,33 +138,33 @@ impl ServerState {
     pub fn take_ask(&mut self, now: Instant) -> bool {
         let is_due = self.ask_at <= now;
         if is_due {
-            self.ask_at = now + ANSWER_TIMEOUT;
+            self.ask_at = now + LEASES_ANSWER_TIMEOUT;
         }
         is_due
     }
 
     /// The interface may have changed: schedules all checks now.
     pub fn expedite(&mut self, now: Instant) {
-        (self.check_at, self.look_at) = (now, now);
+        (self.check_at, self.forwarding_check_at) = (now, now);
     }
 
     /// Whether the peers have to be compared now; schedules the next comparison.
     pub fn take_check(&mut self, now: Instant) -> bool {
         let is_due = self.check_at <= now;
         if is_due {
-            self.check_at = now + CHECK_INTERVAL;
+            self.check_at = now + PEERS_CHECK_INTERVAL;
         }
         is_due
     }
 
     /// Whether the forwarding has to be checked.
-    pub fn is_look_due(&self, now: Instant) -> bool {
-        self.look_at <= now
+    pub fn is_forwarding_check_due(&self, now: Instant) -> bool {
+        self.forwarding_check_at <= now
     }
 
     /// The forwarding is complete: schedules the next check.
-    pub fn on_looked(&mut self, now: Instant) {
-        self.look_at = now + LOOK_INTERVAL;
+    pub fn on_forwarding_checked(&mut self, now: Instant) {
+        self.forwarding_check_at = now + FORWARDING_CHECK_INTERVAL;
     }
 
     /// When the next request or comparison is due.
@@ -174,7 +174,7 @@ impl ServerState {
 
     /// Plans the steps for the peers of the interface. The state has to be stored before they are applied.
     pub fn plan(&mut self, device: &Device) -> LeasePlan {
-        let wanted = Wanted { networks: self.source.networks(), leases: self.table.leases(), made: &self.made };
+        let wanted = WantedLeases { networks: self.source.networks(), leases: self.table.leases(), made: &self.made };
         let plan = plan(device, wanted);
         let made = self.made.len();
         self.made.retain(|key| self.table.leases().contains_key(key) || device.peers.contains_key(key));
@@ -191,7 +191,7 @@ mod tests {
     use std::net::IpAddr;
 
     use wgkex_common::address::tenants::TenantNetworks;
-    use wgkex_common::config::Hub;
+    use wgkex_common::config::HubSettings;
     use wgkex_common::wire::lease::{HUB, LeaseChunk, LeaseContent, LeaseVersion};
 
     use super::*;
@@ -199,8 +199,13 @@ mod tests {
 
     fn hub(now: Instant) -> ServerState {
         let networks = TenantNetworks { pool: vec!["10.64.0.0/10".parse().unwrap()], tenant_length: 20 };
-        let hub =
-            Hub { interface: "wg-hub".into(), key_file: "/k".into(), listen_port: 51830, endpoint: None, networks };
+        let hub = HubSettings {
+            interface: "wg-hub".into(),
+            key_file: "/k".into(),
+            listen_port: 51830,
+            endpoint: None,
+            networks,
+        };
         ServerState::new(HUB.into(), LeaseSource::Tenants(hub), KeptServer::default(), now)
     }
 

@@ -1,7 +1,7 @@
 //! The origin of an interface's leases: the registry, whose server it is, or the tenants, whose hub it is.
 
 use ipnet::IpNet;
-use wgkex_common::config::{Hub, Server};
+use wgkex_common::config::{HubSettings, ServerSettings};
 use wgkex_common::wire::lease::{AnnouncedHub, AnnouncedServer};
 use wgkex_common::wire::message::Hello;
 use wgkex_kernel::Device;
@@ -10,9 +10,9 @@ use wgkex_kernel::Device;
 #[derive(Debug, Clone)]
 pub enum LeaseSource {
     /// Clients of a server of the registry.
-    Registry(Server),
+    Registry(ServerSettings),
     /// Members of tenants.
-    Tenants(Hub),
+    Tenants(HubSettings),
 }
 
 /// The kinds of leases that a broker has.
@@ -69,7 +69,7 @@ impl LeaseSource {
         let public_key = device.public_key.filter(|_| device.listen_port != 0)?;
         let endpoint = |own: &Option<String>| own.clone().unwrap_or_else(|| external_name.to_owned());
         Some(match self {
-            Self::Registry(Server { network, reserved, endpoint: own, allowed_ips, .. }) => {
+            Self::Registry(ServerSettings { network, reserved, endpoint: own, allowed_ips, .. }) => {
                 Announced::Server(AnnouncedServer {
                     public_key,
                     network: *network,
@@ -79,7 +79,7 @@ impl LeaseSource {
                     allowed_ips: allowed_ips.clone().unwrap_or_else(|| network.to_string()),
                 })
             }
-            Self::Tenants(Hub { endpoint: own, networks, .. }) => Announced::Hub(AnnouncedHub {
+            Self::Tenants(HubSettings { endpoint: own, networks, .. }) => Announced::Hub(AnnouncedHub {
                 public_key,
                 endpoint_address: endpoint(own),
                 endpoint_port: device.listen_port,

@@ -30,7 +30,7 @@ struct Partial {
 
 /// The result of a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Progress {
+pub enum LeaseProgress {
     /// The leases have changed and are complete.
     Changed,
     /// The leases are unchanged and complete.
@@ -58,63 +58,63 @@ impl LeaseTable {
     }
 
     /// Applies a message that leads to `version`.
-    pub fn apply(&mut self, version: LeaseVersion, content: LeaseContent) -> Progress {
+    pub fn apply(&mut self, version: LeaseVersion, content: LeaseContent) -> LeaseProgress {
         match content {
-            LeaseContent::Current if self.version == Some(version) => Progress::Current,
-            LeaseContent::Current => Progress::Behind,
+            LeaseContent::Current if self.version == Some(version) => LeaseProgress::Current,
+            LeaseContent::Current => LeaseProgress::Behind,
             LeaseContent::Deleted => self.on_deleted(version),
             LeaseContent::Change(change) => self.on_change(version, change),
             LeaseContent::Chunk(chunk) => self.on_chunk(version, chunk),
         }
     }
 
-    fn on_deleted(&mut self, version: LeaseVersion) -> Progress {
+    fn on_deleted(&mut self, version: LeaseVersion) -> LeaseProgress {
         if self.version.is_some_and(|known| known.id != version.id) {
-            return Progress::Current;
+            return LeaseProgress::Current;
         }
         *self = Self::default();
-        Progress::Changed
+        LeaseProgress::Changed
     }
 
-    fn on_change(&mut self, version: LeaseVersion, change: LeaseChange) -> Progress {
+    fn on_change(&mut self, version: LeaseVersion, change: LeaseChange) -> LeaseProgress {
         match self.version {
-            Some(known) if known == version || version.is_before(&known) => Progress::Current,
+            Some(known) if known == version || version.is_before(&known) => LeaseProgress::Current,
             Some(known) if known.id == version.id && change.after == known.revision => {
                 self.change(version, change);
                 self.take_early();
-                Progress::Changed
+                LeaseProgress::Changed
             }
             Some(_) | None => {
                 if self.early.len() < EARLY_MAX {
                     self.early.insert(change.after, (version, change));
                 }
-                Progress::Behind
+                LeaseProgress::Behind
             }
         }
     }
 
-    fn on_chunk(&mut self, version: LeaseVersion, chunk: LeaseChunk) -> Progress {
+    fn on_chunk(&mut self, version: LeaseVersion, chunk: LeaseChunk) -> LeaseProgress {
         if self.version.is_some_and(|known| known == version || version.is_before(&known)) {
             self.partial = None;
-            return if chunk.is_last { Progress::Current } else { Progress::Partial };
+            return if chunk.is_last { LeaseProgress::Current } else { LeaseProgress::Partial };
         }
         let mut partial = match self.partial.take() {
             _ if chunk.number == 0 => Partial { version, chunks: 0, leases: BTreeMap::new() },
             Some(partial) if (partial.version, partial.chunks) == (version, chunk.number) => partial,
-            Some(_) | None => return Progress::Behind,
+            Some(_) | None => return LeaseProgress::Behind,
         };
         partial.leases.extend(chunk.leases);
         partial.chunks += 1;
         if partial.leases.len() > LEASES_MAX {
-            return Progress::Behind;
+            return LeaseProgress::Behind;
         }
         if !chunk.is_last {
             self.partial = Some(partial);
-            return Progress::Partial;
+            return LeaseProgress::Partial;
         }
         (self.version, self.leases) = (Some(version), partial.leases);
         self.take_early();
-        Progress::Changed
+        LeaseProgress::Changed
     }
 
     fn change(&mut self, version: LeaseVersion, change: LeaseChange) {
@@ -174,19 +174,19 @@ mod tests {
     fn changes_follow_one_another_and_a_gap_is_noticed() {
         let mut table = LeaseTable::default();
         for (revision, content, progress, leases) in [
-            (35, added(20, 9), Progress::Behind, vec![]),
-            (20, chunk(0, false, &[1]), Progress::Partial, vec![]),
-            (20, chunk(1, true, &[2]), Progress::Changed, vec![1, 2, 9]),
-            (35, added(20, 9), Progress::Current, vec![1, 2, 9]),
-            (41, removed(35, 1), Progress::Changed, vec![2, 9]),
-            (60, added(50, 6), Progress::Behind, vec![2, 9]),
-            (41, LeaseContent::Current, Progress::Current, vec![2, 9]),
-            (60, LeaseContent::Current, Progress::Behind, vec![2, 9]),
-            (35, chunk(0, true, &[1]), Progress::Current, vec![2, 9]),
-            (50, removed(41, 9), Progress::Changed, vec![2, 6]),
-            (80, chunk(1, true, &[1]), Progress::Behind, vec![2, 6]),
-            (81, added(20, 7), Progress::Behind, vec![2, 6]),
-            (82, chunk(0, true, &[1]), Progress::Changed, vec![1]),
+            (35, added(20, 9), LeaseProgress::Behind, vec![]),
+            (20, chunk(0, false, &[1]), LeaseProgress::Partial, vec![]),
+            (20, chunk(1, true, &[2]), LeaseProgress::Changed, vec![1, 2, 9]),
+            (35, added(20, 9), LeaseProgress::Current, vec![1, 2, 9]),
+            (41, removed(35, 1), LeaseProgress::Changed, vec![2, 9]),
+            (60, added(50, 6), LeaseProgress::Behind, vec![2, 9]),
+            (41, LeaseContent::Current, LeaseProgress::Current, vec![2, 9]),
+            (60, LeaseContent::Current, LeaseProgress::Behind, vec![2, 9]),
+            (35, chunk(0, true, &[1]), LeaseProgress::Current, vec![2, 9]),
+            (50, removed(41, 9), LeaseProgress::Changed, vec![2, 6]),
+            (80, chunk(1, true, &[1]), LeaseProgress::Behind, vec![2, 6]),
+            (81, added(20, 7), LeaseProgress::Behind, vec![2, 6]),
+            (82, chunk(0, true, &[1]), LeaseProgress::Changed, vec![1]),
         ] {
             assert_eq!(table.apply(version(revision), content.clone()), progress, "{revision} {content:?}");
             assert_eq!(numbers(&table), leases, "{revision} {content:?}");
@@ -197,11 +197,11 @@ mod tests {
     fn another_server_of_the_name_replaces_the_first_one() {
         let mut table = LeaseTable::restored(Some(version(5)), [lease(1)].into());
         let other = LeaseVersion { id: 8, revision: 0 };
-        assert_eq!(table.apply(other, LeaseContent::Deleted), Progress::Current, "none of this one");
-        assert_eq!(table.apply(LeaseVersion { revision: 1, ..other }, added(0, 2)), Progress::Behind);
-        assert_eq!(table.apply(other, chunk(0, true, &[])), Progress::Changed);
+        assert_eq!(table.apply(other, LeaseContent::Deleted), LeaseProgress::Current, "none of this one");
+        assert_eq!(table.apply(LeaseVersion { revision: 1, ..other }, added(0, 2)), LeaseProgress::Behind);
+        assert_eq!(table.apply(other, chunk(0, true, &[])), LeaseProgress::Changed);
         assert_eq!(numbers(&table), [2]);
-        assert_eq!(table.apply(LeaseVersion { revision: 2, ..other }, LeaseContent::Deleted), Progress::Changed);
+        assert_eq!(table.apply(LeaseVersion { revision: 2, ..other }, LeaseContent::Deleted), LeaseProgress::Changed);
         assert_eq!((numbers(&table), table.version()), (vec![], None));
     }
 
@@ -247,10 +247,10 @@ mod tests {
                 for (revision, content) in sent {
                     last = Some(table.apply(version(revision), content));
                 }
-                if last == Some(Progress::Behind) {
+                if last == Some(LeaseProgress::Behind) {
                     let all: Vec<u32> = numbers(&broker);
                     let progress = table.apply(version(revision), chunk(0, true, &all));
-                    prop_assert!(progress != Progress::Behind);
+                    prop_assert!(progress != LeaseProgress::Behind);
                 }
                 if table.version() == broker.version() {
                     prop_assert_eq!(table.leases(), broker.leases());

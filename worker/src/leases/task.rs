@@ -27,11 +27,11 @@ use super::source::{Announced, LeaseSource, Offer};
 use crate::plan::{changes, outcomes};
 
 /// Queued events at most.
-const QUEUE: usize = 4096;
+const LEASE_EVENTS_MAX: usize = 4096;
 /// How long the task of a worker without servers sleeps.
-const IDLE: Duration = Duration::from_secs(3600);
+const IDLE_SLEEP: Duration = Duration::from_secs(3600);
 /// When a broker connects or disconnects, the requests of all workers spread over this time.
-const JITTER: Duration = Duration::from_secs(1);
+const REQUEST_JITTER: Duration = Duration::from_secs(1);
 
 /// An event for the task.
 #[derive(Debug, Clone)]
@@ -55,7 +55,7 @@ pub fn is_needed(config: &Config) -> bool {
 /// The queue of events.
 #[must_use]
 pub fn channel() -> (LeaseSender, mpsc::Receiver<LeaseEvent>) {
-    mpsc::channel(QUEUE)
+    mpsc::channel(LEASE_EVENTS_MAX)
 }
 
 /// The parts from which the task is made.
@@ -154,7 +154,7 @@ impl<K: Kernel> LeaseTask<K> {
     async fn follow(&mut self) {
         loop {
             let due = self.servers.iter().map(ServerState::due).min();
-            let due = due.unwrap_or_else(|| Instant::now() + IDLE);
+            let due = due.unwrap_or_else(|| Instant::now() + IDLE_SLEEP);
             tokio::select! {
                 biased;
                 changed = self.connection.changed() => match changed {
@@ -194,19 +194,19 @@ impl<K: Kernel> LeaseTask<K> {
     fn on_broker(&mut self, name: BrokerName, offer: Option<Offer>) {
         let is_of_use = |offer: &Offer| self.servers.iter().any(|server| server.source.is_at(*offer));
         let Some(offer) = offer.filter(is_of_use) else {
-            if let Some(offer) = self.brokers.went(&name) {
+            if let Some(offer) = self.brokers.on_offline(&name) {
                 self.ask_soon(offer);
             }
             return;
         };
         self.ask_soon(offer);
-        self.brokers.came(name, offer);
+        self.brokers.on_online(name, offer);
         self.announce();
     }
 
     /// Schedules a request for these leases after a random delay, since all workers of a fleet send one.
     fn ask_soon(&mut self, offer: Offer) {
-        let (now, delay) = (Instant::now(), JITTER.mul_f64(fastrand::f64()));
+        let (now, delay) = (Instant::now(), REQUEST_JITTER.mul_f64(fastrand::f64()));
         for server in self.servers.iter_mut().filter(|server| server.source.is_at(offer)) {
             server.ask_by(now + delay);
         }
@@ -270,11 +270,11 @@ impl<K: Kernel> LeaseTask<K> {
         };
         // A hub is neither published nor gets peers as long as its forwarding does not keep tenants apart.
         let now = Instant::now();
-        if self.servers[index].is_look_due(now) {
+        if self.servers[index].is_forwarding_check_due(now) {
             if let Err(error) = forward(&self.servers[index]).await {
                 return self.on_failure(index, &format!("members do not reach each other by it: {error}"));
             }
-            self.servers[index].on_looked(now);
+            self.servers[index].on_forwarding_checked(now);
         }
         self.on_device(index, &device);
         let server = &mut self.servers[index];

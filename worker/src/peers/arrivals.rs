@@ -158,10 +158,11 @@ impl KnownPeers {
         let first = first.unwrap_or(now.into());
         let younger_than = |limit| move |since: CompactInstant| since.age(now) < limit;
         let here = peer.and_then(|entry| entry.handshake).map(|handshake| handshake.quiet_since);
-        let elsewhere = peer.and_then(|entry| entry.elsewhere).or_else(|| pending?.elsewhere);
+        let handshake_elsewhere =
+            peer.and_then(|entry| entry.handshake_elsewhere).or_else(|| pending?.handshake_elsewhere);
         let state = if self.admission.trusts(&key)
             || here.is_some_and(younger_than(self.policy.stale))
-            || elsewhere.is_some_and(younger_than(self.policy.established_elsewhere()))
+            || handshake_elsewhere.is_some_and(younger_than(self.policy.established_elsewhere()))
         {
             ClaimState::Established
         } else if younger_than(self.policy.grace)(first) {
@@ -246,8 +247,11 @@ impl KnownPeers {
             return None;
         }
         let arrived = now.checked_sub(age).unwrap_or(now);
-        let pending = PendingKey { came: has_handshake, ..PendingKey::from_elsewhere(arrived.into(), has_handshake) };
-        if self.note_elsewhere(&key, pending.elsewhere) {
+        let pending = PendingKey {
+            admitted_since_start: has_handshake,
+            ..PendingKey::from_elsewhere(arrived.into(), has_handshake)
+        };
+        if self.note_elsewhere(&key, pending.handshake_elsewhere) {
             return None;
         }
         self.admissible(&key, own, reserved, has_handshake).ok()?;
@@ -293,8 +297,8 @@ impl KnownPeers {
     /// Notes the time of a key's handshake at another gateway, as reported by a broker; false if the key is not known.
     fn note_elsewhere(&mut self, key: &PublicKey, shaken: Option<CompactInstant>) -> bool {
         let note = |entry: &mut PeerEntry| {
-            entry.elsewhere = entry.elsewhere.max(shaken);
-            entry.came |= shaken.is_some();
+            entry.handshake_elsewhere = entry.handshake_elsewhere.max(shaken);
+            entry.admitted_since_start |= shaken.is_some();
         };
         self.table.update(key, note) || self.pending.note_elsewhere(key, shaken)
     }
@@ -302,7 +306,11 @@ impl KnownPeers {
     /// Whether the key belongs to a router that had a handshake: then another gateway cannot reserve it by publishing
     /// it.
     pub(super) fn is_routers(&self, key: &PublicKey) -> bool {
-        let is_pending = |key| self.pending.get(key).is_some_and(|pending| pending.came && pending.elsewhere.is_some());
+        let is_pending = |key| {
+            self.pending
+                .get(key)
+                .is_some_and(|pending| pending.admitted_since_start && pending.handshake_elsewhere.is_some())
+        };
         self.table.known(key).is_some_and(PeerEntry::is_routers) || is_pending(key)
     }
 
@@ -313,23 +321,23 @@ impl KnownPeers {
 
     /// Whether the pending `key` counts as established, and so takes no slot of the unestablished ones.
     pub(super) fn counts_as_established(&self, key: &PublicKey) -> bool {
-        self.pending.get(key).is_some_and(|pending| pending.elsewhere.is_some())
+        self.pending.get(key).is_some_and(|pending| pending.handshake_elsewhere.is_some())
             || self.table.vanished(key).is_some_and(|entry| !entry.is_unestablished())
     }
 
     /// An arrived `key` is completely in the kernel; its grace begins at `now`. Returns whether it is new there.
     pub fn mark_installed(&mut self, key: PublicKey, now: Instant) -> bool {
-        let is_new = self.seat(key, now);
+        let is_new = self.insert_or_restore(key, now);
         self.table.update(&key, |entry| entry.arrived = now.into());
         is_new
     }
 
     /// The vanished peer of `key` is completely in the kernel again.
     pub fn put_back(&mut self, key: PublicKey, now: Instant) {
-        self.seat(key, now);
+        self.insert_or_restore(key, now);
     }
 
-    fn seat(&mut self, key: PublicKey, now: Instant) -> bool {
+    fn insert_or_restore(&mut self, key: PublicKey, now: Instant) -> bool {
         let pending = self.pending.remove(&key);
         self.changed.insert(key);
         let new = || {
@@ -337,10 +345,11 @@ impl KnownPeers {
             let sweep = self.profile.desired(&key).map_or(new.sweep, |peer| peer.sweep);
             PeerEntry { first: pending.map_or(new.first, |pending| pending.first), sweep, ..new }
         };
-        let known = self.table.seat(key, new, now);
+        let known = self.table.insert_or_restore(key, new, now);
         self.table.update(&key, |entry| {
-            entry.elsewhere = entry.elsewhere.max(pending.and_then(|pending| pending.elsewhere));
-            entry.came |= pending.is_none_or(|pending| pending.came);
+            entry.handshake_elsewhere =
+                entry.handshake_elsewhere.max(pending.and_then(|pending| pending.handshake_elsewhere));
+            entry.admitted_since_start |= pending.is_none_or(|pending| pending.admitted_since_start);
         });
         pending.is_some() || !known
     }

@@ -5,10 +5,10 @@ use super::policy::Policy;
 use super::table::PeerTable;
 
 /// One in so many unestablished peers is evicted in addition, so that the next keys have room without a read for each.
-const PORTION: usize = 16;
+const EVICTED_FRACTION: usize = 16;
 
 /// Below this portion none is evicted in advance.
-const PORTION_MIN: usize = 4;
+const EVICTED_MIN: usize = 4;
 
 /// The most pending keys for which peers are evicted after one read, unless the portion is larger.
 const EVICTED_AT_ONCE: usize = 64;
@@ -47,6 +47,6 @@ pub(super) fn evictions(policy: &Policy, unestablished: usize, lacking: usize) -
         return 0;
     }
     let beyond = unestablished.saturating_sub(policy.unestablished);
-    let portion = Some(unestablished / PORTION).filter(|portion| *portion >= PORTION_MIN).unwrap_or_default();
+    let portion = Some(unestablished / EVICTED_FRACTION).filter(|portion| *portion >= EVICTED_MIN).unwrap_or_default();
     beyond + portion + lacking.min(portion.max(EVICTED_AT_ONCE))
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use prometheus::{Error, IntCounterVec, IntGaugeVec};
 use wgkex_common::Domain;
-use wgkex_common::runtime::metrics::Registry;
+use wgkex_common::runtime::metrics::MetricsRegistry;
 
 use super::PeerCounts;
 
@@ -31,7 +31,7 @@ pub struct Metrics {
 
 impl Metrics {
     /// Registers them for `domains`, all at 0.
-    pub fn register(registry: &Registry, domains: &BTreeSet<Domain>) -> Result<Self, Error> {
+    pub fn register(registry: &MetricsRegistry, domains: &BTreeSet<Domain>) -> Result<Self, Error> {
         let by_domain = |name, help| {
             let names = domains.iter().map(Domain::name);
             registry.counters_of(name, help, "domain", names)
@@ -77,7 +77,7 @@ mod tests {
 
     #[test]
     fn every_series_is_there_from_the_start() {
-        let registry = Registry::default();
+        let registry = MetricsRegistry::default();
         Metrics::register(&registry, &[domain()].into()).unwrap();
         assert_has(
             &registry,
@@ -92,7 +92,7 @@ mod tests {
 
     #[test]
     fn peers_are_counted_in_one_state_each() {
-        let registry = Registry::default();
+        let registry = MetricsRegistry::default();
         let metrics = Metrics::register(&registry, &[domain()].into()).unwrap();
         metrics.set_counts(&domain(), PeerCounts { connected: 1, idle: 2, new: 3, stale: 4 });
         for (state, count) in ["connected", "idle", "pending", "stale"].into_iter().zip(1..) {

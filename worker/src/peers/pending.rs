@@ -7,7 +7,7 @@ use wgkex_common::PublicKey;
 use super::compact_instant::CompactInstant;
 
 /// How often a key that the kernel refuses is tried: some minutes, with the growing pauses of the schedule.
-pub(super) const MAX_TRIES: u8 = 8;
+pub(super) const TRIES_MAX: u8 = 8;
 
 /// Pending keys. One may have a peer, too. The number of reserved slots is counted.
 #[derive(Debug, Default)]
@@ -26,11 +26,11 @@ pub(super) struct PendingKey {
     /// It arrived over MQTT, not from the state file or a snapshot.
     pub announced: bool,
     /// When it had a handshake at another gateway, as reported by a broker.
-    pub elsewhere: Option<CompactInstant>,
+    pub handshake_elsewhere: Option<CompactInstant>,
     /// A slot is reserved for its peer.
     pub has_slot: bool,
     /// A broker admitted it since this program started.
-    pub came: bool,
+    pub admitted_since_start: bool,
 }
 
 impl Pending {
@@ -84,16 +84,21 @@ impl Pending {
 
     /// `key` arrived at `now`, perhaps again while it is pending; it keeps its slot.
     pub(super) fn announce(&mut self, key: PublicKey, now: CompactInstant) {
-        let new = PendingKey { announced: true, came: true, ..PendingKey::from_elsewhere(now, false) };
+        let new = PendingKey { announced: true, admitted_since_start: true, ..PendingKey::from_elsewhere(now, false) };
         let pending = self.keys.entry(key).or_insert(new);
-        *pending = PendingKey { first: pending.first, elsewhere: pending.elsewhere, has_slot: pending.has_slot, ..new };
+        *pending = PendingKey {
+            first: pending.first,
+            handshake_elsewhere: pending.handshake_elsewhere,
+            has_slot: pending.has_slot,
+            ..new
+        };
     }
 
     /// Notes the time of a pending key's handshake at another gateway; false if it is not pending.
     pub(super) fn note_elsewhere(&mut self, key: &PublicKey, shaken: Option<CompactInstant>) -> bool {
         let Some(pending) = self.keys.get_mut(key) else { return false };
-        pending.elsewhere = pending.elsewhere.max(shaken);
-        pending.came |= shaken.is_some();
+        pending.handshake_elsewhere = pending.handshake_elsewhere.max(shaken);
+        pending.admitted_since_start |= shaken.is_some();
         true
     }
 
@@ -132,7 +137,7 @@ impl Pending {
     pub(super) fn count_refusal(&mut self, key: &PublicKey) -> bool {
         let Some(pending) = self.keys.get_mut(key) else { return false };
         pending.tries += 1;
-        pending.tries >= MAX_TRIES
+        pending.tries >= TRIES_MAX
     }
 
     /// The counters, computed again.
@@ -145,7 +150,15 @@ impl Pending {
 impl PendingKey {
     /// A key that did not arrive over MQTT in this run of the program.
     pub(super) fn from_elsewhere(arrived: CompactInstant, established: bool) -> Self {
-        let elsewhere = established.then_some(arrived);
-        Self { arrived, first: arrived, tries: 0, announced: false, elsewhere, has_slot: false, came: false }
+        let handshake_elsewhere = established.then_some(arrived);
+        Self {
+            arrived,
+            first: arrived,
+            tries: 0,
+            announced: false,
+            handshake_elsewhere,
+            has_slot: false,
+            admitted_since_start: false,
+        }
     }
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use wgkex_common::Config;
 use wgkex_common::address::claim::handshake_report_interval;
-use wgkex_common::config::{Cleanup, Peers};
+use wgkex_common::config::{Cleanup, PeerLimits};
 
 /// When peers are stale, and how often they are swept (contract sections 4 and 7).
 #[derive(Debug, Clone, Copy)]
@@ -61,7 +61,7 @@ impl Default for Policy {
 impl From<&Config> for Policy {
     fn from(config: &Config) -> Self {
         let Cleanup { interval, stale, grace } = config.cleanup;
-        let Peers { max: peers, unproven: unestablished } = config.peers;
+        let PeerLimits { max: peers, unproven: unestablished } = config.peers;
         let report = handshake_report_interval(config.live_keys.ttl, stale);
         let forget = config.forget_idle_after;
         Self { stale, grace, interval, report, unestablished, forget, peers, ..Self::default() }

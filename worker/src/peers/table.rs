@@ -34,14 +34,14 @@ pub(super) struct PeerEntry {
     pub first: CompactInstant,
     pub handshake: Option<Handshake>,
     /// When it had a handshake at another gateway, as reported by a broker.
-    pub elsewhere: Option<CompactInstant>,
+    pub handshake_elsewhere: Option<CompactInstant>,
     /// When its handshakes were last reported.
     pub reported: Option<CompactInstant>,
     /// The peer was created again since its last handshake, which the kernel therefore does not show.
     pub renewed: bool,
     pub ours: bool,
     /// A broker admitted it since this program started.
-    pub came: bool,
+    pub admitted_since_start: bool,
     /// Whether the sweep removes it; a peer that is never swept is not evicted either.
     pub sweep: Sweep,
 }
@@ -126,8 +126,8 @@ impl PeerTable {
         let gone = vanished.len() - before;
         let mut found = |key: &PublicKey| match (vanished.remove(key), pending.get(key)) {
             (Some(entry), _) => entry.made_anew(now),
-            (None, Some(PendingKey { first, elsewhere, .. })) => {
-                PeerEntry { first: *first, elsewhere: *elsewhere, ..PeerEntry::new(now, false) }
+            (None, Some(PendingKey { first, handshake_elsewhere, .. })) => {
+                PeerEntry { first: *first, handshake_elsewhere: *handshake_elsewhere, ..PeerEntry::new(now, false) }
             }
             (None, None) => PeerEntry::new(now, false),
         };
@@ -174,7 +174,7 @@ impl PeerTable {
 
     /// Adds the peer of `key`, with its entry from before it vanished, or else `new`. Returns whether there was one
     /// before.
-    pub(super) fn seat(&mut self, key: PublicKey, new: impl FnOnce() -> PeerEntry, now: Instant) -> bool {
+    pub(super) fn insert_or_restore(&mut self, key: PublicKey, new: impl FnOnce() -> PeerEntry, now: Instant) -> bool {
         let vanished = self.vanished.remove(&key).map(|entry| entry.made_anew(now));
         let before = self.peers.len();
         let entry = self.peers.entry(key).or_insert_with(|| vanished.unwrap_or_else(new));
@@ -241,11 +241,11 @@ impl PeerEntry {
             arrived,
             first: arrived,
             handshake: None,
-            elsewhere: None,
+            handshake_elsewhere: None,
             reported: None,
             renewed: false,
             ours,
-            came: false,
+            admitted_since_start: false,
             sweep: Sweep::WhenStale,
         }
     }
@@ -261,12 +261,12 @@ impl PeerEntry {
 
     /// Whether it had a handshake, here or elsewhere, and its key came from a broker.
     pub(super) fn is_routers(&self) -> bool {
-        self.came && self.is_established()
+        self.admitted_since_start && self.is_established()
     }
 
     /// Whether it had a handshake, here or elsewhere.
     pub(super) fn is_established(&self) -> bool {
-        self.handshake.is_some() || self.elsewhere.is_some()
+        self.handshake.is_some() || self.handshake_elsewhere.is_some()
     }
 
     /// Whether it is ours, and had a handshake neither here nor elsewhere.
@@ -289,7 +289,7 @@ impl PeerEntry {
 
     /// Compares the peer with its desired state, and returns whose it is; `may_be_ours` is false if a gateway reserves
     /// its key or address.
-    pub(super) fn judge(&mut self, desired: Option<&DesiredPeer>, peer: &Peer, may_be_ours: bool) -> Ownership {
+    pub(super) fn set_ownership(&mut self, desired: Option<&DesiredPeer>, peer: &Peer, may_be_ours: bool) -> Ownership {
         let ownership = desired.map_or(Ownership::Foreign, |desired| desired.ownership(peer));
         self.sweep = desired.map_or(self.sweep, |desired| desired.sweep);
         self.ours = match ownership {
@@ -313,9 +313,10 @@ impl PeerEntry {
 
 /// A peer that vanished: its key is pending.
 impl From<&PeerEntry> for PendingKey {
-    fn from(PeerEntry { arrived, first, elsewhere, came, .. }: &PeerEntry) -> Self {
-        let (arrived, first, elsewhere, came) = (*arrived, *first, *elsewhere, *came);
-        Self { arrived, first, elsewhere, came, ..Self::from_elsewhere(arrived, false) }
+    fn from(PeerEntry { arrived, first, handshake_elsewhere, admitted_since_start, .. }: &PeerEntry) -> Self {
+        let (arrived, first, handshake_elsewhere, admitted_since_start) =
+            (*arrived, *first, *handshake_elsewhere, *admitted_since_start);
+        Self { arrived, first, handshake_elsewhere, admitted_since_start, ..Self::from_elsewhere(arrived, false) }
     }
 }
 

@@ -31,7 +31,7 @@ use crate::plan::Step;
 use crate::profiles::Profile;
 
 /// Steps of the backlog, or of a sweep, that are applied at once: new keys wait for no more than these.
-const SLICE: usize = 512;
+const BACKLOG_SLICE: usize = 512;
 
 /// The outcomes of keys in the kernel.
 pub(super) type KeyOutcomes = Vec<(PublicKey, Result<(), KernelError>)>;
@@ -77,7 +77,7 @@ pub(super) struct ReadChange {
 }
 
 /// The kind of a failure of the kernel.
-pub(super) enum Failure {
+pub(super) enum KernelFailure {
     /// The interface is not there or not usable.
     Lost(KernelError),
     /// Other changes failed.
@@ -180,7 +180,7 @@ impl DomainReconciler {
 
     /// Takes the next steps of the backlog.
     pub(super) fn take_backlog(&mut self) -> Vec<Step> {
-        self.backlog.drain(..SLICE.min(self.backlog.len())).collect()
+        self.backlog.drain(..BACKLOG_SLICE.min(self.backlog.len())).collect()
     }
 
     /// Steps of the backlog were applied; returns also the outcomes to be published.
@@ -243,15 +243,15 @@ impl DomainReconciler {
     }
 
     /// Changes were applied; returns the failure, if one failed.
-    pub(super) fn on_applied(&mut self, outcomes: &KeyOutcomes, now: Instant) -> Option<Failure> {
+    pub(super) fn on_applied(&mut self, outcomes: &KeyOutcomes, now: Instant) -> Option<KernelFailure> {
         let errors = || outcomes.iter().filter_map(|(key, outcome)| Some((key, outcome.as_ref().err()?)));
         let (key, first) = errors().next()?;
         self.schedule.on_failure(now);
         if let Some((_, error)) = errors().find(|(_, error)| matches!(error, KernelError::Interface { .. })) {
             self.mark_down(error);
-            return Some(Failure::Lost(error.clone()));
+            return Some(KernelFailure::Lost(error.clone()));
         }
-        Some(Failure::Changes { key: *key, error: first.clone(), failed: errors().count() })
+        Some(KernelFailure::Changes { key: *key, error: first.clone(), failed: errors().count() })
     }
 
     fn mark_down(&mut self, error: &KernelError) {

@@ -13,7 +13,7 @@ use wgkex_common::runtime::heartbeat::Heartbeat;
 use wgkex_common::{PublicKey, RejectReason, Reserved};
 use wgkex_kernel::{Device, Kernel, KernelError};
 
-use super::domain::{DomainReconciler, Evicted, Failure, KeyOutcomes, ReadChange, Recorded, Renewed, to_report};
+use super::domain::{DomainReconciler, Evicted, KernelFailure, KeyOutcomes, ReadChange, Recorded, Renewed, to_report};
 use super::reports::{Report, ReportSender, reject_reason};
 use super::{Metrics, clock};
 use crate::peers::Clocks;
@@ -47,7 +47,7 @@ impl<K: Kernel> Driver<'_, K> {
             }
         }
         self.reports.confirm(self.domain.name(), &rejected);
-        let dropped = self.domain.on_rest(arrivals.rest, self.now());
+        let dropped = self.domain.on_delayed(arrivals.delayed, self.now());
         self.count_dropped(dropped);
     }
 
@@ -253,8 +253,10 @@ impl<K: Kernel> Driver<'_, K> {
         let domain = self.domain.name();
         match failure {
             None => {}
-            Some(Failure::Lost(error)) => self.reports.set_lost(domain, &error),
-            Some(Failure::Changes { key, error, failed }) => warn!(%domain, ?key, %error, failed, "changes failed"),
+            Some(KernelFailure::Lost(error)) => self.reports.set_lost(domain, &error),
+            Some(KernelFailure::Changes { key, error, failed }) => {
+                warn!(%domain, ?key, %error, failed, "changes failed")
+            }
         }
         outcomes
     }

@@ -11,10 +11,10 @@ use wgkex_common::runtime::metrics::set;
 use wgkex_common::wire::message::Age;
 use wgkex_common::{Domain, KeyId, PublicKey};
 
-use super::{DomainStates, Metrics, Snapshot};
+use super::{DomainStates, KeySnapshot, Metrics};
 
 /// Keys that wait for a batch at most; all retained keys of a large fleet fit.
-const MAX_QUEUED_KEYS: usize = 65_536;
+const QUEUED_KEYS_MAX: usize = 65_536;
 
 /// A new admission, and the keys that were denied just now, each with the time of its record.
 #[derive(Debug, Default)]
@@ -25,7 +25,7 @@ pub(super) struct AdmissionUpdate {
 
 /// Keys that arrived and are not in the kernel, without those in the queue.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Waiting {
+pub struct WaitingKeys {
     /// Their number.
     pub keys: usize,
     /// The arrival of the oldest.
@@ -35,33 +35,33 @@ pub struct Waiting {
 /// The task's end of the queues.
 pub(super) struct Inbox {
     pub keys: mpsc::Receiver<KeyId>,
-    pub live: mpsc::Receiver<(Domain, Snapshot)>,
+    pub live: mpsc::Receiver<(Domain, KeySnapshot)>,
     admission_update: Arc<Mutex<AdmissionUpdate>>,
     pub admission_changed: Arc<Notify>,
     pub reconnected: Arc<Notify>,
     pub refresh: Arc<Notify>,
-    pub waiting: watch::Sender<Waiting>,
+    pub waiting: watch::Sender<WaitingKeys>,
 }
 
 /// The handle of the [`Reconciler`](super::Reconciler), which ends when all handles are dropped.
 #[derive(Debug, Clone)]
 pub struct ReconcilerHandle {
     keys: mpsc::Sender<KeyId>,
-    live: mpsc::Sender<(Domain, Snapshot)>,
+    live: mpsc::Sender<(Domain, KeySnapshot)>,
     admission_update: Arc<Mutex<AdmissionUpdate>>,
     admission_changed: Arc<Notify>,
     reconnected: Arc<Notify>,
     refresh: Arc<Notify>,
     state: watch::Receiver<DomainStates>,
-    waiting: watch::Receiver<Waiting>,
+    waiting: watch::Receiver<WaitingKeys>,
     pub(super) metrics: Metrics,
 }
 
 /// A handle, which gives access to `state`, and the task's end of its queues.
 pub(super) fn channel(state: watch::Receiver<DomainStates>, metrics: Metrics) -> (ReconcilerHandle, Inbox) {
-    let (keys, keys_receiver) = mpsc::channel(MAX_QUEUED_KEYS);
+    let (keys, keys_receiver) = mpsc::channel(QUEUED_KEYS_MAX);
     let (live, live_receiver) = mpsc::channel(1);
-    let (waiting_sender, waiting) = watch::channel(Waiting::default());
+    let (waiting_sender, waiting) = watch::channel(WaitingKeys::default());
     let handle = ReconcilerHandle {
         keys,
         live,
@@ -137,7 +137,7 @@ impl ReconcilerHandle {
 
     /// The number of keys that wait for the kernel.
     #[must_use]
-    pub fn waiting(&self) -> watch::Receiver<Waiting> {
+    pub fn waiting(&self) -> watch::Receiver<WaitingKeys> {
         self.waiting.clone()
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use prometheus::{Error, Histogram, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, exponential_buckets};
-use wgkex_common::runtime::metrics::Registry;
+use wgkex_common::runtime::metrics::MetricsRegistry;
 use wgkex_common::{Domain, RejectReason};
 
 use crate::peers;
@@ -48,7 +48,7 @@ pub struct Metrics {
 
 impl Metrics {
     /// Registers them for `domains`, each at 0.
-    pub fn register(registry: &Registry, domains: &BTreeSet<Domain>) -> Result<Self, Error> {
+    pub fn register(registry: &MetricsRegistry, domains: &BTreeSet<Domain>) -> Result<Self, Error> {
         let counter = |name, help| registry.counter(name, help);
         let gauge = |name, help| registry.gauge(name, help);
         let names = || domains.iter().map(Domain::name);
@@ -111,7 +111,7 @@ mod tests {
 
     #[test]
     fn every_series_is_there_at_0_from_the_start() {
-        let registry = Registry::default();
+        let registry = MetricsRegistry::default();
         Metrics::register(&registry, &[domain()].into()).unwrap();
         assert_has(
             &registry,

@@ -15,11 +15,11 @@ pub struct Portions {
     /// The number of peers when the first portion was due.
     peers: usize,
     /// The removals of the last period.
-    removals: VecDeque<Removal>,
+    removals: VecDeque<PastRemoval>,
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Removal {
+struct PastRemoval {
     at: Instant,
     peers: usize,
 }
@@ -39,7 +39,7 @@ impl Portions {
     pub fn on_removed(&mut self, peers: usize, now: Instant) {
         self.forget_old(now);
         if peers > 0 {
-            self.removals.push_back(Removal { at: now, peers });
+            self.removals.push_back(PastRemoval { at: now, peers });
         }
     }
 

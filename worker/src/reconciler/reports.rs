@@ -22,7 +22,7 @@ use crate::peers::PeerCounts;
 const KEYS_PER_MESSAGE: usize = 2_000;
 
 /// Messages of each kind that wait at most for MQTT.
-const MESSAGES: usize = 256;
+const WAITING_MESSAGES_MAX: usize = 256;
 
 /// The state of every domain that was read so far.
 pub type DomainStates = BTreeMap<Domain, DomainState>;
@@ -102,9 +102,9 @@ pub(super) struct ReportSender {
 
 impl ReportSender {
     pub fn new(state: watch::Sender<DomainStates>, metrics: Metrics) -> (Self, Reports) {
-        let (applied, applied_receiver) = mpsc::channel(MESSAGES);
-        let (handshakes, handshakes_receiver) = mpsc::channel(MESSAGES);
-        let (revoked, revoked_receiver) = mpsc::channel(MESSAGES);
+        let (applied, applied_receiver) = mpsc::channel(WAITING_MESSAGES_MAX);
+        let (handshakes, handshakes_receiver) = mpsc::channel(WAITING_MESSAGES_MAX);
+        let (revoked, revoked_receiver) = mpsc::channel(WAITING_MESSAGES_MAX);
         let reports = Reports {
             applied: applied_receiver,
             handshakes: handshakes_receiver,

@@ -19,18 +19,18 @@ use wgkex_kernel::Kernel;
 
 use super::domain::DomainReconciler;
 use super::driver::Driver;
-use super::handle::{self, AdmissionUpdate, Inbox, ReconcilerHandle, Waiting};
+use super::handle::{self, AdmissionUpdate, Inbox, ReconcilerHandle, WaitingKeys};
 use super::reports::{ReportSender, Reports, RevokedKey};
-use super::{DomainStates, Metrics, Snapshot, clock, clocks};
+use super::{DomainStates, KeySnapshot, Metrics, clock, clocks};
 use crate::peers::{Clocks, Policy};
 use crate::profiles::Profile;
 
 /// Keys in a batch at most.
-const BATCH: usize = 4_096;
+const BATCH_KEYS_MAX: usize = 4_096;
 
 /// After a batch that took longer than this, keys are collected for as long as it took: with a slow kernel each key of
 /// a burst must cost less than a single one.
-const SLOW: Duration = Duration::from_millis(3);
+const SLOW_BATCH_MIN: Duration = Duration::from_millis(3);
 
 /// The longest time that keys are collected.
 const BATCH_WINDOW: Duration = Duration::from_millis(50);
@@ -42,7 +42,7 @@ const BATCH_FULL_ENOUGH: usize = 64;
 const COUNT_WAITING: Duration = Duration::from_millis(500);
 
 /// While the backlog is longer than this, live keys that may be lacking are not taken in: their sender waits.
-const MAX_BACKLOG: usize = 2_048;
+const BACKLOG_MAX: usize = 2_048;
 
 /// Owns the kernel of a gateway.
 pub struct Reconciler<K> {
@@ -97,7 +97,7 @@ pub(super) enum TaskEvent {
     /// Keys arrived, in this order.
     Keys(Vec<KeyId>),
     /// These keys are live, and this gateway may lack some of them.
-    Snapshot(Domain, Snapshot),
+    Snapshot(Domain, KeySnapshot),
     /// Earlier reports may be lost.
     Reconnected,
     /// The admission has changed.
@@ -192,7 +192,7 @@ impl<K: Kernel> Reconciler<K> {
         let due = self.domains.values().min_by_key(|domain| domain.read_at());
         let due = due.map(|domain| (Instant::from_std(domain.read_at()), TaskEvent::ReadDue(domain.name().clone())));
         let backlog: usize = self.domains.values().map(DomainReconciler::backlog_len).sum();
-        let has_room = !is_closed && backlog < MAX_BACKLOG;
+        let has_room = !is_closed && backlog < BACKLOG_MAX;
         let mut other = pin!(other(due, ready));
         let inbox = &mut self.inbox;
         if std::mem::take(&mut self.other_work_first) {
@@ -253,9 +253,8 @@ impl<K: Kernel> Reconciler<K> {
         }
         self.counted_at = Some(now);
         let counts = self.domains.values().map(DomainReconciler::waiting);
-        let waiting = counts.fold(Waiting::default(), |Waiting { keys, since }, (number, oldest)| Waiting {
-            keys: keys + number,
-            since: since.into_iter().chain(oldest).min(),
+        let waiting = counts.fold(WaitingKeys::default(), |WaitingKeys { keys, since }, (number, oldest)| {
+            WaitingKeys { keys: keys + number, since: since.into_iter().chain(oldest).min() }
         });
         self.inbox.waiting.send_replace(waiting);
     }
@@ -279,11 +278,11 @@ impl<K: Kernel> Reconciler<K> {
             }
         }
         let took = begun.elapsed();
-        let collects = took > SLOW && self.inbox.keys.len() < BATCH_FULL_ENOUGH;
+        let collects = took > SLOW_BATCH_MIN && self.inbox.keys.len() < BATCH_FULL_ENOUGH;
         self.collects_until = collects.then(|| Instant::now() + took.min(BATCH_WINDOW));
     }
 
-    fn learn(&mut self, domain: &Domain, keys: Snapshot, now: Clocks) {
+    fn learn(&mut self, domain: &Domain, keys: KeySnapshot, now: Clocks) {
         let Self { domains, reserved, metrics, .. } = self;
         if let Some(domain) = domains.get_mut(domain) {
             let learnt = domain.on_live(keys, &reserved.borrow(), now.monotonic);
@@ -345,7 +344,7 @@ async fn collect_batch(until: Option<Instant>, keys: &mut mpsc::Receiver<KeyId>,
     if let Some(until) = until {
         tokio::time::sleep_until(until).await;
     }
-    keys.recv_many(batch, BATCH).await
+    keys.recv_many(batch, BATCH_KEYS_MAX).await
 }
 
 /// The deadline of the drain, if it is over.

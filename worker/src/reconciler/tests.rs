@@ -10,7 +10,7 @@ use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
 use wgkex_common::access_lists::{Admission, AllowList, Entry, List};
-use wgkex_common::runtime::metrics::Registry;
+use wgkex_common::runtime::metrics::MetricsRegistry;
 use wgkex_common::storage::key_store::{KeyRecord, Keys, WriteBuffer};
 use wgkex_common::wire::message::{Age, Applied, Revoked};
 use wgkex_common::wire::revoke_outcome::RevokeOutcome;
@@ -20,7 +20,7 @@ use wgkex_kernel::{Change, Device, Errno, Interface, Kernel as _, KernelError, P
 
 use super::task::TaskEvent;
 use super::{
-    DomainState, DomainStates, Metrics, Reconciler, ReconcilerHandle, ReconcilerParts, Reports, Snapshot, clocks,
+    DomainState, DomainStates, KeySnapshot, Metrics, Reconciler, ReconcilerHandle, ReconcilerParts, Reports, clocks,
 };
 use crate::peers::{Clocks, Policy};
 use crate::plan;
@@ -1152,7 +1152,7 @@ fn denying(keys: impl IntoIterator<Item = u32>) -> Arc<Admission> {
     Arc::new(Admission::of(&entries, AllowList::Off, 0))
 }
 
-fn live(keys: std::ops::Range<u32>) -> Snapshot {
+fn live(keys: std::ops::Range<u32>) -> KeySnapshot {
     keys.map(|n| (key(n), Age { age_secs: 60, has_handshake: false })).collect()
 }
 
@@ -1184,7 +1184,7 @@ fn start_with(memory: MemoryKernel) -> ReconcilerParts<MemoryKernel> {
         reserved: watch::channel(Reserved::default()).1,
         gate: watch::channel(None).1,
         drain: watch::channel(None).1,
-        metrics: Metrics::register(&Registry::default(), &[domain()].into()).unwrap(),
+        metrics: Metrics::register(&MetricsRegistry::default(), &[domain()].into()).unwrap(),
     }
 }
 

@@ -39,7 +39,7 @@ pub struct Wireguard {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Vxlan {
     /// The attributes that are fixed when it is created.
-    pub shape: Shape,
+    pub shape: VxlanSettings,
     /// Its IPv6 addresses.
     pub addresses: BTreeSet<Ipv6Addr>,
     /// Whether it is set up.
@@ -48,7 +48,7 @@ pub struct Vxlan {
 
 /// The attributes of a VXLAN interface that can only be changed by creating it again, with an empty flood list.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Shape {
+pub struct VxlanSettings {
     /// The VXLAN network identifier.
     pub id: u32,
     /// The UDP port, both ways.
@@ -147,8 +147,8 @@ fn chosen<const N: usize>(steps: [(bool, SetupStep); N]) -> Vec<SetupStep> {
 }
 
 impl Desired {
-    fn shape(&self) -> Shape {
-        Shape {
+    fn shape(&self) -> VxlanSettings {
+        VxlanSettings {
             id: self.vxlan_id,
             port: self.vxlan_port,
             local: Some(self.public_key.link_local().into()),
@@ -157,7 +157,7 @@ impl Desired {
     }
 }
 
-impl Shape {
+impl VxlanSettings {
     /// The VXLAN attributes of an existing interface; `wireguard` is the index of `wg-REST`.
     pub fn of(vxlan: &VxlanAttributes, wireguard: Option<u32>) -> Self {
         let VxlanAttributes { id, port, local, under } = *vxlan;
@@ -245,7 +245,7 @@ mod tests {
 
     #[test]
     fn a_vxlan_that_would_have_to_be_made_anew_is_refused_before_anything_is_done() {
-        type Spoil = fn(&mut Shape);
+        type Spoil = fn(&mut VxlanSettings);
         let table: [(Spoil, &str); 5] = [
             (|shape| shape.id = 1, "id 1 instead of 99"),
             (|shape| shape.port = 4789, "port 4789 instead of 8472"),

@@ -8,14 +8,14 @@ use std::path::Path;
 use ipnet::IpNet;
 use tracing::info;
 use wgkex_common::address::first_of;
-use wgkex_common::config::{Hub, Server};
+use wgkex_common::config::{HubSettings, ServerSettings};
 use wgkex_kernel::{Key, forwarding, wireguard};
 
 use super::link::WireguardLink;
 use super::{Error, made_keys, refused};
 
 /// The desired state of an interface.
-struct Wanted<'a> {
+struct WantedInterface<'a> {
     key_file: &'a Path,
     listen_port: u16,
     /// The address, with the prefix length of its network.
@@ -25,30 +25,30 @@ struct Wanted<'a> {
 }
 
 /// Makes the interface of a server, or completes it.
-pub(super) async fn set_up_server(link: WireguardLink<'_>, server: &Server) -> Result<(), Error> {
-    let Server { key_file, listen_port, network, .. } = server;
+pub(super) async fn set_up_server(link: WireguardLink<'_>, server: &ServerSettings) -> Result<(), Error> {
+    let ServerSettings { key_file, listen_port, network, .. } = server;
     let address = IpNet::new(first_of(*network), network.prefix_len()).ok();
-    set_up(link, Wanted { key_file, listen_port: *listen_port, address, pool: None }).await?;
+    set_up(link, WantedInterface { key_file, listen_port: *listen_port, address, pool: None }).await?;
     info!(interface = link.name, "the interface of the server is set up");
     Ok(())
 }
 
 /// Makes the interface of the hub, or completes it.
-pub(super) async fn set_up_hub(link: WireguardLink<'_>, hub: &Hub) -> Result<(), Error> {
-    let Hub { key_file, listen_port, networks, .. } = hub;
+pub(super) async fn set_up_hub(link: WireguardLink<'_>, hub: &HubSettings) -> Result<(), Error> {
+    let HubSettings { key_file, listen_port, networks, .. } = hub;
     let pool: Vec<_> = networks.parts().collect();
     let conflict = forwarding::conflict(link.links, link.name, &pool).await;
     if let Some(network) = conflict.map_err(|error| refused(link.name, "look at the routes", error))? {
         return Err(Error::Pool(network));
     }
-    set_up(link, Wanted { key_file, listen_port: *listen_port, address: None, pool: Some(&pool) }).await?;
+    set_up(link, WantedInterface { key_file, listen_port: *listen_port, address: None, pool: Some(&pool) }).await?;
     let enabled = forwarding::enable(link.links, link.name, &pool).await;
     enabled.map_err(|error| refused(link.name, "forward within tenants", error))?;
     info!(interface = link.name, "the interface of the hub is set up");
     Ok(())
 }
 
-async fn set_up(link: WireguardLink<'_>, wanted: Wanted<'_>) -> Result<(), Error> {
+async fn set_up(link: WireguardLink<'_>, wanted: WantedInterface<'_>) -> Result<(), Error> {
     let WireguardLink { links, name, .. } = link;
     let changed = |change| info!(interface = name, change, "interface changed");
     if link.find().await?.is_none() {

@@ -69,10 +69,10 @@ fn the_load_is_what_waits_and_a_trace_takes_nothing() {
     let (mut table, now) = (in_flight(), Instant::now());
     let [first, second] = [id(0, 1), id(0, 2)];
     let at = |seconds| now + Duration::from_secs(seconds);
-    assert_eq!((table.load(now), table.trace(&first, now)), (Load::default(), None));
+    assert_eq!((table.load(now), table.trace(&first, now)), (InFlightLoad::default(), None));
     let begun = table.request(&first, true, now).unwrap().begun;
     let _ = table.publish(&second, false, at(1));
-    let load = Load { queued: 2, unacknowledged: 0, waiting: 1, oldest: Some(Duration::from_secs(3)) };
+    let load = InFlightLoad { queued: 2, unacknowledged: 0, waiting: 1, oldest: Some(Duration::from_secs(3)) };
     assert_eq!(table.load(at(3)), load);
     let sent = send(&mut table, at(3));
     assert_eq!((table.load(at(3)).queued, table.load(at(3)).unacknowledged), (0, 2));
@@ -81,7 +81,7 @@ fn the_load_is_what_waits_and_a_trace_takes_nothing() {
     }
     table.timed_out(&first, true, at(4));
     table.end(&first, begun);
-    assert_eq!(table.load(at(4)), Load::default());
+    assert_eq!(table.load(at(4)), InFlightLoad::default());
     installed(&mut table, "gw1", &first);
     for _ in 0..2 {
         let trace = table.trace(&first, at(6)).unwrap();
@@ -148,10 +148,10 @@ fn late_confirmations_are_kept_for_the_routers_next_request() {
 #[test]
 fn late_keys_of_a_flood_are_bounded() {
     let (mut table, now) = (in_flight(), Instant::now());
-    (0..MAX_LATE).for_each(|n| table.timed_out(&id(0, n), false, now));
-    assert_eq!(table.late_keys, MAX_LATE / 2, "routers that are known have places all the same");
-    (0..2 * MAX_LATE).for_each(|n| table.timed_out(&id(0, n), true, now));
-    assert_eq!((table.late_keys, table.keys.len()), (MAX_LATE, MAX_LATE));
+    (0..LATE_MAX).for_each(|n| table.timed_out(&id(0, n), false, now));
+    assert_eq!(table.late_keys, LATE_MAX / 2, "routers that are known have places all the same");
+    (0..2 * LATE_MAX).for_each(|n| table.timed_out(&id(0, n), true, now));
+    assert_eq!((table.late_keys, table.keys.len()), (LATE_MAX, LATE_MAX));
     table.invalidate_late();
     assert!(table.late_keys == 0 && table.keys.is_empty());
 }
@@ -196,8 +196,8 @@ fn an_answer_is_given_again_while_it_is_fresh_and_only_so_many_are_kept() {
     assert_eq!(table.cached(&id(0, 2), soon).unwrap().worker, None);
     assert_eq!(table.cached(&id(1, 1), soon), None);
     assert_eq!(table.cached(&id(0, 1), now + ANSWER_TTL), None);
-    (0..MAX_ANSWERS + 10).for_each(|n| table.cache(&id(0, n), None, now));
-    assert_eq!((table.answers.len(), table.keys.len()), (MAX_ANSWERS, MAX_ANSWERS));
+    (0..ANSWERS_MAX + 10).for_each(|n| table.cache(&id(0, n), None, now));
+    assert_eq!((table.answers.len(), table.keys.len()), (ANSWERS_MAX, ANSWERS_MAX));
     table.cache(&id(1, 0), None, now + ANSWER_TTL);
     assert_eq!((table.answers.len(), table.keys.len()), (1, 1));
 }
@@ -205,28 +205,28 @@ fn an_answer_is_given_again_while_it_is_fresh_and_only_so_many_are_kept() {
 #[test]
 fn a_queue_has_so_many_places_and_no_key_takes_two() {
     let (mut table, now) = (in_flight(), Instant::now());
-    for n in 0..MAX_QUEUED {
+    for n in 0..QUEUED_MAX {
         assert!(!table.request(&id(0, n), false, now).unwrap().is_joined);
         assert!(table.request(&id(0, n), false, now).unwrap().is_joined);
     }
-    assert!(table.request(&id(0, MAX_QUEUED), false, now).is_none());
-    assert!(table.request(&id(0, MAX_QUEUED), true, now).is_some(), "the established have their own");
-    assert_eq!((table.unestablished.keys.len(), table.established.keys.len()), (MAX_QUEUED, 1));
+    assert!(table.request(&id(0, QUEUED_MAX), false, now).is_none());
+    assert!(table.request(&id(0, QUEUED_MAX), true, now).is_some(), "the established have their own");
+    assert_eq!((table.unestablished.keys.len(), table.established.keys.len()), (QUEUED_MAX, 1));
     assert!(table.request(&id(0, 7), true, now).unwrap().is_joined, "one that shook hands meanwhile changes over");
-    assert_eq!((table.unestablished.keys.len(), table.established.keys.len()), (MAX_QUEUED - 1, 2));
+    assert_eq!((table.unestablished.keys.len(), table.established.keys.len()), (QUEUED_MAX - 1, 2));
 }
 
 #[test]
 fn only_so_many_that_never_shook_hands_are_sent_at_once_and_the_others_go_first() {
     let (mut table, now) = (in_flight(), Instant::now());
     (0..1_000).for_each(|n| drop(table.request(&id(0, n), false, now)));
-    assert_eq!(send(&mut table, now).len(), MAX_UNESTABLISHED_SENT);
+    assert_eq!(send(&mut table, now).len(), UNESTABLISHED_SENT_MAX);
     (1_000..2_000).for_each(|n| drop(table.request(&id(0, n), true, now)));
     let sent = send(&mut table, now);
-    assert_eq!(sent.len(), MAX_SENT - MAX_UNESTABLISHED_SENT);
+    assert_eq!(sent.len(), SENT_MAX - UNESTABLISHED_SENT_MAX);
     assert!(sent.iter().all(|publication| publication.is_established));
     table.settle(&sent[0], true);
-    assert_eq!(table.next(now).unwrap().key, id(0, 1_000 + MAX_SENT - MAX_UNESTABLISHED_SENT));
+    assert_eq!(table.next(now).unwrap().key, id(0, 1_000 + SENT_MAX - UNESTABLISHED_SENT_MAX));
     assert_eq!(table.next(now), None);
 }
 
@@ -249,13 +249,13 @@ fn a_key_that_waits_too_long_or_is_denied_is_given_up() {
     let (mut table, now) = (in_flight(), Instant::now());
     let [late, denied] = [id(0, 1), id(0, 2)];
     let ticket = table.request(&late, false, now).unwrap();
-    let nearly = now + MAX_WAIT.mul_f64(0.99);
+    let nearly = now + WAIT_MAX.mul_f64(0.99);
     let other = table.request(&denied, true, nearly).unwrap();
     table.expire(nearly);
     assert_eq!(table.is_published(&late, ticket.publication), None);
-    table.expire(now + MAX_WAIT);
+    table.expire(now + WAIT_MAX);
     assert_eq!(table.is_published(&late, ticket.publication), Some(false));
-    assert!(!table.request(&late, false, now + MAX_WAIT).unwrap().is_joined, "it may come again");
+    assert!(!table.request(&late, false, now + WAIT_MAX).unwrap().is_joined, "it may come again");
     let admission = Admission::of(&[Entry::new(List::Deny, key(2))], AllowList::Off, 0);
     table.apply(Arc::new(admission), nearly);
     assert_eq!(table.is_published(&denied, other.publication), Some(false));

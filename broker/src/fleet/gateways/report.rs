@@ -7,12 +7,12 @@ use wgkex_common::{Domain, WorkerName};
 
 use super::{Gateways, LastKnown, Router, Unserved};
 use crate::fleet::clashes::{self, PublishedData};
-use crate::fleet::gateway::{Gateway, Peers};
-use crate::fleet::reach::Reached;
+use crate::fleet::gateway::{Gateway, GatewayLoad};
+use crate::fleet::reach::ReachCounts;
 use crate::fleet::selection::{Shares, Tier};
 use crate::fleet::status::{
-    DomainState, DomainStatus, DrainSource, Draining, GatewayDomain, GatewayStatus, Offline, Problem, ProblemKind,
-    Standing,
+    DomainGateways, DrainSource, Draining, GatewayDomain, GatewayDomainState, GatewayRating, GatewayStatus, Offline,
+    Problem, ProblemKind,
 };
 
 /// The problems of domains and gateways, as far as they are found under the lock of the gateways.
@@ -61,11 +61,11 @@ impl Gateways {
 
     /// Every domain that is served here, with its gateways.
     #[must_use]
-    pub fn domain_statuses(&self) -> Vec<DomainStatus> {
+    pub fn domain_statuses(&self) -> Vec<DomainGateways> {
         let status = |domain: &Domain| {
             let installing = self.by_name.iter().filter(|(_, gateway)| gateway.installs(domain));
             let gateways = installing.map(|(name, _)| name.as_str().to_owned()).collect();
-            DomainStatus { name: domain.to_string(), gateways }
+            DomainGateways { name: domain.to_string(), gateways }
         };
         self.domains.iter().map(status).collect()
     }
@@ -85,12 +85,12 @@ impl Gateways {
 
     /// Each gateway in the choice for a router.
     #[must_use]
-    pub fn standings(&self, router: Router<'_>) -> Vec<Standing> {
-        let Router { domain, home, now } = router;
+    pub fn standings(&self, router: Router<'_>) -> Vec<GatewayRating> {
+        let Router { domain, current_gateway, now } = router;
         let shares = self.shares(now);
         let standing = |(name, gateway): (&WorkerName, &Gateway)| {
-            let Peers { connected, assigned } = gateway.peers();
-            let rank = shares.rank_for_router(self.contender(name, gateway, now), home == Some(name));
+            let GatewayLoad { connected, assigned } = gateway.peers();
+            let rank = shares.rank_for_router(self.contender(name, gateway, now), current_gateway == Some(name));
             let why_last = match rank.tier {
                 Tier::Unresponsive => Some("it did not confirm the last key in time".to_owned()),
                 Tier::Weightless => Some("its weight is 0".to_owned()),
@@ -105,7 +105,7 @@ impl Gateways {
                 Tier::Filling => Some("it came back, and is filled slowly (rebalance.over)".to_owned()),
                 Tier::Regular | Tier::Draining | Tier::Weightless | Tier::Unresponsive | Tier::Removing => None,
             };
-            Standing {
+            GatewayRating {
                 name: name.as_str().into(),
                 share: shares.share(name),
                 connected,
@@ -178,7 +178,7 @@ impl Gateways {
         online.flat_map(move |(name, gateway)| {
             let served = gateway.peers.keys().filter(|domain| gateway.may_serve(domain));
             let states = served.map(move |domain| gateway.domain(domain, now));
-            states.filter(|domain| matches!(domain.state, DomainState::Down(_))).map(|domain| {
+            states.filter(|domain| matches!(domain.state, GatewayDomainState::Down(_))).map(|domain| {
                 let (subject, note) = (format!("{}, {}", name.as_str(), domain.domain), domain.note(true));
                 let text = format!("gateway {}, domain {}: {note}", name.as_str(), domain.domain);
                 Problem { kind: ProblemKind::DomainDown, subject, text }
@@ -201,7 +201,7 @@ impl Gateways {
         let connected = |name: &WorkerName| self.by_name.get(name).map_or(0, |gateway| gateway.peers().connected);
         let all = self.reach.by_gateway().iter();
         let suspicious = all.filter(move |(name, reached)| reached.is_suspicious(connected(name)));
-        suspicious.map(|(name, Reached { reached, unreached, .. })| Problem {
+        suspicious.map(|(name, ReachCounts { reached, unreached, .. })| Problem {
             kind: ProblemKind::RoutersUnreached,
             subject: name.as_str().into(),
             text: format!(
@@ -238,10 +238,10 @@ impl FleetProblems {
 }
 
 impl Gateway {
-    fn status(&self, name: &WorkerName, shares: &Shares<'_>, reach: Reached, now: Instant) -> GatewayStatus {
+    fn status(&self, name: &WorkerName, shares: &Shares<'_>, reach: ReachCounts, now: Instant) -> GatewayStatus {
         let domains: BTreeSet<_> = self.data.keys().chain(self.peers.keys()).collect();
         let domains = domains.into_iter().filter(|domain| self.may_serve(domain));
-        let Peers { connected, assigned } = self.peers();
+        let GatewayLoad { connected, assigned } = self.peers();
         GatewayStatus {
             name: name.as_str().into(),
             online: self.online,
@@ -261,11 +261,11 @@ impl Gateway {
 
     fn domain(&self, domain: &Domain, now: Instant) -> GatewayDomain {
         let state = match self.peers.get(domain) {
-            None => DomainState::NotCounted,
-            Some(Some(_)) => DomainState::Up,
-            Some(None) => DomainState::Down(self.down_since(domain).map(|since| secs(since, now))),
+            None => GatewayDomainState::NotCounted,
+            Some(Some(_)) => GatewayDomainState::Up,
+            Some(None) => GatewayDomainState::Down(self.down_since(domain).map(|since| secs(since, now))),
         };
-        let Peers { connected, assigned } = self.peers.get(domain).copied().flatten().unwrap_or_default();
+        let GatewayLoad { connected, assigned } = self.peers.get(domain).copied().flatten().unwrap_or_default();
         GatewayDomain { domain: domain.to_string(), state, connected, assigned }
     }
 

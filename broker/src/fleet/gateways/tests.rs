@@ -2,8 +2,8 @@ use proptest::prelude::*;
 use wgkex_common::config;
 
 use super::*;
-use crate::fleet::gateway::REPEATED;
-use crate::fleet::status::{DomainState, Offline, OfflineReason, ProblemKind};
+use crate::fleet::gateway::REPEATED_COUNT_WINDOW;
+use crate::fleet::status::{GatewayDomainState, Offline, OfflineReason, ProblemKind};
 
 const KEY: &str = "TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=";
 
@@ -17,7 +17,7 @@ fn domain(name: &str) -> Domain {
 
 /// A router that is connected nowhere.
 fn router(domain: &Domain) -> Router<'_> {
-    Router { domain, home: None, now: Instant::now() }
+    Router { domain, current_gateway: None, now: Instant::now() }
 }
 
 fn gateways(weights: &[(&str, f64)]) -> Gateways {
@@ -231,14 +231,14 @@ fn states_are_complete_when_the_own_greeting_comes_back() {
     gateways.live("wireguard-broker/broker2/status", "1");
     assert!(!gateways.is_synced());
     let now = Instant::now();
-    assert!(!gateways.check_synced(now + QUIET_MAX));
+    assert!(!gateways.check_synced(now + RETAINED_WAIT_MAX));
     gateways.live("wireguard-broker/broker1/status", "1");
     assert!(!gateways.check_synced(now), "servers do not order different topics");
     gateways.found("wireguard-worker/a/status", "1");
     let found = gateways.last_retained.unwrap();
-    assert!(!gateways.check_synced(found + QUIET / 2));
-    assert!(gateways.check_synced(found + QUIET) && gateways.is_synced());
-    assert!(!gateways.check_synced(found + QUIET), "only once");
+    assert!(!gateways.check_synced(found + RETAINED_QUIET / 2));
+    assert!(gateways.check_synced(found + RETAINED_QUIET) && gateways.is_synced());
+    assert!(!gateways.check_synced(found + RETAINED_QUIET), "only once");
     gateways.on_disconnect(Instant::now());
     assert!(!gateways.is_synced());
 }
@@ -254,7 +254,7 @@ fn retained_messages_without_end_do_not_keep_a_broker_from_its_routers() {
         gateways.apply(&topic, b"1", true, at).unwrap();
         assert!(!gateways.check_synced(at));
     }
-    assert!(gateways.check_synced(now + QUIET_MAX));
+    assert!(gateways.check_synced(now + RETAINED_WAIT_MAX));
 }
 
 #[test]
@@ -284,7 +284,7 @@ fn a_count_that_is_published_again_for_a_newcomer_does_not_take_back_answers() {
     assert_eq!(gateways.peers(), 5);
     let topic = Topic::parse("wireguard-metrics/ff_a/a/connected_peers").unwrap();
     gateways.answer();
-    gateways.apply(&topic, b"5", false, Instant::now() + REPEATED).unwrap();
+    gateways.apply(&topic, b"5", false, Instant::now() + REPEATED_COUNT_WINDOW).unwrap();
     assert_eq!(gateways.peers(), 5);
 }
 
@@ -658,7 +658,7 @@ fn an_offline_gateway_keeps_its_version_and_says_since_when_and_why() {
     // The messages of a worker that stops.
     gateways.live("wireguard-metrics/ff_a/a/connected_peers", "-1");
     gateways.live("wgkex/worker/a/hello", "");
-    assert_eq!(gateways.statuses(Instant::now())[0].domains[0].state, DomainState::Down(Some(0)));
+    assert_eq!(gateways.statuses(Instant::now())[0].domains[0].state, GatewayDomainState::Down(Some(0)));
     gateways.live("wireguard-worker/a/status", "0");
     assert_eq!(offline(&gateways, 0), (false, version(), Some((OfflineReason::Stopped, true))));
     let later = Instant::now() + Duration::from_secs(90);
@@ -722,7 +722,7 @@ fn operators_see_what_was_last_known_until_the_states_are_received_again() {
     gateways.on_disconnect(begun + Duration::from_secs(60));
     assert_eq!(shown(&gateways, 70), [("a".into(), true, Some(70)), ("b".into(), true, Some(70))]);
     gateways.echo = Some(begun);
-    assert!(gateways.check_synced(begun + QUIET_MAX));
+    assert!(gateways.check_synced(begun + RETAINED_WAIT_MAX));
     assert_eq!(shown(&gateways, 80), []);
 }
 
@@ -905,14 +905,14 @@ fn a_gateway_that_drains_is_passed_over_by_its_own_word_or_by_the_brokers() {
     assert!(gateways.best("ff_a").as_deref() == Some("a") && !gateways.is_any_draining());
     hello(&mut gateways, "a", DRAIN);
     assert!(gateways.best("ff_a").as_deref() == Some("b") && gateways.is_any_draining());
-    let (domain, home) = (domain("ff_a"), name("a"));
-    let router = Router { home: Some(&home), ..router(&domain) };
-    assert_eq!(gateways.select(router, |_, _| true).unwrap().worker, home, "a router that is there stays");
+    let (domain, current_gateway) = (domain("ff_a"), name("a"));
+    let router = Router { current_gateway: Some(&current_gateway), ..router(&domain) };
+    assert_eq!(gateways.select(router, |_, _| true).unwrap().worker, current_gateway, "a router that is there stays");
     let status = &gateways.statuses(Instant::now())[0];
     assert_eq!((status.state(), status.draining.len()), ("draining", 1));
     let standing = &gateways.standings(self::router(&domain))[0];
     assert_eq!(standing.last_resort.as_deref(), Some("draining since 1970-01-01T00:00:07Z: kernel"));
-    assert!(gateways.online(&domain).confirming.contains(&home), "keys still go there");
+    assert!(gateways.online(&domain).confirming.contains(&current_gateway), "keys still go there");
     let drain = Drain { since: 8, until: Some(9), reason: None, deadline: None };
     assert_eq!(gateways.set_drain(&name("b"), Some(drain), Instant::now()), Ok(false));
     assert_eq!(gateways.best("ff_a").as_deref(), Some("a"), "there is no other");
@@ -931,8 +931,8 @@ fn a_gateway_past_the_deadline_of_its_drain_keeps_no_router_and_is_the_very_last
     gateways.arrive("b", 90);
     let drain =
         |is_over: bool| format!(r#","drain":{{"since":7,"deadline":{{"at":9,"percent":25,"is_over":{is_over}}}}}"#);
-    let (domain, home) = (domain("ff_a"), name("a"));
-    let router = Router { home: Some(&home), ..router(&domain) };
+    let (domain, current_gateway) = (domain("ff_a"), name("a"));
+    let router = Router { current_gateway: Some(&current_gateway), ..router(&domain) };
     let best = |gateways: &Gateways| gateways.select(router, |_, _| true).unwrap().worker.to_string();
     hello(&mut gateways, "a", &drain(false));
     assert_eq!(best(&gateways), "a", "it stays until the deadline");
@@ -948,7 +948,7 @@ fn a_gateway_past_the_deadline_of_its_drain_keeps_no_router_and_is_the_very_last
     assert_eq!(best(&gateways), "b", "its own word is the stronger one");
     gateways.live("wireguard-worker/b/status", "0");
     assert_eq!(best(&gateways), "a", "there is no other");
-    assert!(gateways.online(&domain).confirming.contains(&home), "keys still go there");
+    assert!(gateways.online(&domain).confirming.contains(&current_gateway), "keys still go there");
 }
 
 #[test]

@@ -62,7 +62,7 @@ fn all(live: &LiveKeys, mut question: SyncRequest, now: Instant) -> Vec<PublicKe
     let mut keys = Vec::new();
     loop {
         let page = live.chunk(&question, now);
-        assert!(page.keys.len() <= CHUNK);
+        assert!(page.keys.len() <= CHUNK_KEYS_MAX);
         keys.extend(page.keys.into_keys());
         question.after = keys.last().copied();
         if !page.more {
@@ -80,7 +80,7 @@ fn an_asker_gets_every_key_once_in_pages() {
     live.on_request("ff_none", key(9_999), now);
     assert_eq!(all(&live, question(), now), (0..2_500).map(key).collect::<Vec<_>>());
     let page = live.chunk(&question(), now);
-    assert_eq!((page.keys.len(), page.more, page.broker.as_str()), (CHUNK, true, "b1"));
+    assert_eq!((page.keys.len(), page.more, page.broker.as_str()), (CHUNK_KEYS_MAX, true, "b1"));
     let none = live.chunk(&SyncRequest { domain: "ff_none".into(), ..question() }, now);
     assert!(none.keys.is_empty() && !none.more && none.domain == "ff_none", "and so the asker goes on");
 }
@@ -447,12 +447,12 @@ fn a_routers_home_is_where_this_run_of_the_broker_sent_it_whatever_workers_repor
     let [gateway, thief]: [WorkerName; 2] = ["gw", "thief"].map(|name| name.parse().unwrap());
     live.on_handshake(&thief, "ff_a", key(1), now);
     live.on_request("ff_a", key(1), now);
-    assert_eq!((live.last_with_handshakes(&id(1)), live.home(&id(1), now)), (Some(&thief), None));
+    assert_eq!((live.last_with_handshakes(&id(1)), live.current_gateway(&id(1), now)), (Some(&thief), None));
     live.on_given(&id(1), &gateway, now);
     live.on_handshake(&gateway, "ff_a", key(1), now);
-    assert_eq!(live.home(&id(1), now), Some(&gateway));
+    assert_eq!(live.current_gateway(&id(1), now), Some(&gateway));
     live.on_request("ff_a", key(1), now + HOUR);
-    assert_eq!(live.home(&id(1), now + HOUR), Some(&gateway), "it stays when the router comes again");
+    assert_eq!(live.current_gateway(&id(1), now + HOUR), Some(&gateway), "it stays when the router comes again");
     live.on_given(&id(2), &gateway, now);
-    assert_eq!(live.home(&id(2), now), None, "a key that is not live");
+    assert_eq!(live.current_gateway(&id(2), now), None, "a key that is not live");
 }

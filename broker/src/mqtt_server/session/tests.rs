@@ -7,7 +7,7 @@ use wgkex_common::config::Role;
 use super::*;
 
 fn session() -> ClientSession {
-    ClientSession::new(Access::everything(), false)
+    ClientSession::new(TopicAccess::everything(), false)
 }
 
 fn publish(topic: &str, qos: QoS, pkid: u16) -> Packet {
@@ -19,8 +19,8 @@ fn subscribe(filters: &[(&str, QoS)]) -> Packet {
     Packet::Subscribe(Subscribe { pkid: 9, ..Subscribe::new_many(filters) })
 }
 
-fn message(topic: &str, qos: QoS) -> Message {
-    Message { topic: topic.into(), payload: "x".into(), qos, retain: false }
+fn message(topic: &str, qos: QoS) -> PublishedMessage {
+    PublishedMessage { topic: topic.into(), payload: "x".into(), qos, retain: false }
 }
 
 /// The actions and the answers of the session.
@@ -34,7 +34,7 @@ fn packets(mut output: BytesMut) -> Vec<Packet> {
     std::iter::from_fn(|| Packet::read(&mut output, usize::MAX).ok()).collect()
 }
 
-fn delivered(session: &mut ClientSession, message: Message) -> Vec<Publish> {
+fn delivered(session: &mut ClientSession, message: PublishedMessage) -> Vec<Publish> {
     let mut output = BytesMut::new();
     session.deliver(message, &mut output);
     let publish = |packet| if let Packet::Publish(publish) = packet { publish } else { panic!("{packet:?}") };
@@ -58,7 +58,7 @@ fn each_quality_of_service_has_its_answer_and_is_published_once() {
 #[test]
 fn a_subscription_that_is_bad_or_forbidden_fails_alone() {
     use SubscribeReasonCode::{Failure, Success};
-    let mut session = ClientSession::new(Access::of(Role::Worker, "gw1"), false);
+    let mut session = ClientSession::new(TopicAccess::of(Role::Worker, "gw1"), false);
     let filters = [
         ("wireguard/a/+", QoS::ExactlyOnce),
         ("a#/b", QoS::AtMostOnce),
@@ -66,7 +66,7 @@ fn a_subscription_that_is_bad_or_forbidden_fails_alone() {
         ("wgkex/worker/gw1/pages", QoS::AtMostOnce),
     ];
     let (actions, answers) = take(&mut session, subscribe(&filters));
-    let forbidden = SessionAction::Deny { operation: Operation::Subscribe, topic: "#".into(), is_first: true };
+    let forbidden = SessionAction::Deny { operation: TopicOperation::Subscribe, topic: "#".into(), is_first: true };
     assert_eq!(actions, [SessionAction::Subscribe, forbidden]);
     let codes = vec![Success(QoS::AtLeastOnce), Failure, Failure, Success(QoS::AtMostOnce)];
     assert_eq!(answers, [Packet::SubAck(SubAck::new(9, codes))]);
@@ -90,12 +90,12 @@ fn a_subscription_has_what_is_published_after_it_and_misses_nothing_when_it_is_r
 
 #[test]
 fn a_forbidden_publish_is_acknowledged_and_dropped() {
-    let mut session = ClientSession::new(Access::of(Role::Worker, "gw1"), false);
+    let mut session = ClientSession::new(TopicAccess::of(Role::Worker, "gw1"), false);
     for is_first in [true, false] {
         let (actions, answers) = take(&mut session, publish("wireguard/ffx_a/all", QoS::AtLeastOnce, 3));
         assert_eq!(
             actions,
-            [SessionAction::Deny { operation: Operation::Publish, topic: "wireguard/ffx_a/all".into(), is_first }]
+            [SessionAction::Deny { operation: TopicOperation::Publish, topic: "wireguard/ffx_a/all".into(), is_first }]
         );
         assert_eq!(answers, [Packet::PubAck(PubAck { pkid: 3 })]);
     }
@@ -136,11 +136,11 @@ fn acknowledgements_make_room_in_any_order() {
     while session.room() > 0 {
         identifiers.extend(delivered(&mut session, message("a", QoS::AtLeastOnce)).iter().map(|publish| publish.pkid));
     }
-    assert_eq!(identifiers.iter().collect::<BTreeSet<_>>().len(), MAX_IN_FLIGHT);
+    assert_eq!(identifiers.iter().collect::<BTreeSet<_>>().len(), IN_FLIGHT_MAX);
     for pkid in identifiers.into_iter().rev().chain([9999]) {
         let _ = take(&mut session, Packet::PubAck(PubAck { pkid }));
     }
-    assert_eq!(session.room(), MAX_IN_FLIGHT);
+    assert_eq!(session.room(), IN_FLIGHT_MAX);
 }
 
 #[test]
@@ -172,26 +172,26 @@ fn each_subscription_delivers_the_retained_messages_and_only_once_at_a_time() {
 #[test]
 fn subscriptions_are_bounded() {
     let mut session = session();
-    for n in 0..MAX_FILTERS + 10 {
+    for n in 0..FILTERS_MAX + 10 {
         let _ = take(&mut session, subscribe(&[(n.to_string().as_str(), QoS::AtMostOnce)]));
     }
     let (_, answers) = take(&mut session, subscribe(&[("one more", QoS::AtMostOnce), ("1", QoS::AtMostOnce)]));
     let codes = vec![SubscribeReasonCode::Failure, SubscribeReasonCode::Success(QoS::AtMostOnce)];
     assert_eq!(answers, [Packet::SubAck(SubAck::new(9, codes))]);
-    assert_eq!((session.subscriptions.len(), session.retained.len()), (MAX_FILTERS, MAX_FILTERS));
-    let (_, answers) = take(&mut session, subscribe(&[(&"0/".repeat(MAX_LEVELS), QoS::AtMostOnce)]));
+    assert_eq!((session.subscriptions.len(), session.retained.len()), (FILTERS_MAX, FILTERS_MAX));
+    let (_, answers) = take(&mut session, subscribe(&[(&"0/".repeat(LEVELS_MAX), QoS::AtMostOnce)]));
     assert_eq!(answers, [Packet::SubAck(SubAck::new(9, vec![SubscribeReasonCode::Failure]))]);
 }
 
 #[test]
 fn a_packet_names_only_so_many_topics() {
-    let topics: Vec<_> = (0..=MAX_FILTERS).map(|n| n.to_string()).collect();
+    let topics: Vec<_> = (0..=FILTERS_MAX).map(|n| n.to_string()).collect();
     let filters = topics.iter().map(|topic| SubscribeFilter::new(topic.clone(), QoS::AtMostOnce));
     let many = Packet::Subscribe(Subscribe { pkid: 9, ..Subscribe::new_many(filters) });
     assert!(session().take(many, LogPosition::default(), &mut BytesMut::new()).is_err());
     let unsubscribe = |count| Packet::Unsubscribe(Unsubscribe { pkid: 4, topics: topics[..count].to_vec() });
-    assert!(session().take(unsubscribe(MAX_FILTERS + 1), LogPosition::default(), &mut BytesMut::new()).is_err());
-    assert!(session().take(unsubscribe(MAX_FILTERS), LogPosition::default(), &mut BytesMut::new()).is_ok());
+    assert!(session().take(unsubscribe(FILTERS_MAX + 1), LogPosition::default(), &mut BytesMut::new()).is_err());
+    assert!(session().take(unsubscribe(FILTERS_MAX), LogPosition::default(), &mut BytesMut::new()).is_ok());
 }
 
 #[test]
@@ -200,9 +200,9 @@ fn a_packet_costs_by_its_topics_and_an_expected_acknowledgement_nothing() {
     let _ = take(&mut session, subscribe(&[("a", QoS::AtLeastOnce)]));
     let pkid = delivered(&mut session, message("a", QoS::AtLeastOnce))[0].pkid;
     let acknowledgement = |pkid| session.work(&Packet::PubAck(PubAck { pkid }));
-    assert_eq!((acknowledgement(pkid), acknowledgement(4711)), (0, PACKET));
+    assert_eq!((acknowledgement(pkid), acknowledgement(4711)), (0, PACKET_COST));
     let unsubscribe = Packet::Unsubscribe(Unsubscribe { pkid: 4, topics: vec!["a".into(), "b".into()] });
-    assert_eq!((session.work(&unsubscribe), session.work(&Packet::PingReq)), (3 * PACKET, PACKET));
+    assert_eq!((session.work(&unsubscribe), session.work(&Packet::PingReq)), (3 * PACKET_COST, PACKET_COST));
 }
 
 proptest! {

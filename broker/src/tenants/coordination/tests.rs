@@ -12,14 +12,14 @@ use wgkex_common::wire::message::Served;
 
 use super::*;
 use crate::client_ip::Client;
-use crate::metrics::Registry;
+use crate::metrics::MetricsRegistry;
 use crate::tenants::authority::PROBE_TIMEOUT;
 use crate::tenants::clients::Clients;
 use crate::tenants::id::TenantId;
 use crate::tenants::message::{Form, Welcome};
 use crate::tenants::sessions::Outgoing;
 use crate::tenants::store::{AddressBuffer, Addresses};
-use crate::tenants::table::{Member, Newcomer};
+use crate::tenants::table::{Member, MemberInfo};
 
 const GRACE: Duration = Duration::from_secs(60);
 /// The worker that is the hub.
@@ -54,10 +54,10 @@ struct Guest {
 fn new_broker(number: u64, pool: &str, length: u8, addresses: Addresses, now: Instant) -> Broker {
     let name: BrokerName = format!("b{number}").parse().unwrap();
     let served = Served { since: number, rules: "r".into() };
-    let metrics = Metrics::register(&Registry::default()).unwrap();
+    let metrics = Metrics::register(&MetricsRegistry::default()).unwrap();
     let kept = AddressBuffer::default();
     let networks = TenantNetworks { pool: vec![pool.parse().unwrap()], tenant_length: length };
-    let hub = Hub::new(HUB_WORKER.parse().unwrap(), networks.clone());
+    let hub = TenantHub::new(HUB_WORKER.parse().unwrap(), networks.clone());
     let settings =
         TenantSettings { networks: networks.clone(), grace: GRACE, tokens_file: None, hub: Some(hub.worker().clone()) };
     let clients = Clients::new(networks.count());
@@ -159,10 +159,10 @@ impl Rig {
         let (ended, end) = oneshot::channel();
         let public_key = PublicKey::from_bytes([number; 32]).unwrap();
         let endpoint = (form.endpoints).then(|| [192, 0, 2, number].into());
-        let client = Newcomer { display_name: format!("N{number}"), public_key, endpoint };
+        let client = MemberInfo { display_name: format!("N{number}"), public_key, endpoint };
         let link = SessionLink { client: self.client, form, queue: sender, probes: probe_sender, end: ended };
-        let wish = Wish { session, tenant: TenantId::new(tenant).unwrap(), client };
-        self.brokers[broker].tenants.join(wish, link, self.now);
+        let join_request = JoinRequest { session, tenant: TenantId::new(tenant).unwrap(), client };
+        self.brokers[broker].tenants.join(join_request, link, self.now);
         Guest { broker, session, queue, probes, end }
     }
 
@@ -214,7 +214,7 @@ impl Rig {
     }
 
     fn coordinators(&self) -> Vec<usize> {
-        let is_one = |broker: &Broker| matches!(broker.tenants.role, Role::Coordinator { .. });
+        let is_one = |broker: &Broker| matches!(broker.tenants.role, TenantRole::Coordinator { .. });
         (0..self.brokers.len()).filter(|number| is_one(&self.brokers[*number])).collect()
     }
 }
@@ -453,9 +453,9 @@ fn a_session_that_is_over_before_its_join_is_none() {
     let (probes, end) = (mpsc::channel(1).0, oneshot::channel().0);
     let link = SessionLink { client: Client::Local, form: Form::default(), queue: sender, probes, end };
     let public_key = PublicKey::from_bytes([9; 32]).unwrap();
-    let client = Newcomer { display_name: String::new(), public_key, endpoint: None };
-    let wish = Wish { session: SessionId(99), tenant: TenantId::new("t").unwrap(), client };
-    rig.brokers[0].tenants.join(wish, link, rig.now);
+    let client = MemberInfo { display_name: String::new(), public_key, endpoint: None };
+    let join_request = JoinRequest { session: SessionId(99), tenant: TenantId::new("t").unwrap(), client };
+    rig.brokers[0].tenants.join(join_request, link, rig.now);
     assert_eq!((rig.members(), a.received().len()), (1, 1));
 }
 
@@ -743,9 +743,10 @@ fn a_broker_whose_registration_is_long_keeps_its_members() {
         address: [10, 64, 16, number].into(),
     };
     for number in 0..15 {
-        let requests = vec![if number == 0 { Request::Register } else { Request::Held(held(number + 1)) }];
+        let requests =
+            vec![if number == 0 { CoordinatorRequest::Register } else { CoordinatorRequest::Held(held(number + 1)) }];
         let (from, number) = (rig.brokers[member.broker].name.clone(), number.into());
-        let frame = Frame { from, epoch: 99_999, number, content: Content::Requests(requests) };
+        let frame = Frame { from, epoch: 99_999, number, content: FrameContent::Requests(requests) };
         rig.brokers[1].tenants.on_frame(frame, rig.now);
         rig.wait(Duration::from_secs(1));
     }

@@ -25,8 +25,8 @@ fn worker() -> WorkerName {
     "gw1".parse().unwrap()
 }
 
-fn hub() -> Hub {
-    let mut hub = Hub::new(worker(), networks());
+fn hub() -> TenantHub {
+    let mut hub = TenantHub::new(worker(), networks());
     assert!(hub.on_announced(&worker(), Some(announced("gw1.example"))));
     hub.lead(7);
     hub
@@ -68,8 +68,8 @@ impl Copy {
 
 #[test]
 fn members_learn_of_the_hub_that_its_worker_announces() {
-    let mut hub = Hub::new(worker(), networks());
-    assert_eq!((hub.trouble(), hub.peer(address(1))), (Some(HubTrouble::Missing), None));
+    let mut hub = TenantHub::new(worker(), networks());
+    assert_eq!((hub.problem(), hub.peer(address(1))), (Some(HubProblem::Missing), None));
     assert!(!hub.on_announced(&"other".parse().unwrap(), Some(announced("x"))), "another gateway's is none");
     assert!(hub.on_announced(&worker(), Some(announced("2001:db8::1"))));
     assert!(!hub.on_announced(&worker(), Some(announced("2001:db8::1"))), "the same again");
@@ -82,9 +82,9 @@ fn members_learn_of_the_hub_that_its_worker_announces() {
     let mut other = announced("gw1.example");
     other.networks.tenant_length = 24;
     assert!(hub.on_announced(&worker(), Some(other)));
-    assert_eq!((hub.trouble(), hub.peer(address(1))), (Some(HubTrouble::OtherNetworks), None));
+    assert_eq!((hub.problem(), hub.peer(address(1))), (Some(HubProblem::OtherNetworks), None));
     assert!(!hub.on_announced(&worker(), None));
-    assert_eq!(hub.trouble(), Some(HubTrouble::Missing));
+    assert_eq!(hub.problem(), Some(HubProblem::Missing));
 }
 
 #[test]
@@ -93,7 +93,7 @@ fn a_key_has_its_addresses_of_all_tenants_and_loses_only_one_of_them() {
     let (mut hub, mut copy) = (hub(), Copy::default());
     hub.on_request(&worker(), None);
     copy.apply(hub.take_messages(now));
-    let mut expect = |hub: &mut Hub, expected: Option<&[u8]>| {
+    let mut expect = |hub: &mut TenantHub, expected: Option<&[u8]>| {
         copy.apply(hub.take_messages(now));
         let leased = copy.leases.get(&key(1)).map(|addresses| addresses.iter().collect::<Vec<_>>());
         assert_eq!(leased, expected.map(|numbers| numbers.iter().map(|n| address(*n)).collect()));

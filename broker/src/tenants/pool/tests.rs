@@ -21,8 +21,8 @@ fn key(number: u8) -> PublicKey {
     PublicKey::from_bytes([number.wrapping_add(2); 32]).unwrap()
 }
 
-fn client(number: u8) -> Newcomer {
-    Newcomer { display_name: "A".into(), public_key: key(number), endpoint: None }
+fn client(number: u8) -> MemberInfo {
+    MemberInfo { display_name: "A".into(), public_key: key(number), endpoint: None }
 }
 
 /// A session for each key, in a pool whose clock is moved by hand.
@@ -70,7 +70,7 @@ fn addresses_are_the_lowest_free_ones_and_are_held_for_their_keys() {
     assert!(rig.leave(0, 1));
     rig.wait(GRACE);
     assert_eq!(rig.join(0, 5).as_deref(), Ok("10.64.0.1"));
-    assert_eq!(rig.tenants.counts(), Counts { tenants: 2, members: 5, held: 0 });
+    assert_eq!(rig.tenants.counts(), TenantCounts { tenants: 2, members: 5, held: 0 });
 }
 
 #[test]
@@ -87,7 +87,7 @@ fn a_tenant_without_members_keeps_its_network_while_addresses_are_held_and_anoth
     assert_eq!(rig.join(0, 1), Err(JoinError::NoNetwork));
     assert!(rig.leave(2, 1));
     rig.wait(GRACE);
-    assert_eq!(rig.tenants.counts(), Counts { tenants: 1, members: 1, held: 0 });
+    assert_eq!(rig.tenants.counts(), TenantCounts { tenants: 1, members: 1, held: 0 });
 }
 
 #[test]
@@ -119,9 +119,9 @@ fn where_too_many_addresses_are_held_the_tenant_with_most_gives_up_its_oldest() 
     come_and_go(&mut rig, 1, 1);
     (4..9).for_each(|number| come_and_go(&mut rig, 0, number));
     come_and_go(&mut rig, 1, 2);
-    assert_eq!(rig.tenants.counts(), Counts { tenants: 2, members: 0, held: 4 });
+    assert_eq!(rig.tenants.counts(), TenantCounts { tenants: 2, members: 0, held: 4 });
     let mut kept = BTreeSet::new();
-    for Change { tenant, key, address } in rig.tenants.take_changes() {
+    for AddressChange { tenant, key, address } in rig.tenants.take_changes() {
         match address {
             Some(_) => drop(kept.insert((tenant, key))),
             None => drop(kept.remove(&(tenant, key))),
@@ -132,7 +132,7 @@ fn where_too_many_addresses_are_held_the_tenant_with_most_gives_up_its_oldest() 
     assert!(rig.tenants.restore(&id(2), key(1), free, rig.now), "it has fewer than others");
     assert_eq!(rig.tenants.counts().held, 4);
     rig.wait(GRACE);
-    assert_eq!((rig.tenants.counts(), rig.tenants.holding.len()), (Counts::default(), 0));
+    assert_eq!((rig.tenants.counts(), rig.tenants.holding.len()), (TenantCounts::default(), 0));
 }
 
 #[test]
@@ -140,7 +140,7 @@ fn without_grace_an_address_is_free_at_once() {
     let mut rig = Rig::new(&["192.0.2.0/28"], 28, Duration::ZERO);
     assert_eq!(rig.join(0, 1).as_deref(), Ok("192.0.2.1"));
     assert!(rig.leave(0, 1));
-    assert_eq!(rig.tenants.counts(), Counts::default());
+    assert_eq!(rig.tenants.counts(), TenantCounts::default());
     assert_eq!(rig.join(1, 2).as_deref(), Ok("192.0.2.1"));
 }
 
@@ -163,7 +163,7 @@ fn what_changed_restores_the_addresses() {
     rig.wait(GRACE);
     assert!(rig.leave(0, 2));
     let mut kept = BTreeMap::new();
-    for Change { tenant, key, address } in rig.tenants.take_changes() {
+    for AddressChange { tenant, key, address } in rig.tenants.take_changes() {
         match address {
             Some(address) => drop(kept.insert((tenant, key), address)),
             None => drop(kept.remove(&(tenant, key))),
@@ -179,12 +179,12 @@ fn what_changed_restores_the_addresses() {
     for ((tenant, key), address) in kept {
         assert!(again.tenants.restore(&tenant, key, address, again.now));
     }
-    assert_eq!(again.tenants.counts(), Counts { tenants: 2, members: 0, held: 3 });
+    assert_eq!(again.tenants.counts(), TenantCounts { tenants: 2, members: 0, held: 3 });
     assert_eq!(again.join(0, 9).as_deref(), Ok("10.64.0.1"), "nobody had it");
     assert_eq!(again.join(0, 2).as_deref(), Ok("10.64.0.2"));
     assert_eq!(again.join(2, 1).as_deref(), Ok("10.64.32.1"));
     again.wait(GRACE);
-    assert_eq!(again.tenants.counts(), Counts { tenants: 2, members: 3, held: 0 });
+    assert_eq!(again.tenants.counts(), TenantCounts { tenants: 2, members: 3, held: 0 });
 }
 
 #[test]
@@ -201,7 +201,7 @@ fn what_does_not_fit_is_not_restored() {
     for address in ["10.0.0.16", "10.0.0.31", "10.0.0.32", "fd00::1"] {
         assert!(!restore(2, 1, address), "{address}");
     }
-    assert_eq!(rig.tenants.counts(), Counts { tenants: 1, members: 0, held: 1 });
+    assert_eq!(rig.tenants.counts(), TenantCounts { tenants: 1, members: 0, held: 1 });
 }
 
 /// A step of three tenants in a pool of two networks of six addresses each.
@@ -348,7 +348,7 @@ proptest! {
             let held = models.iter().map(|model| model.held.len()).sum();
             let members = models.iter().map(|model| model.members.len()).sum();
             let used = models.iter().filter(|model| model.network.is_some()).count();
-            prop_assert_eq!(rig.tenants.counts(), Counts { tenants: used, members, held });
+            prop_assert_eq!(rig.tenants.counts(), TenantCounts { tenants: used, members, held });
         }
     }
 }

@@ -21,7 +21,7 @@ const FILE_MAX: u64 = 16 << 20;
 
 /// A file or directory that the config names.
 #[derive(Debug, Clone)]
-pub struct Source {
+pub struct ListSource {
     /// The key of the config.
     pub name: &'static str,
     path: PathBuf,
@@ -70,7 +70,7 @@ impl FileKind {
     }
 }
 
-impl Source {
+impl ListSource {
     /// Nothing is read yet.
     pub fn new(name: &'static str, path: &Path, kind: FileKind) -> Self {
         let path = path.to_owned();

@@ -7,12 +7,12 @@ use serde::Serialize;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::BrokerName;
-use crate::access_lists::records::{Record, RecordsFull, Refused};
+use crate::access_lists::records::{Record, RecordsFull, RefusedRecords};
 use crate::access_lists::{Admission, Entry};
 use crate::wire::message::{Hello, Requester};
 
 /// Queued commands at most. Brokers publish their records again, so further commands are dropped.
-pub const COMMANDS: usize = 1024;
+pub const COMMANDS_MAX: usize = 1024;
 
 /// The current state of the lists.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -41,7 +41,7 @@ pub struct ListUpdate<'a> {
     /// Whether all records are on the disk, or about to be.
     pub is_kept: bool,
     /// Records of other programs that were rejected since the start; up to a minute behind.
-    pub refused: Refused,
+    pub refused: RefusedRecords,
 }
 
 /// A message or state change of the sessions that concerns the lists.
@@ -112,7 +112,7 @@ pub fn channel(
     snapshot: watch::Receiver<ListSnapshot>,
     gate: Arc<watch::Sender<Option<Instant>>>,
 ) -> (Handle, mpsc::Receiver<ListCommand>) {
-    let (commands, receiver) = mpsc::channel(COMMANDS);
+    let (commands, receiver) = mpsc::channel(COMMANDS_MAX);
     (Handle { commands, snapshot, gate }, receiver)
 }
 

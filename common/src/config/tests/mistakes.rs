@@ -547,9 +547,9 @@ fn mistakes(yaml: &str) -> Vec<String> {
 
 /// Without the file's name; those about the whole file with their line.
 fn lines(error: ConfigError) -> Vec<String> {
-    let shown = |problem: Problem| match problem {
-        Problem { key: None, line: Some(line), problem, .. } => format!("line {line}: {problem}"),
-        other => Problem { file: None, line: None, ..other }.to_string(),
+    let shown = |problem: ConfigProblem| match problem {
+        ConfigProblem { key: None, line: Some(line), problem, .. } => format!("line {line}: {problem}"),
+        other => ConfigProblem { file: None, line: None, ..other }.to_string(),
     };
     error.mistakes.into_iter().map(shown).collect()
 }
@@ -559,7 +559,7 @@ fn each_problem_has_the_line_of_its_key() {
     let yaml = "domains: [x_a]\ndomain_prefixes:\n  - x_\n  - [1]\nmqtt:\n  # a comment\n  broker_port: abc\n  tls: on\n  \
                 cert_file: /a\nbroker_listen: 127.0.0.1:0\nworkers:\n  gw1: {weight: x}\n  gw1: {weigt: 1}\nlog_levl: INFO\n";
     let error = Config::parse("f", yaml, "gw1").unwrap_err();
-    let place = |problem: &Problem| (problem.line.unwrap(), problem.key.clone().unwrap());
+    let place = |problem: &ConfigProblem| (problem.line.unwrap(), problem.key.clone().unwrap());
     let mut places: Vec<_> = error.mistakes.iter().chain(&error.warnings).map(place).collect();
     places.sort_unstable();
     let expected = [

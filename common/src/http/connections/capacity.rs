@@ -4,17 +4,17 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tracing::warn;
 
 /// The most open connections: twice the need of 3,300 routers; an idle one takes about 12 KiB.
-const MAX_OPEN: usize = 8_192;
+const OPEN_MAX: usize = 8_192;
 /// The most connections of one client: more than routers behind one address have at the same time.
-pub(super) const MAX_OF_CLIENT: usize = 1_024;
+pub(super) const OF_CLIENT_MAX: usize = 1_024;
 /// The most upgraded connections: twice the need of 500 tenants of ten members.
-const MAX_UPGRADED: usize = 10_000;
+const UPGRADED_MAX: usize = 10_000;
 /// The most memory that all of them may hold beyond that, in bytes: unread responses, and heads without an end.
-const MAX_HELD: usize = 16 << 20;
+const HELD_MAX: usize = 16 << 20;
 /// The most connections of a server without an entry in the table, such as TLS handshakes.
-const MAX_PENDING: usize = 1_024;
+const PENDING_MAX: usize = 1_024;
 /// Files that the rest of the program opens.
-const FILES: usize = 256;
+const OTHER_FILES: usize = 256;
 
 /// The limits of connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,17 +53,17 @@ impl Capacity {
     /// use HTTPS in addition; and both servers have pending ones.
     #[must_use]
     pub fn of_files(files: usize) -> Self {
-        let pending = (files / 8).clamp(16, MAX_PENDING);
-        let open = (files.saturating_sub(FILES + 2 * pending) / 9 * 4).clamp(64, MAX_OPEN);
-        Self { open, of_client: MAX_OF_CLIENT, pending, upgraded: 0, held: MAX_HELD }
+        let pending = (files / 8).clamp(16, PENDING_MAX);
+        let open = (files.saturating_sub(OTHER_FILES + 2 * pending) / 9 * 4).clamp(64, OPEN_MAX);
+        Self { open, of_client: OF_CLIENT_MAX, pending, upgraded: 0, held: HELD_MAX }
     }
 
     /// Adds upgraded connections, of two files each. If there are few files, HTTP gets three of seven: with 20,000
     /// files that is enough for 3,300 routers and 5,000 members of tenants.
     fn and_upgraded(self, files: usize) -> Self {
-        let files = files.saturating_sub(FILES + 2 * self.pending);
+        let files = files.saturating_sub(OTHER_FILES + 2 * self.pending);
         let open = self.open.min(files / 7 * 3 / 9 * 4).max(64);
-        let upgraded = (files.saturating_sub(open * 9 / 4) / 2).clamp(16, MAX_UPGRADED);
+        let upgraded = (files.saturating_sub(open * 9 / 4) / 2).clamp(16, UPGRADED_MAX);
         Self { open, upgraded, ..self }
     }
 }

@@ -94,7 +94,7 @@ impl Flow {
         self.idle.store(since(self.began), Ordering::Relaxed);
     }
 
-    pub fn settle(&self) {
+    pub fn pin(&self) {
         self.idle.store(BUSY, Ordering::Relaxed);
     }
 

@@ -6,12 +6,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::flow::{BUSY, Flow};
-use super::{Capacity, Closed, IDLE, PeerKind};
+use super::{Capacity, Closed, IDLE_TIMEOUT, PeerKind};
 
 /// The idle timeout when half of all are open.
 const IDLE_CROWDED: Duration = Duration::from_secs(5);
 /// How long an upgraded connection may take to end after its session has sent everything.
-const ENDING: Duration = Duration::from_secs(3);
+const ENDING_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// The open connections; `S` is the socket by which one is closed.
 pub struct ConnectionTable<S> {
@@ -152,9 +152,9 @@ impl<S> ConnectionTable<S> {
     pub fn expire(&mut self, now: u64) -> Vec<S> {
         let is_crowded = self.len() * 2 > self.capacity.open;
         let limit = |open: &OpenConnection<S>| match open {
-            OpenConnection { is_upgraded: true, flow, .. } => flow.is_ending().then_some(ENDING),
+            OpenConnection { is_upgraded: true, flow, .. } => flow.is_ending().then_some(ENDING_TIMEOUT),
             open if is_crowded && open.peer != PeerKind::Proxy => Some(IDLE_CROWDED),
-            _ => Some(IDLE),
+            _ => Some(IDLE_TIMEOUT),
         };
         let over = |open: &OpenConnection<S>| {
             let since = open.idle();
@@ -170,7 +170,7 @@ impl<S> ConnectionTable<S> {
 mod tests {
     use std::time::Instant;
 
-    use super::super::capacity::MAX_OF_CLIENT;
+    use super::super::capacity::OF_CLIENT_MAX;
     use super::*;
 
     fn client(n: u8) -> PeerKind {
@@ -178,7 +178,7 @@ mod tests {
     }
 
     fn table(open: usize, held: usize) -> ConnectionTable<u64> {
-        ConnectionTable::new(Capacity { open, of_client: MAX_OF_CLIENT, pending: 0, upgraded: 4, held })
+        ConnectionTable::new(Capacity { open, of_client: OF_CLIENT_MAX, pending: 0, upgraded: 4, held })
     }
 
     /// Adds a connection that is idle since then.
@@ -197,7 +197,7 @@ mod tests {
     #[test]
     fn a_client_has_a_limit_of_connections_and_a_proxy_and_this_machine_none() {
         let mut table = table(10_000, 0);
-        let open = u64::try_from(MAX_OF_CLIENT).unwrap();
+        let open = u64::try_from(OF_CLIENT_MAX).unwrap();
         let first = admit(&mut table, client(1), 0, 0).unwrap().1.id;
         assert!((1..open).all(|socket| admit(&mut table, client(1), socket, 0).is_some()));
         let refused = table.admit(client(1), 7, Flow::new(Instant::now())).err();
@@ -235,7 +235,7 @@ mod tests {
 
     #[test]
     fn idle_connections_are_closed_and_sooner_when_half_are_open() {
-        let idle = u64::try_from(IDLE.as_millis()).unwrap();
+        let idle = u64::try_from(IDLE_TIMEOUT.as_millis()).unwrap();
         let crowded = u64::try_from(IDLE_CROWDED.as_millis()).unwrap();
         let mut table = table(4, 0);
         let _busy = admit(&mut table, client(0), 0, 0).unwrap().0.begin();
@@ -264,13 +264,13 @@ mod tests {
         }
         assert_eq!((table.len(), table.upgraded(), table.clients[&[192, 0, 2, 1].into()]), (0, 4, 4));
         for (flow, _) in &upgraded[1..] {
-            flow.settle();
+            flow.pin();
         }
         let (http, id) = admit(&mut table, client(2), 10, 0).map(|(flow, admitted)| (flow, admitted.id)).unwrap();
         admit(&mut table, client(3), 11, 5).unwrap();
         assert_eq!(table.upgrade(id), Some(vec![0]), "the one that is not settled");
         assert_eq!(table.upgrade(id), None, "it is already");
-        http.settle();
+        http.pin();
         let (_flow, admitted) = admit(&mut table, client(4), 12, 6).unwrap();
         assert_eq!((table.upgrade(admitted.id), table.len(), table.upgraded()), (None, 2, 4));
         assert_eq!(table.make_room(), [11], "none of the upgraded ones");
@@ -280,7 +280,7 @@ mod tests {
         assert_eq!(table.free_memory(), [2]);
         table.open[&admitted.id].flow.hold(0);
 
-        let ending = u64::try_from(ENDING.as_millis()).unwrap();
+        let ending = u64::try_from(ENDING_TIMEOUT.as_millis()).unwrap();
         upgraded[1].0.end();
         let now = upgraded[1].0.idle();
         let expired = |table: &mut ConnectionTable<u64>, now| -> Vec<_> {

@@ -7,7 +7,7 @@ use rumqttc::{ConnectionError, Incoming, MqttState, Outgoing, Publish, SubAck};
 use tokio::time::Instant;
 use tracing::{info, warn};
 
-use super::{Session, set};
+use super::{MqttSession, set};
 use crate::mqtt::cause::dot_hint;
 use crate::mqtt::reconnect::is_closed;
 use crate::mqtt::{ConnectionState, Event, INFLIGHT};
@@ -15,7 +15,7 @@ use crate::mqtt::{ConnectionState, Event, INFLIGHT};
 /// Reasons that are remembered at most, so that each is logged once.
 const SAID_MAX: usize = 16;
 
-impl Session {
+impl MqttSession {
     pub(super) fn handle(&mut self, event: rumqttc::Event, on_event: &mut impl FnMut(Event)) {
         if matches!(event, rumqttc::Event::Incoming(_)) {
             // Behind a long queue a pong is late. rumqttc would close the connection to a server that sends all the
@@ -30,8 +30,10 @@ impl Session {
                 if !publish.retain {
                     self.echo.message(Instant::now());
                 }
-                match &self.guest {
-                    Some(guest) if guest.wants(&publish) => guest.on_event(Event::Message(publish)),
+                match &self.joined_session {
+                    Some(joined_session) if joined_session.wants(&publish) => {
+                        joined_session.on_event(Event::Message(publish))
+                    }
                     _ => on_event(Event::Message(publish)),
                 }
             }
@@ -101,8 +103,8 @@ impl Session {
         }
         self.state.send_replace(ConnectionState::Up);
         on_event(Event::Up);
-        if let Some(guest) = &self.guest {
-            guest.on_event(Event::Up);
+        if let Some(joined_session) = &self.joined_session {
+            joined_session.on_event(Event::Up);
         }
     }
 
@@ -164,8 +166,8 @@ impl Session {
             warn!(reason, client = self.id, "MQTT not connected");
         }
         on_event(Event::Down);
-        if let Some(guest) = &self.guest {
-            guest.on_event(Event::Down);
+        if let Some(joined_session) = &self.joined_session {
+            joined_session.on_event(Event::Down);
         }
     }
 

@@ -5,22 +5,25 @@ use std::pin::Pin;
 use tokio::time::sleep;
 use tracing::warn;
 
-use super::{Session, set};
+use super::{MqttSession, set};
 use crate::mqtt::outbox::PendingPublish;
-use crate::mqtt::pair::{Guest, Joining, Pair};
+use crate::mqtt::pair::{JoinChannel, JoinedSession, SessionPair};
 use crate::mqtt::{ConnectionState, Event};
 use crate::runtime::heartbeat;
 
-impl Session {
+impl MqttSession {
     /// Works through the program's first session, until `stop` returns.
     pub(super) async fn join(self, on_event: &mut impl FnMut(Event), mut stop: Pin<&mut impl Future<Output = ()>>) {
         let Self { client, eventloop, mut queue, mut outbox, state, name_suspect, .. } = self;
         let Self { subscriptions, server, heartbeat, pair, .. } = self;
         drop((client, eventloop));
-        let Some(Pair { joining: Joining::Second { guests, queue: first }, .. }) = pair else { return };
+        let Some(SessionPair { joining: JoinChannel::Second { joined_sessions, queue: first }, .. }) = pair else {
+            return;
+        };
         warn!(server, "the MQTT server lets this program have one connection only: it uses one for both purposes");
-        let (guest, mut events) = Guest::new(subscriptions.filters().cloned().collect(), *name_suspect.borrow());
-        if guests.send(guest).await.is_err() {
+        let (joined_session, mut events) =
+            JoinedSession::new(subscriptions.filters().cloned().collect(), *name_suspect.borrow());
+        if joined_sessions.send(joined_session).await.is_err() {
             return;
         }
         let mut next: Option<PendingPublish> = None;
@@ -47,7 +50,7 @@ impl Session {
                     let (Ok(permit), Some(publish)) = (permit, next.take()) else { return };
                     permit.send(publish);
                 }
-                () = sleep(heartbeat::INTERVAL) => {}
+                () = sleep(heartbeat::HEARTBEAT_INTERVAL) => {}
                 () = &mut stop => return,
             }
         }

@@ -6,7 +6,7 @@ use tempfile::{TempDir, tempdir};
 
 use super::*;
 use crate::storage::sqlite;
-use crate::storage::write_behind::MAX_CHANGES;
+use crate::storage::write_behind::CHANGES_MAX;
 
 const FILE: StateFile = StateFile::sqlite("test.sqlite", KeyTable::SCHEMA);
 const HOUR: Duration = Duration::from_secs(3600);
@@ -226,7 +226,7 @@ fn a_read_only_file_is_still_read() {
     let mut table = KeyTable::new(WriteBuffer::default(), domains(), None, now);
     assert_eq!(table.load(&database, now).unwrap().len(), 1);
     let transaction = database.transaction().unwrap();
-    let refused = table.write(&transaction, &Changes::new(), now).map_err(StorageError::from);
+    let refused = table.write(&transaction, &KeyChanges::new(), now).map_err(StorageError::from);
     assert!(matches!(refused, Err(StorageError::Unavailable(_))));
 }
 
@@ -267,12 +267,12 @@ fn no_more_changes_wait_than_their_bound() {
         PublicKey::from_bytes(bytes).unwrap()
     };
     let domain = domain("ff_a");
-    (0..MAX_CHANGES).for_each(|n| buffer.put(&domain, key(n), kept(now)));
+    (0..CHANGES_MAX).for_each(|n| buffer.put(&domain, key(n), kept(now)));
     let taken = buffer.take();
-    (MAX_CHANGES..MAX_CHANGES + 10).for_each(|n| buffer.put(&domain, key(n), kept(now)));
+    (CHANGES_MAX..CHANGES_MAX + 10).for_each(|n| buffer.put(&domain, key(n), kept(now)));
     buffer.requeue(taken);
-    buffer.put(&domain, key(MAX_CHANGES + 99), kept(now));
-    assert_eq!(buffer.take().len(), MAX_CHANGES);
+    buffer.put(&domain, key(CHANGES_MAX + 99), kept(now));
+    assert_eq!(buffer.take().len(), CHANGES_MAX);
 }
 
 #[test]

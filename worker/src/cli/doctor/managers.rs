@@ -16,7 +16,7 @@ const YES: [&str; 4] = ["yes", "true", "on", "1"];
 
 /// An interface that the worker takes for its own, by its name.
 #[derive(Debug, Clone)]
-pub(super) enum Interface {
+pub(super) enum ManagedInterface {
     Wireguard(String),
     Vxlan(String),
 }
@@ -28,7 +28,7 @@ pub(super) struct Machine {
     processes: BTreeSet<String>,
 }
 
-impl Interface {
+impl ManagedInterface {
     fn name(&self) -> &str {
         match self {
             Self::Wireguard(name) | Self::Vxlan(name) => name,
@@ -53,10 +53,10 @@ impl Machine {
     }
 
     /// The programs that may manage `interfaces`.
-    pub(super) fn managers(&self, interfaces: &[Interface]) -> Managers {
-        let file = |interface: &Interface| Some((interface.name().to_owned(), self.networkd_file(interface)?));
+    pub(super) fn managers(&self, interfaces: &[ManagedInterface]) -> Managers {
+        let file = |interface: &ManagedInterface| Some((interface.name().to_owned(), self.networkd_file(interface)?));
         let networkd_files = interfaces.iter().filter_map(file);
-        let names = interfaces.iter().map(Interface::name);
+        let names = interfaces.iter().map(ManagedInterface::name);
         let unmanaged = self.unmanaged();
         let is_managed = |name: &&str| !unmanaged.iter().any(|pattern| matches(pattern, name));
         Managers {
@@ -88,7 +88,7 @@ impl Machine {
     }
 
     /// The first .network file that matches the interface, unless that makes it unmanaged.
-    fn networkd_file(&self, interface: &Interface) -> Option<NetworkFile> {
+    fn networkd_file(&self, interface: &ManagedInterface) -> Option<NetworkFile> {
         let files = self.files("systemd/network", "network").into_iter();
         let mut texts = files.filter_map(|file| Some((fs::read_to_string(&file).ok()?, file)));
         let (text, path) = texts.find(|(text, _)| is_match(text, interface))?;
@@ -102,8 +102,8 @@ impl Machine {
         (!is_unmanaged).then_some(NetworkFile { path, keeps_configuration })
     }
 
-    fn wg_quick(&self, interface: &Interface) -> Option<WgQuick> {
-        let Interface::Wireguard(interface) = interface else { return None };
+    fn wg_quick(&self, interface: &ManagedInterface) -> Option<WgQuick> {
+        let ManagedInterface::Wireguard(interface) = interface else { return None };
         let units = ["etc", "run"].map(|place| {
             self.root.join(format!("{place}/systemd/system/multi-user.target.wants/wg-quick@{interface}.service"))
         });
@@ -134,7 +134,7 @@ impl Machine {
 }
 
 /// Whether a .network file matches this interface: its section Match has only names and kinds, and all of them match.
-fn is_match(text: &str, interface: &Interface) -> bool {
+fn is_match(text: &str, interface: &ManagedInterface) -> bool {
     let mut conditions = assignments(text).filter(|one| one.section == "Match" && !one.value.is_empty()).peekable();
     conditions.peek().is_some()
         && conditions.all(|Assignment { key, value, .. }| match key {
@@ -182,7 +182,8 @@ mod tests {
         }
         let processes = processes.iter().map(ToString::to_string).collect();
         let machine = Machine { root: dir.path().into(), processes };
-        let managers = machine.managers(&[Interface::Wireguard("wg-welt".into()), Interface::Vxlan("vx-welt".into())]);
+        let managers = machine
+            .managers(&[ManagedInterface::Wireguard("wg-welt".into()), ManagedInterface::Vxlan("vx-welt".into())]);
         (dir, managers)
     }
 
@@ -239,7 +240,7 @@ mod tests {
             &[("etc/wireguard/s1.conf", ""), ("etc/systemd/network/20-a.network", "[Match]\nName=*\nKind=wireguard\n")],
         );
         let machine = Machine { root: dir.path().into(), processes: BTreeSet::new() };
-        let managers = machine.managers(&[Interface::Wireguard("s1".into())]);
+        let managers = machine.managers(&[ManagedInterface::Wireguard("s1".into())]);
         assert_eq!((managers.wg_quick[0].interface.as_str(), managers.networkd_files.len()), ("s1", 1));
     }
 

@@ -13,7 +13,7 @@ use wgkex_common::PublicKey;
 use wgkex_common::wire::drain::Deadline;
 use wgkex_kernel::Device;
 
-use super::{DomainReconciler, KeyOutcomes, SLICE};
+use super::{BACKLOG_SLICE, DomainReconciler, KeyOutcomes};
 use crate::peers::Drainable;
 use crate::plan::{self, Step};
 use crate::reconciler::portions::Portions;
@@ -103,8 +103,9 @@ impl DomainReconciler {
         if !drain.is_begun {
             drain.begin(deadline, &drainable);
         }
-        let connected: BTreeSet<_> = drainable.connected().take(drain.connected.allowed(now).min(SLICE)).collect();
-        let silent = drainable.silent().take(drain.silent.allowed(now).min(SLICE - connected.len()));
+        let connected: BTreeSet<_> =
+            drainable.connected().take(drain.connected.allowed(now).min(BACKLOG_SLICE)).collect();
+        let silent = drainable.silent().take(drain.silent.allowed(now).min(BACKLOG_SLICE - connected.len()));
         let removed = connected.iter().copied().chain(silent).collect::<BTreeSet<_>>();
         let silent = removed.len() - connected.len();
         let left = [drainable.connected().len() - connected.len(), drainable.silent().len() - silent];

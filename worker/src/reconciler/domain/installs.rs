@@ -6,7 +6,7 @@ use std::time::Instant;
 use wgkex_common::wire::message::Age;
 use wgkex_common::{PublicKey, RejectReason, Reserved};
 
-use super::{DomainReconciler, Recorded, SLICE};
+use super::{BACKLOG_SLICE, DomainReconciler, Recorded};
 use crate::peers::{Admitted, dedup_keep_last};
 use crate::plan::Step;
 use crate::profiles::DesiredPeer;
@@ -24,12 +24,12 @@ pub struct Arrivals {
     /// Peers that are set now.
     pub new: Vec<Step>,
     /// Keys that wait until those are applied.
-    pub rest: Rest,
+    pub delayed: DelayedKeys,
 }
 
 /// Keys that arrived and are not applied at once.
 #[derive(Default)]
-pub struct Rest {
+pub struct DelayedKeys {
     /// They have a slot.
     later: Vec<Step>,
     /// They have no slot.
@@ -67,8 +67,8 @@ impl DomainReconciler {
         let Admitted { known, mut new, deferred, refused } = self.peers.admit(keys, own, reserved, now);
         arrivals.rejected.extend(refused);
         let steps = |peers: Vec<DesiredPeer>| peers.into_iter().map(Step::install).collect();
-        let later = steps(new.split_off(SLICE.min(new.len())));
-        Arrivals { known: steps(known), new: steps(new), rest: Rest { later, deferred }, ..arrivals }
+        let later = steps(new.split_off(BACKLOG_SLICE.min(new.len())));
+        Arrivals { known: steps(known), new: steps(new), delayed: DelayedKeys { later, deferred }, ..arrivals }
     }
 
     /// Drops waiting steps for the destinations that these steps set.
@@ -111,7 +111,7 @@ impl DomainReconciler {
     }
 
     /// Makes the rest of the keys that arrived pending; returns how many pending keys were dropped.
-    pub fn on_rest(&mut self, Rest { later, deferred }: Rest, now: Instant) -> usize {
+    pub fn on_delayed(&mut self, DelayedKeys { later, deferred }: DelayedKeys, now: Instant) -> usize {
         self.make_room(deferred.len(), now);
         let keys = later.iter().map(Step::key).chain(deferred);
         let dropped = keys.map(|key| self.peers.mark_pending(key, now)).sum();

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use wgkex_common::{PublicKey, RejectReason, Reserved};
 use wgkex_kernel::{Change, Device};
 
-use super::{DomainReconciler, KeyOutcomes, SLICE};
+use super::{BACKLOG_SLICE, DomainReconciler, KeyOutcomes};
 use crate::plan::{self, Step};
 use crate::profiles::{DesiredPeer, Ownership};
 use crate::reconciler::reports::Report;
@@ -77,7 +77,7 @@ impl DomainReconciler {
         let altered = peers.iter().filter(|(_, is_ours)| !**is_ours);
         let altered = altered.map(|(key, _)| (*key, Err(RejectReason::Altered))).collect();
         let mut ours: BTreeSet<_> = peers.iter().filter(|(_, is_ours)| **is_ours).map(|(key, _)| *key).collect();
-        if let Some(first) = ours.iter().filter(|key| !denied.contains(key)).nth(SLICE).copied() {
+        if let Some(first) = ours.iter().filter(|key| !denied.contains(key)).nth(BACKLOG_SLICE).copied() {
             ours.retain(|key| *key < first || denied.contains(key));
             self.schedule.expedite(now);
         }
@@ -94,7 +94,7 @@ impl DomainReconciler {
     pub fn plan_sweep(&mut self, device: &Device, now: Instant) -> Option<StaleRemoval> {
         self.schedule.is_sweep_due(now).then(|| {
             let mut stale = self.peers.stale(now);
-            let more = stale.iter().nth(SLICE).copied().map(|first| stale.split_off(&first)).is_some();
+            let more = stale.iter().nth(BACKLOG_SLICE).copied().map(|first| stale.split_off(&first)).is_some();
             StaleRemoval { steps: plan::remove(self.peers.profile(), device, &stale), more }
         })
     }
@@ -179,8 +179,8 @@ impl DomainReconciler {
     /// Removes routes and flood entries that have no peer.
     pub fn plan_orphans(&mut self, device: &Device, now: Instant) -> Vec<Change> {
         let mut orphaned = self.peers.orphaned(device, now);
-        if orphaned.len() > SLICE {
-            orphaned.truncate(SLICE);
+        if orphaned.len() > BACKLOG_SLICE {
+            orphaned.truncate(BACKLOG_SLICE);
             self.schedule.expedite(now);
         }
         orphaned

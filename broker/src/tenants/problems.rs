@@ -1,17 +1,17 @@
-//! The troubles of tenants that operators should know: [`coordination`](super::coordination) notes it, the status shows
+//! The problems of tenants that operators should know: [`coordination`](super::coordination) notes it, the status shows
 //! it.
 
 use std::collections::BTreeSet;
 
 use wgkex_common::{BrokerName, WorkerName};
 
-use crate::tenants::hub::HubTrouble;
+use crate::tenants::hub::HubProblem;
 
-/// The troubles that operators should know.
+/// The problems that operators should know.
 #[derive(Debug, Clone, Default)]
-pub struct Troubles {
+pub struct TenantProblems {
     /// Brokers that serve tenants by other rules.
     pub strangers: BTreeSet<BrokerName>,
     /// The worker that is to be the hub, and why members do not learn of it.
-    pub hub: Option<(WorkerName, HubTrouble)>,
+    pub hub: Option<(WorkerName, HubProblem)>,
 }

@@ -7,17 +7,17 @@ use wgkex_common::http::connections::UpgradedConnection;
 
 /// The most unsent bytes of the connection when further ones are added. With the longest part of an answer they are no
 /// more than each connection may hold.
-const UNDER_WAY_MAX: u64 = 2 << 10;
+const UNSENT_BYTES_MAX: u64 = 2 << 10;
 
 /// Sends messages to a member. Pings and close frames bypass it.
-pub struct Outlet<'a> {
+pub struct MemberWriter<'a> {
     session: Session,
     connection: &'a UpgradedConnection,
     /// The connection's count of sent bytes when all messages so far are sent.
     said: u64,
 }
 
-impl<'a> Outlet<'a> {
+impl<'a> MemberWriter<'a> {
     pub fn new(session: Session, connection: &'a UpgradedConnection) -> Self {
         Self { session, connection, said: 0 }
     }
@@ -49,7 +49,7 @@ impl<'a> Outlet<'a> {
     }
 
     async fn wait_for_room(&mut self, length: usize) {
-        self.connection.has_sent(self.said.saturating_sub(UNDER_WAY_MAX)).await;
+        self.connection.has_sent(self.said.saturating_sub(UNSENT_BYTES_MAX)).await;
         self.said = self.said.max(self.connection.sent()) + length as u64;
     }
 }

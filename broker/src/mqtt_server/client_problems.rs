@@ -6,23 +6,23 @@ use std::time::Instant;
 
 use parking_lot::Mutex;
 
-use crate::mqtt_server::handshake::Refused;
+use crate::mqtt_server::handshake::RefusedConnection;
 use crate::mqtt_server::refused_clients::{RefusedClient, RefusedClients};
 use crate::mqtt_server::takeovers::Takeovers;
 
 /// The clients; none where another MQTT server is used.
 #[derive(Debug, Clone, Default)]
-pub struct ClientTroubles(Arc<Mutex<Troubles>>);
+pub struct ClientProblems(Arc<Mutex<ClientProblemsState>>);
 
 #[derive(Debug, Default)]
-struct Troubles {
+struct ClientProblemsState {
     refused: RefusedClients,
     takeovers: Takeovers,
 }
 
-impl ClientTroubles {
+impl ClientProblems {
     /// A connection was refused.
-    pub(super) fn on_refused(&self, refused: &Refused, now: Instant) {
+    pub(super) fn on_refused(&self, refused: &RefusedConnection, now: Instant) {
         self.0.lock().refused.on_refused(refused, now);
     }
 

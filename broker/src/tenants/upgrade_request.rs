@@ -8,7 +8,7 @@ use crate::tenants::message::Form;
 
 /// The data of the request for the WebSocket.
 #[derive(Debug)]
-pub struct Opening {
+pub struct UpgradeRequest {
     /// Its client.
     pub client: Client,
     /// The tenant that the client wants to join.

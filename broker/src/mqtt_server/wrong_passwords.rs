@@ -17,12 +17,12 @@ const GUESS_INTERVAL_PER_USER: Duration = Duration::from_secs(1);
 /// The clients that recently sent a wrong password. They are few: passwords are verified one after the other, and each takes a
 /// while.
 #[derive(Debug, Default)]
-pub struct Guesses {
+pub struct WrongPasswords {
     of_clients: BTreeMap<Client, Instant>,
     of_users: BTreeMap<(Client, u64), Instant>,
 }
 
-impl Guesses {
+impl WrongPasswords {
     /// Whether `client` may try a password of `user`, the number of a name that may exist or not.
     pub fn may_try(&self, client: Client, user: u64, now: Instant) -> bool {
         has_room(self.of_clients.get(&client), (GUESS_INTERVAL, BURST), now)
@@ -54,30 +54,33 @@ mod tests {
     }
 
     /// How many tries of `user` are allowed at once, if all are wrong.
-    fn tries(guesses: &mut Guesses, client: Client, user: u64, now: Instant) -> usize {
-        let wrong =
-            |_: &usize| guesses.may_try(client, user, now).then(|| guesses.was_wrong(client, user, now)).is_some();
+    fn tries(wrong_passwords: &mut WrongPasswords, client: Client, user: u64, now: Instant) -> usize {
+        let wrong = |_: &usize| {
+            wrong_passwords.may_try(client, user, now).then(|| wrong_passwords.was_wrong(client, user, now)).is_some()
+        };
         (0..100).take_while(wrong).count()
     }
 
     #[test]
     fn guesses_are_few_and_those_of_others_are_not_counted() {
-        let (mut guesses, now) = (Guesses::default(), Instant::now());
-        assert_eq!(tries(&mut guesses, client(1), 7, now), 5);
-        assert_eq!(tries(&mut guesses, client(1), 8, now), 5, "another user behind the same address");
-        assert_eq!(tries(&mut guesses, client(2), 7, now), 5, "the same user from elsewhere");
-        assert_eq!(tries(&mut guesses, client(1), 7, now + Duration::from_secs(2)), 2);
-        let all: usize = (100..200).map(|user| tries(&mut guesses, client(3), user, now)).sum();
+        let (mut wrong_passwords, now) = (WrongPasswords::default(), Instant::now());
+        assert_eq!(tries(&mut wrong_passwords, client(1), 7, now), 5);
+        assert_eq!(tries(&mut wrong_passwords, client(1), 8, now), 5, "another user behind the same address");
+        assert_eq!(tries(&mut wrong_passwords, client(2), 7, now), 5, "the same user from elsewhere");
+        assert_eq!(tries(&mut wrong_passwords, client(1), 7, now + Duration::from_secs(2)), 2);
+        let all: usize = (100..200).map(|user| tries(&mut wrong_passwords, client(3), user, now)).sum();
         assert_eq!(all, 40);
-        assert!(!guesses.may_try(client(3), 7, now) && guesses.may_try(client(3), 7, now + GUESS_INTERVAL));
-        assert!(guesses.may_try(client(2), 8, now));
+        assert!(
+            !wrong_passwords.may_try(client(3), 7, now) && wrong_passwords.may_try(client(3), 7, now + GUESS_INTERVAL)
+        );
+        assert!(wrong_passwords.may_try(client(2), 8, now));
     }
 
     #[test]
     fn old_wrong_passwords_are_forgotten() {
-        let (mut guesses, now) = (Guesses::default(), Instant::now());
-        (0..100).for_each(|n| guesses.was_wrong(client(n), 1, now));
-        guesses.was_wrong(client(200), 1, now + Duration::from_secs(2));
-        assert_eq!((guesses.of_clients.len(), guesses.of_users.len()), (1, 1));
+        let (mut wrong_passwords, now) = (WrongPasswords::default(), Instant::now());
+        (0..100).for_each(|n| wrong_passwords.was_wrong(client(n), 1, now));
+        wrong_passwords.was_wrong(client(200), 1, now + Duration::from_secs(2));
+        assert_eq!((wrong_passwords.of_clients.len(), wrong_passwords.of_users.len()), (1, 1));
     }
 }
