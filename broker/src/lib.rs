@@ -38,7 +38,7 @@ use anyhow::{Context as _, anyhow};
 use governor::clock::MonotonicClock;
 use ipnet::IpNet;
 use parking_lot::Mutex;
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 use tokio::time::{sleep, timeout};
 use tracing::{error, info};
 use wgkex_common::access_lists::records_file;
@@ -55,7 +55,7 @@ use wgkex_common::runtime::service_manager::{self, Watched};
 use wgkex_common::runtime::services::Services;
 use wgkex_common::storage::key_store::{self, Clocks, KeyStore};
 use wgkex_common::storage::versions::{self, StateFile};
-use wgkex_common::sync::{self, PeerSelection, SyncClient};
+use wgkex_common::sync::{self, PeerSelection, SyncClient, SyncReceiver, SyncSender};
 use wgkex_common::wire::message::{Served, SnapshotChunk};
 use wgkex_common::wire::name::Participant;
 use wgkex_common::{BrokerName, Config, Domain};
@@ -188,15 +188,8 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let client_problems = embedded.as_ref().map(MqttServer::problems).unwrap_or_default();
     let (leases, lease_events) = registry::lease_events::channel();
     let holder = registry::holder::RegistryHolder::open(&config)?;
-    let opened = config
-        .registry
-        .as_ref()
-        .map(|enabled| registry::Registry::open(&config, enabled, holder.clone(), metrics.registry.clone()));
-    let (registry, database_end) = opened.transpose()?.unzip();
-    if let Some(registry) = &registry {
-        registry.check_for_servers().await;
-    }
-    let (tenant_tasks, front_door) = tenants::open(&config, &metrics.tenants)?.unzip();
+    let (registry, database_end) = open_registry(&config, &holder, &metrics.registry).await?.unzip();
+    let (tenant_tasks, tenants_http) = tenants::open(&config, &metrics.tenants)?.unzip();
     let of_tenants = tenant_tasks.as_ref().map(|tasks| (tasks.events.clone(), tasks.served.clone()));
     let (tenant_events, served_tenants) = of_tenants.unzip();
     let broker =
@@ -204,11 +197,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
 
     let mut services = Services::default();
     if let Some(embedded) = embedded {
-        let certificate = embedded.certificate();
-        services.group(SERVER_STOP_TIMEOUT, None).spawn("the MQTT server", |stop| serve_mqtt(embedded, stop));
-        if let Some(certificate) = certificate {
-            services.background().spawn("the certificate of the MQTT server", |_| certificate.watch());
-        }
+        start_mqtt_server(&mut services, embedded);
     }
     broker.start_storage(&mut services, store, list_service);
     let watched = [("the MQTT session", session.heartbeat()), ("the MQTT session for keys", keys_session.heartbeat())];
@@ -219,7 +208,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     broker.start_bus(&mut services, session, keys_session, shared);
     broker.start_registry(&mut services, lease_events);
     let service = tenant_tasks.map(|tasks| broker.start_tenant_files(&mut services, tasks));
-    broker.start_http(&mut services, listeners, watched, front_door)?;
+    broker.start_http(&mut services, listeners, watched, tenants_http)?;
     // Stopped before the HTTP server, which waits for its WebSockets to end.
     if let Some(service) = service {
         services.group(STOP_TIMEOUT, None).spawn("the tenants", |stop| service.run(broker.keys.clone(), stop));
@@ -227,6 +216,27 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let Config { name, broker_listen, .. } = &broker.config;
     info!(version = env!("CARGO_PKG_VERSION"), broker = name.as_str(), %broker_listen, "broker started");
     Ok(services.run_until("broker", stop).await?)
+}
+
+/// The registry, if it is enabled, and the end of its database's thread.
+async fn open_registry(
+    config: &Config,
+    holder: &registry::holder::RegistryHolder,
+    metrics: &registry::Metrics,
+) -> anyhow::Result<Option<(registry::Registry, oneshot::Receiver<()>)>> {
+    let Some(enabled) = &config.registry else { return Ok(None) };
+    let (registry, end) = registry::Registry::open(config, enabled, holder.clone(), metrics.clone())?;
+    registry.check_for_servers().await;
+    Ok(Some((registry, end)))
+}
+
+/// The embedded MQTT server, and the task that loads its certificate again.
+fn start_mqtt_server(services: &mut Services, embedded: MqttServer) {
+    let certificate = embedded.certificate();
+    services.group(SERVER_STOP_TIMEOUT, None).spawn("the MQTT server", |stop| serve_mqtt(embedded, stop));
+    if let Some(certificate) = certificate {
+        services.background().spawn("the certificate of the MQTT server", |_| certificate.watch());
+    }
 }
 
 /// The files that a broker with this config keeps in `state_dir`.
@@ -267,82 +277,93 @@ impl Broker {
         keys_session: MqttSession,
         shared: SharedServices,
     ) {
-        let SharedServices { leases, holder, tenant_events: tenants, served_tenants } = shared;
-        let Self {
-            config,
-            fleet,
-            exchange,
-            lists,
-            revocations,
-            drains,
-            client_problems: _,
-            bus,
-            keys,
-            registry,
-            metrics,
-        } = self;
-        let (Exchange { in_flight, .. }, metrics) = (exchange, &metrics.bus);
+        let Self { config, fleet, exchange: Exchange { in_flight, .. }, bus, keys, .. } = self;
         let (name, online_log) = (BrokerName::from(&config.name), OnlineLog::default());
-        let own = Participant::Broker(name.clone());
-        let (reporter, presence_events) = Reporter::new(own.clone());
+        let (reporter, presence_events) = Reporter::new(Participant::Broker(name.clone()));
         let (sync_sender, sync_events) = sync::channel();
         let sync_requests = SyncQueue::default();
-        let mut primary = subscriber::Primary {
-            fleet: fleet.clone(),
-            in_flight: in_flight.clone(),
-            revocations: revocations.clone(),
-            reporter: reporter.clone(),
-            online_log: online_log.clone(),
-            invalid: InvalidMessages::default(),
-            tenants: tenants.clone(),
-            registry: holder.clone(),
-            metrics: metrics.clone(),
-        };
-        let mut secondary = subscriber::Secondary {
-            fleet: fleet.clone(),
-            sync: sync_sender,
-            lists: lists.clone(),
-            requesters: Requesters::new(name.clone(), sync_requests.clone()),
-            leases: registry.is_some().then_some(leases),
-            tenants,
-            registry: holder.clone(),
-            reporter,
-            metrics: metrics.clone(),
-        };
+        let requesters = Requesters::new(name.clone(), sync_requests.clone());
+        let mut primary = self.primary(reporter.clone(), online_log.clone(), &shared);
+        let mut secondary = self.secondary(reporter, sync_sender, requesters, &shared);
         let handles = [bus.clone(), keys.clone()];
         let announcer = Announcer::new(
             config,
             handles.clone(),
             presence_events,
-            lists.snapshot(),
+            self.lists.snapshot(),
             fleet.clone(),
             in_flight.clone(),
             online_log,
         )
-        .with_served(served_tenants, holder);
-        let client = SyncClient::new(own, PeerSelection::RoundRobin, config.domains.clone());
+        .with_served(shared.served_tenants, shared.holder);
         services
             .group(STOP_TIMEOUT, None)
             .spawn("the MQTT session", |stop| session.run(move |event| primary.on_event(event), stop))
             .spawn("the MQTT session for keys", |stop| keys_session.run(move |event| secondary.on_event(event), stop));
+        self.start_keys(services, sync_requests, sync_events);
+        services
+            .group(STOP_TIMEOUT, Some("the disk did not take the last drains in time"))
+            .spawn("the drains", |stop| self.drains.clone().run(stop));
+        services
+            .group(2 * FAREWELL_TIMEOUT, None)
+            .spawn("the announcer", |stop| announce(announcer, name, handles, stop));
+    }
+
+    /// The receiver of the session for what workers publish.
+    fn primary(&self, reporter: Reporter, online_log: OnlineLog, shared: &SharedServices) -> subscriber::Primary {
+        subscriber::Primary {
+            fleet: self.fleet.clone(),
+            in_flight: self.exchange.in_flight.clone(),
+            revocations: self.revocations.clone(),
+            reporter,
+            online_log,
+            invalid: InvalidMessages::default(),
+            tenants: shared.tenant_events.clone(),
+            registry: shared.holder.clone(),
+            metrics: self.metrics.bus.clone(),
+        }
+    }
+
+    /// The receiver of the session for keys.
+    fn secondary(
+        &self,
+        reporter: Reporter,
+        sync: SyncSender,
+        requesters: Requesters,
+        shared: &SharedServices,
+    ) -> subscriber::Secondary {
+        subscriber::Secondary {
+            fleet: self.fleet.clone(),
+            sync,
+            lists: self.lists.clone(),
+            requesters,
+            leases: self.registry.is_some().then(|| shared.leases.clone()),
+            tenants: shared.tenant_events.clone(),
+            registry: shared.holder.clone(),
+            reporter,
+            metrics: self.metrics.bus.clone(),
+        }
+    }
+
+    /// The tasks that publish, exchange and expire keys.
+    fn start_keys(&self, services: &mut Services, sync_requests: SyncQueue, sync_events: SyncReceiver) {
+        let Self { config, fleet, exchange, keys, .. } = self;
+        let own = Participant::Broker((&config.name).into());
+        let client = SyncClient::new(own, PeerSelection::RoundRobin, config.domains.clone());
+        let metrics = self.metrics.bus.clone();
         services
             .background()
-            .spawn("the sync server", |_| sync_server::run(keys.clone(), fleet.clone(), sync_requests, metrics.clone()))
+            .spawn("the sync server", |_| sync_server::run(keys.clone(), fleet.clone(), sync_requests, metrics))
             .spawn("the sync client", |_| sync::run(client, keys.clone(), sync_events, on_chunk(fleet.clone()), || {}))
             .spawn("the publisher of keys", |_| {
-                KeyPublisher { in_flight: in_flight.clone(), bus: keys.clone(), fleet: fleet.clone() }.run()
+                let in_flight = exchange.in_flight.clone();
+                KeyPublisher { in_flight, bus: keys.clone(), fleet: fleet.clone() }.run()
             })
             .spawn("the expiry", |_| expire(fleet.clone(), exchange.clone()))
             .spawn("the config", |_| {
                 let fleet = fleet.clone();
                 reload::on_hangup(config.clone(), key_use(), move |config| fleet.gateways().reconfigure(config))
             });
-        services
-            .group(STOP_TIMEOUT, Some("the disk did not take the last drains in time"))
-            .spawn("the drains", |stop| drains.clone().run(stop));
-        services
-            .group(2 * FAREWELL_TIMEOUT, None)
-            .spawn("the announcer", |stop| announce(announcer, name, handles, stop));
     }
 
     /// The tasks that write and read the files of tenants. Returns their service, which is to be started last.
@@ -368,26 +389,41 @@ impl Broker {
         watched: [Watched; N],
         tenants: Option<TenantsHttpState>,
     ) -> anyhow::Result<()> {
-        let Config { domains, confirm, trusted_proxies, .. } = &self.config;
-        let (trusted, missed_proxies) = (Arc::from(trusted_proxies.clone()), Arc::default());
-        let Metrics { http: metrics, fleet: fleet_metrics, all: all_metrics, .. } = self.metrics.clone();
-        let capacity = if tenants.is_some() { Capacity::of_fleet_and_upgraded() } else { Capacity::of_fleet() };
-        let connections = connections(capacity, Arc::clone(&trusted), Arc::clone(&missed_proxies), metrics.clone());
-        services.background().spawn("the idle connections", |_| evict_idle(connections.clone()));
+        let app = self.app(tenants);
+        services.background().spawn("the idle connections", |_| evict_idle(app.connections.clone()));
         if let Some((listener, token_hash)) = listeners.admin {
             let server = http::admin::server(listener, self.admin(token_hash))?;
             services.spawn("admin_listen", |stop| serve("admin_listen", server, stop));
             info!(admin_listen = %self.config.admin_listen, "admin calls are taken");
         }
-        let links = [&self.bus, &self.keys].map(MqttHandle::connection_state);
-        let (domains, fleet, exchange) = (domains.clone(), self.fleet.clone(), self.exchange.clone());
+        let observed = app.clone();
+        services.spawn("the service manager", |_| service_manager::run(watched, move || observed.not_ready_reason()));
+        let budget = self.config.confirm.budget;
+        let plain = http::server(listeners.plain, None, app.clone(), budget)?;
+        // Each ends when its requests are answered, at the latest when the budget of a request is spent.
+        services.group(Duration::MAX, None).spawn("broker_listen", |stop| serve("broker_listen", plain, stop));
+        if let Some((listener, certificate)) = listeners.tls {
+            let server = http::server(listener, Some(certificate.server()?), app, budget)?;
+            services.spawn("broker_listen.tls", |stop| serve("broker_listen.tls", server, stop));
+            let listen = self.config.https.as_ref().map(|https| https.listen.to_string());
+            info!(https_listen = listen, "HTTPS listens");
+            services.background().spawn("the certificate", |_| certificate.watch());
+        }
+        Ok(())
+    }
+
+    /// The state of the servers for routers.
+    fn app(&self, tenants: Option<TenantsHttpState>) -> App {
+        let (trusted, missed_proxies) = (Arc::from(self.config.trusted_proxies.clone()), Arc::default());
+        let Metrics { http: metrics, fleet: fleet_metrics, all: all_metrics, .. } = self.metrics.clone();
+        let capacity = if tenants.is_some() { Capacity::of_fleet_and_upgraded() } else { Capacity::of_fleet() };
+        let connections = connections(capacity, Arc::clone(&trusted), Arc::clone(&missed_proxies), metrics.clone());
         let started = Instant::now();
-        let refused_domains = Arc::new(Mutex::new(RefusedDomains::new(started)));
-        let app = App {
-            domains,
-            exchange,
-            fleet,
-            links,
+        App {
+            domains: self.config.domains.clone(),
+            exchange: self.exchange.clone(),
+            fleet: self.fleet.clone(),
+            links: [&self.bus, &self.keys].map(MqttHandle::connection_state),
             name_suspects: [&self.bus, &self.keys].map(MqttHandle::name_suspect),
             client_problems: self.client_problems.clone(),
             connections,
@@ -397,26 +433,10 @@ impl Broker {
             fleet_metrics,
             all_metrics,
             registry: self.registry.clone(),
-            refused_domains,
+            refused_domains: Arc::new(Mutex::new(RefusedDomains::new(started))),
             tenants,
             started,
-        };
-        let plain = http::server(listeners.plain, None, app.clone(), confirm.budget)?;
-        let told = app.clone();
-        services.spawn("the service manager", |_| service_manager::run(watched, move || told.not_ready_reason()));
-        let tls = listeners.tls.map(|(listener, certificate)| {
-            let server = http::server(listener, Some(certificate.server()?), app, confirm.budget)?;
-            anyhow::Ok((server, certificate))
-        });
-        // Each ends when its requests are answered, at the latest when the budget of a request is spent.
-        services.group(Duration::MAX, None).spawn("broker_listen", |stop| serve("broker_listen", plain, stop));
-        if let Some((server, certificate)) = tls.transpose()? {
-            services.spawn("broker_listen.tls", |stop| serve("broker_listen.tls", server, stop));
-            let listen = self.config.https.as_ref().map(|https| https.listen.to_string());
-            info!(https_listen = listen, "HTTPS is served");
-            services.background().spawn("the certificate", |_| certificate.watch());
         }
-        Ok(())
     }
 
     /// The tasks that publish leases to the gateways that are servers.

@@ -320,9 +320,12 @@ impl SyncEvent {
 /// Sends events to a client; events for a full queue are dropped.
 pub type SyncSender = mpsc::Sender<SyncEvent>;
 
+/// The receiver of the same channel.
+pub type SyncReceiver = mpsc::Receiver<SyncEvent>;
+
 /// The queue of events to a client.
 #[must_use]
-pub fn channel() -> (SyncSender, mpsc::Receiver<SyncEvent>) {
+pub fn channel() -> (SyncSender, SyncReceiver) {
     mpsc::channel(EVENTS_MAX)
 }
 
@@ -331,7 +334,7 @@ pub fn channel() -> (SyncSender, mpsc::Receiver<SyncEvent>) {
 pub async fn run<F: Future<Output = ()>>(
     mut client: SyncClient,
     bus: MqttHandle,
-    mut events: mpsc::Receiver<SyncEvent>,
+    mut events: SyncReceiver,
     mut take: impl FnMut(Domain, SnapshotChunk) -> F,
     mut new: impl FnMut(),
 ) {

@@ -105,7 +105,7 @@ fn certificate(stack: &Stack) -> String {
 #[test]
 fn https_and_http_serve_side_by_side() {
     let (mut stack, https, _worker) = started();
-    let line = stack.broker().wait_for_log("HTTPS is served");
+    let line = stack.broker().wait_for_log("HTTPS listens");
     assert!(line.contains(&https.to_string()), "{line}");
     for version in BOTH {
         let answer = post(https, &certificate(&stack), &[version]).unwrap();

@@ -23,4 +23,4 @@ pub use self::file::FILE;
 pub use self::metrics::Metrics;
 pub use self::preview::{ServerPreview, preview};
 pub use self::server_status::ServerStatus;
-pub use self::task::{LeaseEvent, LeaseParts, LeaseSender, LeaseTask, channel, is_needed};
+pub use self::task::{LeaseEvent, LeaseParts, LeaseReceiver, LeaseSender, LeaseTask, channel, is_needed};

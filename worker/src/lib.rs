@@ -48,7 +48,7 @@ use wgkex_common::runtime::service_manager::{self, Watched};
 use wgkex_common::runtime::services::Services;
 use wgkex_common::storage::key_store::{self, Clocks, KeyStore};
 use wgkex_common::storage::versions::{self, StateFile};
-use wgkex_common::sync::{self, PeerSelection, SyncClient};
+use wgkex_common::sync::{self, PeerSelection, SyncClient, SyncReceiver};
 use wgkex_common::wire::drain::Drain;
 use wgkex_common::wire::message::SnapshotChunk;
 use wgkex_common::wire::name::Participant;
@@ -61,7 +61,7 @@ use crate::bus::subscriber;
 #[cfg(fuzzing)]
 pub use crate::bus::subscriber::receive_anything;
 use crate::drain::DrainWatch;
-use crate::leases::{LeaseParts, LeaseSender, LeaseTask, ServerStatus};
+use crate::leases::{LeaseParts, LeaseReceiver, LeaseSender, LeaseTask, ServerStatus};
 use crate::peers::Policy;
 use crate::profiles::mesh::Mesh;
 use crate::reconciler::{Reconciler, ReconcilerHandle, ReconcilerParts, Reports};
@@ -182,43 +182,85 @@ pub async fn run<K: Kernel>(
         subscriber::secondary_session(&config),
     )?;
     let (lease_sender, lease_events) = leases::channel();
-    let lease_task = if leases::is_needed(&config) {
-        let (bus, metrics) = (confirmations.clone(), metrics.leases.clone());
-        let kernel = servers_kernel().context("netlink")?;
-        Some(LeaseTask::open(&config, LeaseParts { kernel, bus, events: lease_events, metrics })?)
-    } else {
-        None
-    };
+    let lease_task = open_leases(&config, &metrics, confirmations.clone(), lease_events, servers_kernel)?;
     let servers = lease_task.as_ref().map_or_else(|| watch::Sender::default().subscribe(), LeaseTask::states);
     let clocks = BrokerClocks::default();
     let (drain, clocks_off) = (watch_drain.receiver(), clocks.clocks_off());
     let worker = Worker { config, metrics, lists, reconciler, bus, confirmations, drain, clocks_off, servers };
 
-    let watched = [
-        ("the reconciler", task.heartbeat()),
-        ("the MQTT session", session.heartbeat()),
-        ("the MQTT session for confirmations", confirming.heartbeat()),
-    ];
-
-    let mut services = Services::default();
-    worker.start_storage(&mut services, store, list_service);
-    services.group(STOP_TIMEOUT, None).spawn("the reconciler", |stop| task.run(stop));
-    // Before the publisher, which ends when the drain watch ends, and has to publish the status offline.
-    services.background().spawn("the drain", |_| watch_drain.run());
-    worker.start_bus(&mut services, [session, confirming], reports, reserved, lease_sender, clocks);
-    if let Some(task) = lease_task {
-        services
-            .group(STOP_TIMEOUT, Some("the disk did not take the last leases in time"))
-            .spawn("the leases", |stop| task.run(stop));
-    }
-    worker.start_http(&mut services, watched);
+    let tasks = Tasks {
+        reconciler: task,
+        sessions: [session, confirming],
+        reports,
+        reserved,
+        store,
+        lists: list_service,
+        drain: watch_drain,
+        leases: lease_task,
+        lease_sender,
+        clocks,
+    };
+    let services = worker.start(tasks);
     let Config { name, domains, .. } = &worker.config;
     info!(version = env!("CARGO_PKG_VERSION"), worker = name.as_str(), domains = domains.len(), "worker started");
     drop(worker);
     Ok(services.run_until("worker", stop).await?)
 }
 
+/// The tasks that a worker starts, and the parts that they alone use.
+struct Tasks<K> {
+    reconciler: Reconciler<K>,
+    /// The session that receives keys, and the one that publishes their outcomes.
+    sessions: [MqttSession; 2],
+    reports: Reports,
+    reserved: watch::Sender<Reserved>,
+    store: KeyStore,
+    lists: ListService,
+    drain: DrainWatch,
+    leases: Option<LeaseTask<K>>,
+    lease_sender: LeaseSender,
+    clocks: BrokerClocks,
+}
+
+/// The task for servers and the hub, if the config has any.
+fn open_leases<K: Kernel>(
+    config: &Config,
+    metrics: &Metrics,
+    bus: MqttHandle,
+    events: LeaseReceiver,
+    kernel: impl FnOnce() -> io::Result<K>,
+) -> anyhow::Result<Option<LeaseTask<K>>> {
+    if !leases::is_needed(config) {
+        return Ok(None);
+    }
+    let (kernel, metrics) = (kernel().context("netlink")?, metrics.leases.clone());
+    Ok(Some(LeaseTask::open(config, LeaseParts { kernel, bus, events, metrics })?))
+}
+
 impl Worker {
+    fn start<K: Kernel>(&self, tasks: Tasks<K>) -> Services {
+        let Tasks { reconciler, sessions, drain, leases, .. } = tasks;
+        let [session, confirming] = &sessions;
+        let watched = [
+            ("the reconciler", reconciler.heartbeat()),
+            ("the MQTT session", session.heartbeat()),
+            ("the MQTT session for confirmations", confirming.heartbeat()),
+        ];
+        let mut services = Services::default();
+        self.start_storage(&mut services, tasks.store, tasks.lists);
+        services.group(STOP_TIMEOUT, None).spawn("the reconciler", |stop| reconciler.run(stop));
+        // Before the publisher, which ends when the drain watch ends, and has to publish the status offline.
+        services.background().spawn("the drain", |_| drain.run());
+        self.start_bus(&mut services, sessions, tasks.reports, tasks.reserved, tasks.lease_sender, tasks.clocks);
+        if let Some(task) = leases {
+            services
+                .group(STOP_TIMEOUT, Some("the disk did not take the last leases in time"))
+                .spawn("the leases", |stop| task.run(stop));
+        }
+        self.start_http(&mut services, watched);
+        services
+    }
+
     fn start_storage(&self, services: &mut Services, store: KeyStore, list_service: ListService) {
         let state_kept = self.metrics.reconciler.state_kept.clone();
         state_kept.set(i64::from(!store.is_failing()));
@@ -239,48 +281,48 @@ impl Worker {
         leases: LeaseSender,
         clocks: BrokerClocks,
     ) {
-        let Self { config, metrics, lists, reconciler, bus, confirmations, drain, .. } = self;
-        let own = Participant::Worker((&config.name).into());
+        let Self { config, lists, reconciler, .. } = self;
         let (sync_sender, sync_events) = sync::channel();
-        let resync = drain::sync_again(drain.clone(), sync_sender.clone());
-        let (reporter, presence_events) = Reporter::new(own.clone());
+        let resync = drain::sync_again(self.drain.clone(), sync_sender.clone());
+        let (reporter, presence_events) = Reporter::new(Participant::Worker((&config.name).into()));
+        let metrics = self.metrics.bus.clone();
         let parts = publisher::PublisherParts {
-            bus: bus.clone(),
-            confirmations: confirmations.clone(),
+            bus: self.bus.clone(),
+            confirmations: self.confirmations.clone(),
             state: reconciler.state(),
-            drain: drain.clone(),
+            drain: self.drain.clone(),
             reports,
             presence_events,
-            metrics: metrics.bus.clone(),
+            metrics: metrics.clone(),
         };
         let publisher = Publisher::new(config, parts);
         let (ticking, domains) = (reserved.clone(), config.domains.clone());
-        let client = SyncClient::new(own, PeerSelection::Sticky, domains.clone());
         let on_event =
-            subscriber::on_event(domains, reconciler.clone(), reserved, lists.clone(), reporter, metrics.bus.clone());
-        let on_confirming_event = subscriber::on_secondary_event(
-            reconciler.clone(),
-            sync_sender,
-            lists.clone(),
-            leases,
-            clocks,
-            metrics.bus.clone(),
-        );
-        let (learning, greeted) = (reconciler.clone(), reconciler.clone());
-        let learn = move |domain, chunk| learn(learning.clone(), domain, chunk);
+            subscriber::on_event(domains, reconciler.clone(), reserved, lists.clone(), reporter, metrics.clone());
+        let on_confirming_event =
+            subscriber::on_secondary_event(reconciler.clone(), sync_sender, lists.clone(), leases, clocks, metrics);
         services
             .group(STOP_TIMEOUT, None)
             .spawn("the MQTT session", |stop| session.run(on_event, stop))
             .spawn("the MQTT session for confirmations", |stop| confirming.run(on_confirming_event, stop));
+        self.start_sync(services, sync_events);
         services
             .background()
-            .spawn("the sync client", |_| {
-                sync::run(client, confirmations.clone(), sync_events, learn, move || greeted.reconnected())
-            })
             .spawn("the keys after a drain", |_| resync)
             .spawn("the reserved keys", |_| tick(ticking))
             .spawn("the config", |_| reload::on_hangup(config.clone(), key_use(config), |_| {}));
         services.group(2 * FAREWELL_TIMEOUT, None).spawn("the publisher", |stop| publish(publisher, stop));
+    }
+
+    /// Starts the client that requests the live keys of brokers.
+    fn start_sync(&self, services: &mut Services, events: SyncReceiver) {
+        let own = Participant::Worker((&self.config.name).into());
+        let client = SyncClient::new(own, PeerSelection::Sticky, self.config.domains.clone());
+        let (learning, greeted) = (self.reconciler.clone(), self.reconciler.clone());
+        let learn = move |domain, chunk| learn(learning.clone(), domain, chunk);
+        services.background().spawn("the sync client", |_| {
+            sync::run(client, self.confirmations.clone(), events, learn, move || greeted.reconnected())
+        });
     }
 
     /// Starts the services that report the worker's state: to Prometheus, and to the service manager.

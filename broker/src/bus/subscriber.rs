@@ -275,74 +275,83 @@ impl Secondary {
 
     /// An event or request that finds its queue full is dropped: the other program sends it again.
     fn receive(&mut self, topic: Topic, publish: &Publish) -> Result<(), Ignored> {
-        if let Topic::Key { domain } = topic {
-            self.fleet.live().on_request(&domain, key(&publish.payload)?, Instant::now());
-        } else if let Topic::BrokerHello { .. } | Topic::BrokerChunks { .. } = topic {
-            match SyncEvent::read(topic, &publish.payload) {
-                Ok(event) => {
-                    if let SyncEvent::Broker(name, hello) = &event {
-                        self.lists.on_event(ListEvent::Broker(name.clone(), hello.clone().map(Box::new)));
-                        self.requesters.on_broker(name, hello.as_ref());
-                        let (tenants, registry) = hello
-                            .as_ref()
-                            .map_or((None, None), |hello| (hello.tenants.clone(), hello.registry.clone()));
-                        self.on_tenants(TenantEvent::Hello(name.clone(), tenants));
-                        self.registry.on_hello(name, registry, hello.is_none());
-                    }
-                    let _ = self.sync.try_send(event);
-                }
+        let payload = &publish.payload;
+        match topic {
+            Topic::Key { domain } => self.fleet.live().on_request(&domain, key(payload)?, Instant::now()),
+            Topic::BrokerHello { .. } | Topic::BrokerChunks { .. } => match SyncEvent::read(topic, payload) {
+                Ok(event) => self.on_sync(event),
                 // Brokers send each other requests on the topic for chunks.
-                Err(_) => match json(&publish.payload)? {
-                    Request::Records(RecordsRequest { from: from @ Participant::Broker(_), .. }) => {
-                        self.lists.on_event(ListEvent::Asked(Requester::Named(from)));
-                    }
-                    Request::Records(_) => return Err(Ignored::Payload),
-                    Request::Keys(request) => self.requesters.by_broker(request)?,
-                },
-            }
-        } else if let Topic::WorkerRequests { worker } = topic {
-            match json(&publish.payload)? {
-                Request::Records(RecordsRequest { from, to, .. }) => {
-                    if self.requesters.is_for_this_broker(&worker, &from, to.as_ref())? {
-                        self.lists.on_event(ListEvent::Asked(Requester::Named(from)));
-                    }
-                }
-                Request::Keys(request) => self.requesters.by_worker(&worker, request)?,
-            }
-        } else if let Topic::BrokerRequests { .. } = topic {
-            match json(&publish.payload)? {
+                Err(_) => self.on_request_of_broker(json(payload)?)?,
+            },
+            Topic::WorkerRequests { worker } => self.on_request_of_worker(&worker, json(payload)?)?,
+            Topic::BrokerRequests { .. } => match json(payload)? {
                 Request::Records(_) => self.lists.on_event(ListEvent::Asked(Requester::Shared)),
                 Request::Keys(request) => self.requesters.by_anybody(request)?,
+            },
+            Topic::WorkerServers { worker } => self.on_servers(worker, payload)?,
+            Topic::LeaseRequests { worker } => {
+                let request: LeaseRequest = json(payload)?;
+                if request.server == HUB {
+                    self.on_tenants(TenantEvent::LeaseRequest(worker, request));
+                } else {
+                    self.on_leases(RegistryEvent::Requested(worker, request));
+                }
             }
-        } else if let Topic::WorkerServers { worker } = topic {
-            // Empty if the worker withdrew its servers; those that it announced before stay in the registry.
-            if publish.payload.is_empty() {
-                self.on_tenants(TenantEvent::Hub(worker, None));
-            } else {
-                let servers: AnnouncedServers = json(&publish.payload)?;
-                let servers = servers.bounded().ok_or(Ignored::Payload)?;
-                self.on_tenants(TenantEvent::Hub(worker.clone(), servers.hub.clone()));
-                self.on_leases(RegistryEvent::Announced(worker, servers));
-            }
-        } else if let Topic::LeaseRequests { worker } = topic {
-            let request: LeaseRequest = json(&publish.payload)?;
-            if request.server == HUB {
-                self.on_tenants(TenantEvent::LeaseRequest(worker, request));
-            } else {
-                self.on_leases(RegistryEvent::Requested(worker, request));
-            }
-        } else if let Topic::BrokerTenants { .. } = topic {
-            self.on_tenants(TenantEvent::Frame(json(&publish.payload)?));
-        } else if topic == Topic::Revocations {
-            self.lists.on_event(ListEvent::Records(json(&publish.payload)?));
-        } else {
-            return Err(Ignored::Topic);
+            Topic::BrokerTenants { .. } => self.on_tenants(TenantEvent::Frame(json(payload)?)),
+            Topic::Revocations => self.lists.on_event(ListEvent::Records(json(payload)?)),
+            _ => return Err(Ignored::Topic),
         }
         Ok(())
     }
-}
 
-impl Secondary {
+    fn on_sync(&mut self, event: SyncEvent) {
+        if let SyncEvent::Broker(name, hello) = &event {
+            self.lists.on_event(ListEvent::Broker(name.clone(), hello.clone().map(Box::new)));
+            self.requesters.on_broker(name, hello.as_ref());
+            let (tenants, registry) =
+                hello.as_ref().map_or((None, None), |hello| (hello.tenants.clone(), hello.registry.clone()));
+            self.on_tenants(TenantEvent::Hello(name.clone(), tenants));
+            self.registry.on_hello(name, registry, hello.is_none());
+        }
+        let _ = self.sync.try_send(event);
+    }
+
+    fn on_request_of_broker(&mut self, request: Request) -> Result<(), Ignored> {
+        match request {
+            Request::Records(RecordsRequest { from: from @ Participant::Broker(_), .. }) => {
+                self.lists.on_event(ListEvent::Asked(Requester::Named(from)));
+                Ok(())
+            }
+            Request::Records(_) => Err(Ignored::Payload),
+            Request::Keys(request) => self.requesters.by_broker(request),
+        }
+    }
+
+    fn on_request_of_worker(&mut self, worker: &WorkerName, request: Request) -> Result<(), Ignored> {
+        match request {
+            Request::Records(RecordsRequest { from, to, .. }) => {
+                if self.requesters.is_for_this_broker(worker, &from, to.as_ref())? {
+                    self.lists.on_event(ListEvent::Asked(Requester::Named(from)));
+                }
+                Ok(())
+            }
+            Request::Keys(request) => self.requesters.by_worker(worker, request),
+        }
+    }
+
+    /// The payload is empty if the worker withdrew its servers; those that it announced before stay in the registry.
+    fn on_servers(&self, worker: WorkerName, payload: &[u8]) -> Result<(), Ignored> {
+        if payload.is_empty() {
+            self.on_tenants(TenantEvent::Hub(worker, None));
+        } else {
+            let servers: AnnouncedServers = json(payload)?;
+            let servers = servers.bounded().ok_or(Ignored::Payload)?;
+            self.on_tenants(TenantEvent::Hub(worker.clone(), servers.hub.clone()));
+            self.on_leases(RegistryEvent::Announced(worker, servers));
+        }
+        Ok(())
+    }
+
     /// An event for which the queue has no room is dropped: the receiver notices a missing frame, and sessions are
     /// registered again.
     fn on_tenants(&self, event: TenantEvent) {

@@ -299,37 +299,51 @@ impl Gateways {
             self.forget_stateless(worker);
             return Ok(());
         }
-        if let Topic::WorkerStatus { worker } = topic {
-            let online = status(payload)?;
-            self.gateway(worker)?.apply_status(online, retained, now);
-        } else if let Topic::WorkerData { worker, domain } = topic {
-            let data = WorkerData::parse(payload);
-            let Some(domain) = self.domains.get(domain.as_str()).cloned() else { return Ok(()) };
-            match data.map_err(|_| InvalidPayload("worker data"))? {
-                Some(data) => self.apply_data(worker, domain, data, retained, now)?,
-                None => self.apply_removed_data(worker, &domain, now),
+        match topic {
+            Topic::WorkerStatus { worker } => {
+                let online = status(payload)?;
+                self.gateway(worker)?.apply_status(online, retained, now);
             }
-        } else if let Topic::ConnectedPeers { domain, worker } = topic {
-            let Some(domain) = self.domains.get(domain.as_str()).cloned() else { return Ok(()) };
-            let count = peer_count(payload)?;
-            self.gateway(worker)?.apply_count(domain.clone(), count, retained, now);
-            if count == PeerCount::Removed {
-                self.forget_stateless(worker);
-            } else {
-                self.remember(worker, [domain]);
+            Topic::WorkerHello { worker } => self.on_hello(worker, payload, retained, now)?,
+            Topic::BrokerStatus { broker } => self.apply_broker(broker, payload, retained, now)?,
+            Topic::WorkerData { worker, domain } => {
+                let data = WorkerData::parse(payload);
+                let Some(domain) = self.domains.get(domain.as_str()).cloned() else { return Ok(()) };
+                match data.map_err(|_| InvalidPayload("worker data"))? {
+                    Some(data) => self.apply_data(worker, domain, data, retained, now)?,
+                    None => self.apply_removed_data(worker, &domain, now),
+                }
             }
-        } else if let Topic::WorkerHello { worker } = topic {
-            let hello = Hello::parse(payload).map_err(|_| InvalidPayload("hello"))?;
-            let is_served = |domain: &&Domain| hello.as_ref().is_some_and(|hello| hello.serves(domain.name()));
-            let served: Vec<_> = self.domains.iter().filter(is_served).cloned().collect();
-            self.gateway(worker)?.apply_hello(hello, retained, now);
-            if payload.is_empty() {
-                self.forget_stateless(worker);
-            } else {
-                self.remember(worker, served);
+            Topic::ConnectedPeers { domain, worker } => {
+                let Some(domain) = self.domains.get(domain.as_str()).cloned() else { return Ok(()) };
+                let count = peer_count(payload)?;
+                self.gateway(worker)?.apply_count(domain.clone(), count, retained, now);
+                if count == PeerCount::Removed {
+                    self.forget_stateless(worker);
+                } else {
+                    self.remember(worker, [domain]);
+                }
             }
-        } else if let Topic::BrokerStatus { broker } = topic {
-            self.apply_broker(broker, payload, retained, now)?;
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn on_hello(
+        &mut self,
+        worker: &WorkerName,
+        payload: &[u8],
+        retained: bool,
+        now: Instant,
+    ) -> Result<(), InvalidPayload> {
+        let hello = Hello::parse(payload).map_err(|_| InvalidPayload("hello"))?;
+        let is_served = |domain: &&Domain| hello.as_ref().is_some_and(|hello| hello.serves(domain.name()));
+        let served: Vec<_> = self.domains.iter().filter(is_served).cloned().collect();
+        self.gateway(worker)?.apply_hello(hello, retained, now);
+        if payload.is_empty() {
+            self.forget_stateless(worker);
+        } else {
+            self.remember(worker, served);
         }
         Ok(())
     }

@@ -36,13 +36,25 @@ const CALLER_WAIT_MAX: Duration = Duration::from_secs(9);
 
 /// The operation of a route.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum RouteOperation {
+enum Operation {
+    Read(ReadOperation),
+    Change(ChangeOperation),
+}
+
+/// An operation that changes nothing; its fields may be in the query string, too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum ReadOperation {
     ListClients,
     ListServers,
     ServerConfig,
     ServerAddress,
     ServerExists,
     ClientConfig,
+}
+
+/// An operation whose answer has no body.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum ChangeOperation {
     AddServer,
     AddClient,
     DeleteClient,
@@ -54,18 +66,18 @@ enum RouteOperation {
 const PREFIX: &str = "/api/v1";
 
 /// The routes, without the slash at the end.
-const ROUTES: [(&str, RouteOperation); 11] = [
-    ("/api/v1/client/list_all", RouteOperation::ListClients),
-    ("/api/v1/server/list_all", RouteOperation::ListServers),
-    ("/api/v1/server/config", RouteOperation::ServerConfig),
-    ("/api/v1/server/wireguard_ip", RouteOperation::ServerAddress),
-    ("/api/v1/server/exists", RouteOperation::ServerExists),
-    ("/api/v1/client/config", RouteOperation::ClientConfig),
-    ("/api/v1/server/add", RouteOperation::AddServer),
-    ("/api/v1/client/add", RouteOperation::AddClient),
-    ("/api/v1/client/delete", RouteOperation::DeleteClient),
-    ("/api/v1/server/delete", RouteOperation::DeleteServer),
-    ("/api/v1/server/remove_peer", RouteOperation::RemovePeer),
+const ROUTES: [(&str, Operation); 11] = [
+    ("/api/v1/client/list_all", Operation::Read(ReadOperation::ListClients)),
+    ("/api/v1/server/list_all", Operation::Read(ReadOperation::ListServers)),
+    ("/api/v1/server/config", Operation::Read(ReadOperation::ServerConfig)),
+    ("/api/v1/server/wireguard_ip", Operation::Read(ReadOperation::ServerAddress)),
+    ("/api/v1/server/exists", Operation::Read(ReadOperation::ServerExists)),
+    ("/api/v1/client/config", Operation::Read(ReadOperation::ClientConfig)),
+    ("/api/v1/server/add", Operation::Change(ChangeOperation::AddServer)),
+    ("/api/v1/client/add", Operation::Change(ChangeOperation::AddClient)),
+    ("/api/v1/client/delete", Operation::Change(ChangeOperation::DeleteClient)),
+    ("/api/v1/server/delete", Operation::Change(ChangeOperation::DeleteServer)),
+    ("/api/v1/server/remove_peer", Operation::Change(ChangeOperation::RemovePeer)),
 ];
 
 /// Why a call is answered with an error.
@@ -128,23 +140,15 @@ pub fn label(path: &str) -> Option<&'static str> {
     ROUTES.iter().map(|(route, _)| *route).find(|route| *route == path)
 }
 
-impl RouteOperation {
+impl Operation {
     fn is_read(self) -> bool {
-        match self {
-            Self::ListClients
-            | Self::ListServers
-            | Self::ServerConfig
-            | Self::ServerAddress
-            | Self::ServerExists
-            | Self::ClientConfig => true,
-            Self::AddServer | Self::AddClient | Self::DeleteClient | Self::DeleteServer | Self::RemovePeer => false,
-        }
+        matches!(self, Self::Read(_))
     }
 }
 
 impl Registry {
-    async fn answer(&self, operation: RouteOperation, request: &HttpRequest, body: Payload) -> HttpResponse {
-        let is_open = self.is_client_config_open && operation == RouteOperation::ClientConfig;
+    async fn answer(&self, operation: Operation, request: &HttpRequest, body: Payload) -> HttpResponse {
+        let is_open = self.is_client_config_open && operation == Operation::Read(ReadOperation::ClientConfig);
         let result = if is_open || self.login.admits(request.headers()) {
             self.call(operation, request, body).await
         } else {
@@ -158,67 +162,86 @@ impl Registry {
 
     async fn call(
         &self,
-        operation: RouteOperation,
+        operation: Operation,
         request: &HttpRequest,
         body: Payload,
     ) -> Result<HttpResponse, CallRejection> {
         let body = body::read(body, BODY_MAX).await?;
         let fields = fields(&body, if operation.is_read() { request.query_string() } else { "" })?;
-        in_time(self.perform(operation, request, &fields)).await
+        match operation {
+            Operation::Read(operation) => in_time(self.read_operation(operation, request, &fields)).await,
+            Operation::Change(operation) => in_time(self.change_operation(operation, &fields)).await,
+        }
     }
 
-    async fn perform(
+    async fn read_operation(
         &self,
-        operation: RouteOperation,
+        operation: ReadOperation,
         request: &HttpRequest,
         fields: &CallFields,
     ) -> Result<HttpResponse, CallRejection> {
         match operation {
-            RouteOperation::ListClients => {
+            ReadOperation::ListClients => {
                 let place = self.large_place().await?;
                 Ok(json_answer(self.read_json(store::list_clients).await?, Some(place)))
             }
-            RouteOperation::ListServers => Ok(json_answer(self.read_json(store::list_servers).await?, None)),
-            RouteOperation::ServerConfig => self.server_config(fields, request).await,
-            RouteOperation::ServerAddress => {
+            ReadOperation::ListServers => Ok(json_answer(self.read_json(store::list_servers).await?, None)),
+            ReadOperation::ServerConfig => self.server_config(fields, request).await,
+            ReadOperation::ServerAddress => {
                 let name = fields.server_name()?;
                 let address = self.read(move |tables| store::wireguard_ip(tables, &name)).await?;
                 Ok(HttpResponse::Ok().json(json!({ "server_wg_ip": address })))
             }
-            RouteOperation::ServerExists => {
+            ReadOperation::ServerExists => {
                 let name = fields.server_name()?;
-                empty(StatusCode::OK, self.read(move |tables| store::require_server(tables, &name))).await
+                self.read(move |tables| store::require_server(tables, &name)).await?;
+                Ok(HttpResponse::new(StatusCode::OK))
             }
-            RouteOperation::ClientConfig => {
+            ReadOperation::ClientConfig => {
                 let (client, server, key) = (fields.client_name()?, fields.server_name()?, fields.known_key()?);
                 let read = self.read_json(move |tables| store::client_config(tables, &client, &server, key));
                 Ok(json_answer(read.await?, None))
             }
-            RouteOperation::AddServer => {
+        }
+    }
+
+    async fn change_operation(
+        &self,
+        operation: ChangeOperation,
+        fields: &CallFields,
+    ) -> Result<HttpResponse, CallRejection> {
+        let status = match operation {
+            ChangeOperation::AddServer | ChangeOperation::AddClient => StatusCode::CREATED,
+            ChangeOperation::DeleteClient | ChangeOperation::DeleteServer | ChangeOperation::RemovePeer => {
+                StatusCode::OK
+            }
+        };
+        match operation {
+            ChangeOperation::AddServer => {
                 let new = fields.new_server()?;
-                let add = move |tables: &mut Transaction<'_>, _| {
+                self.change(move |tables, _| {
                     store::add_server(tables, &new, store::new_id(), None).map(|()| Vec::new())
-                };
-                empty(StatusCode::CREATED, self.change(add)).await
+                })
+                .await?;
             }
-            RouteOperation::AddClient => {
+            ChangeOperation::AddClient => {
                 let new = fields.new_client()?;
-                empty(StatusCode::CREATED, self.change(move |tables, now| store::add_client(tables, &new, now))).await
+                self.change(move |tables, now| store::add_client(tables, &new, now)).await?;
             }
-            RouteOperation::DeleteClient => {
+            ChangeOperation::DeleteClient => {
                 let name = fields.client_name()?;
-                empty(StatusCode::OK, self.change(move |tables, now| store::delete_client(tables, &name, now))).await
+                self.change(move |tables, now| store::delete_client(tables, &name, now)).await?;
             }
-            RouteOperation::DeleteServer => {
+            ChangeOperation::DeleteServer => {
                 let name = fields.server_name()?;
-                empty(StatusCode::OK, self.change(move |tables, _| store::delete_server(tables, &name))).await
+                self.change(move |tables, _| store::delete_server(tables, &name)).await?;
             }
-            RouteOperation::RemovePeer => {
+            ChangeOperation::RemovePeer => {
                 let (client, server) = (fields.client_name()?, fields.server_name()?);
-                empty(StatusCode::OK, self.change(move |tables, now| store::remove_peer(tables, &client, &server, now)))
-                    .await
+                self.change(move |tables, now| store::remove_peer(tables, &client, &server, now)).await?;
             }
         }
+        Ok(HttpResponse::new(status))
     }
 
     /// The clients of a server; 304 if the caller has them as they are.
@@ -280,15 +303,6 @@ fn json_answer(json: Bytes, place: Option<OwnedSemaphorePermit>) -> HttpResponse
 
 fn quoted(version: &str) -> String {
     format!("\"{version}\"")
-}
-
-/// The answer without a body to a call that succeeded.
-async fn empty(
-    status: StatusCode,
-    call: impl Future<Output = Result<(), CallError>>,
-) -> Result<HttpResponse, CallRejection> {
-    call.await?;
-    Ok(HttpResponse::new(status))
 }
 
 /// The fields of a call: the object in its body or, without a body, its query.

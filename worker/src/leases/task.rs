@@ -45,6 +45,9 @@ pub enum LeaseEvent {
 /// The sender of events to the task. Clones share it.
 pub type LeaseSender = mpsc::Sender<LeaseEvent>;
 
+/// The receiver of the same channel.
+pub type LeaseReceiver = mpsc::Receiver<LeaseEvent>;
+
 /// Whether the task is needed: the config has servers, or had some before, so that brokers have to learn of their
 /// removal.
 #[must_use]
@@ -54,7 +57,7 @@ pub fn is_needed(config: &Config) -> bool {
 
 /// The queue of events.
 #[must_use]
-pub fn channel() -> (LeaseSender, mpsc::Receiver<LeaseEvent>) {
+pub fn channel() -> (LeaseSender, LeaseReceiver) {
     mpsc::channel(LEASE_EVENTS_MAX)
 }
 
@@ -65,7 +68,7 @@ pub struct LeaseParts<K> {
     /// The session on which the task publishes.
     pub bus: MqttHandle,
     /// The queue of events.
-    pub events: mpsc::Receiver<LeaseEvent>,
+    pub events: LeaseReceiver,
     /// Its metrics.
     pub metrics: Metrics,
 }
@@ -75,7 +78,7 @@ pub struct LeaseTask<K> {
     kernel: K,
     bus: MqttHandle,
     connection: watch::Receiver<ConnectionState>,
-    events: mpsc::Receiver<LeaseEvent>,
+    events: LeaseReceiver,
     metrics: Metrics,
     worker: WorkerName,
     external_name: String,
