@@ -251,27 +251,15 @@ impl AdminCommand {
                 change.make(file, BrokerCall::post("/v1/unrevoke", &json!({ "key": key })), outcome)
             }
             Self::Allow { about, domain, remove, change } => {
-                let fields = about.fields(domain.as_deref());
-                change.make(
-                    file,
-                    BrokerCall { method: method(remove), ..BrokerCall::post("/v1/lists/allow", &fields) },
-                    outcome,
-                )
+                change.make(file, list_call("/v1/lists/allow", remove, &about.fields(domain.as_deref())), outcome)
             }
             Self::Trust { about, remove, change } => {
-                let fields = about.fields(None);
-                change.make(
-                    file,
-                    BrokerCall { method: method(remove), ..BrokerCall::post("/v1/lists/trusted", &fields) },
-                    outcome,
-                )
+                change.make(file, list_call("/v1/lists/trusted", remove, &about.fields(None)), outcome)
             }
             Self::List { list, domain, name, json, call } => {
                 let list = list.and_then(|list| list.to_possible_value()).map(|list| list.get_name().to_owned());
-                let answer = call.make(
-                    file,
-                    BrokerCall::get(&path("/v1/keys", &[("list", list), ("domain", domain), ("q", name)])),
-                )?;
+                let path = path("/v1/keys", &[("list", list), ("domain", domain), ("q", name)]);
+                let answer = call.make(file, BrokerCall::get(&path))?;
                 Ok((if json { format!("{answer:#}\n") } else { table(&answer) }, ExitCode::SUCCESS))
             }
             Self::Where { key, json, call } => {
@@ -289,8 +277,8 @@ impl AdminCommand {
     }
 }
 
-fn method(remove: bool) -> &'static str {
-    if remove { "DELETE" } else { "POST" }
+fn list_call<'a>(path: &'a str, remove: bool, fields: &'a Value) -> BrokerCall<'a> {
+    BrokerCall { method: if remove { "DELETE" } else { "POST" }, ..BrokerCall::post(path, fields) }
 }
 
 impl KeyArgs {

@@ -31,20 +31,7 @@ pub fn found(report: &WhereReport) -> String {
 
 fn in_domain(text: &mut String, found: &KeyInDomain) {
     let KeyInDomain { domain, state, access, first_secs, last_secs, last_handshake_secs, .. } = found;
-    let state = match state {
-        Some(KeyState::Established) => "live, established",
-        Some(KeyState::Unestablished) => "live, never connected",
-        Some(KeyState::Displaced) => "established, but another key has its address now",
-        Some(KeyState::Claimed) => "not live: no router has sent it, but a gateway reports handshakes",
-        None => "not live",
-    };
-    let access = match access {
-        KeyAdmission::Allowed => "",
-        KeyAdmission::Trusted => ", trusted",
-        KeyAdmission::NotAllowlisted => ", refused: not on the list allow",
-        KeyAdmission::Denied => ", denied",
-    };
-    let _ = writeln!(text, "{}: {state}{access}", printable(domain));
+    let _ = writeln!(text, "{}: {}{}", printable(domain), state_text(*state), admission_text(*access));
     let ago = |seconds: &Option<u64>| seconds.map(|seconds| format!("{} ago", age(seconds)));
     let at = found.last_handshake_at.as_deref().map_or(String::new(), |gateway| format!(" at {gateway}"));
     let confirmed: Vec<_> = found
@@ -72,6 +59,25 @@ fn in_domain(text: &mut String, found: &KeyInDomain) {
     }
     if let Some(flight) = &found.in_flight {
         let _ = writeln!(text, "  in flight: {}", printable(&in_flight(flight)));
+    }
+}
+
+fn state_text(state: Option<KeyState>) -> &'static str {
+    match state {
+        Some(KeyState::Established) => "live, established",
+        Some(KeyState::Unestablished) => "live, never connected",
+        Some(KeyState::Displaced) => "established, but another key has its address now",
+        Some(KeyState::Claimed) => "not live: no router has sent it, but a gateway reports handshakes",
+        None => "not live",
+    }
+}
+
+fn admission_text(admission: KeyAdmission) -> &'static str {
+    match admission {
+        KeyAdmission::Allowed => "",
+        KeyAdmission::Trusted => ", trusted",
+        KeyAdmission::NotAllowlisted => ", refused: not on the list allow",
+        KeyAdmission::Denied => ", denied",
     }
 }
 

@@ -316,15 +316,26 @@ impl Gateways {
             }
             Topic::ConnectedPeers { domain, worker } => {
                 let Some(domain) = self.domains.get(domain.as_str()).cloned() else { return Ok(()) };
-                let count = peer_count(payload)?;
-                self.gateway(worker)?.apply_count(domain.clone(), count, retained, now);
-                if count == PeerCount::Removed {
-                    self.forget_stateless(worker);
-                } else {
-                    self.remember(worker, [domain]);
-                }
+                self.on_count(worker, domain, peer_count(payload)?, retained, now)?;
             }
             _ => {}
+        }
+        Ok(())
+    }
+
+    fn on_count(
+        &mut self,
+        worker: &WorkerName,
+        domain: Domain,
+        count: PeerCount,
+        retained: bool,
+        now: Instant,
+    ) -> Result<(), InvalidPayload> {
+        self.gateway(worker)?.apply_count(domain.clone(), count, retained, now);
+        if count == PeerCount::Removed {
+            self.forget_stateless(worker);
+        } else {
+            self.remember(worker, [domain]);
         }
         Ok(())
     }

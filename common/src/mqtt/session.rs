@@ -170,11 +170,9 @@ impl MqttSession {
                 warn!(server = self.server, "subscription found no place");
             }
             let room = up && self.outbox.in_flight() < usize::from(INFLIGHT);
-            if room
-                && let Some((topic, _)) = &self.echo_topic
-                && self.echo.is_due(now)
+            if let Some(echo) =
+                room.then(|| due_echo(&mut self.echo, self.echo_topic.as_ref(), &self.id, now)).flatten()
             {
-                let echo = Message { qos: QoS::AtMostOnce, ..Message::transient(topic.clone(), self.id.clone()) };
                 self.outbox.enqueue(PendingPublish::new(echo, None), &self.client);
                 continue;
             }
@@ -231,6 +229,12 @@ async fn joined(pair: &mut Option<SessionPair>) -> Option<JoinedSession> {
         Some(SessionPair { joining: JoinChannel::First(joining), .. }) => joining.recv().await,
         _ => None,
     }
+}
+
+/// The message by which the session checks that the server delivers, if it is due.
+fn due_echo(echo: &mut SessionEcho, topic: Option<&(Topic, String)>, id: &str, now: Instant) -> Option<Message> {
+    let (topic, _) = topic.filter(|_| echo.is_due(now))?;
+    Some(Message { qos: QoS::AtMostOnce, ..Message::transient(topic.clone(), id.to_owned()) })
 }
 
 /// Passes a message to rumqttc, unless the server would close the connection because of it.

@@ -112,14 +112,8 @@ impl MqttSession {
     /// now; otherwise it would return them on the next connection, and the answer to a SUBSCRIBE of this connection
     /// would be taken for one of the next.
     pub(super) fn on_disconnect(&mut self, error: &ConnectionError, on_event: &mut impl FnMut(Event)) {
-        self.eventloop.clean();
-        self.eventloop.pending.clear();
-        let received = take(&mut self.eventloop.state.events);
-        self.eventloop.state = MqttState::new(INFLIGHT, false);
-        for event in received {
-            if !matches!(event, rumqttc::Event::Incoming(Incoming::ConnAck(_) | Incoming::SubAck(_))) {
-                self.handle(event, on_event);
-            }
+        for event in self.take_received() {
+            self.handle(event, on_event);
         }
         self.outbox.on_disconnect();
         let now = Instant::now();
@@ -140,6 +134,28 @@ impl MqttSession {
         if !is_over_echo {
             self.count(error);
         }
+        self.report_down(error, accepted);
+        on_event(Event::Down);
+        if let Some(joined_session) = &self.joined_session {
+            joined_session.on_event(Event::Down);
+        }
+    }
+
+    /// The events that rumqttc has not returned, without the answers to a CONNECT or SUBSCRIBE; it forgets the
+    /// connection.
+    fn take_received(&mut self) -> Vec<rumqttc::Event> {
+        self.eventloop.clean();
+        self.eventloop.pending.clear();
+        let received = take(&mut self.eventloop.state.events);
+        self.eventloop.state = MqttState::new(INFLIGHT, false);
+        let is_answer = |event: &rumqttc::Event| {
+            matches!(event, rumqttc::Event::Incoming(Incoming::ConnAck(_) | Incoming::SubAck(_)))
+        };
+        received.into_iter().filter(|event| !is_answer(event)).collect()
+    }
+
+    /// Sets the state to why the connection is down, and logs each reason once.
+    fn report_down(&mut self, error: &ConnectionError, accepted: bool) {
         let is_dot_suspect = self.reconnect.is_closed_early() && !self.attempt.lacks_tls(accepted);
         let hint = self.dotted.as_ref().filter(|_| is_dot_suspect).map(|name| dot_hint(name));
         // If the server does not listen, another program with the same name is not the cause.
@@ -164,10 +180,6 @@ impl MqttSession {
             && self.said.insert(reason.clone())
         {
             warn!(reason, client = self.id, "MQTT not connected");
-        }
-        on_event(Event::Down);
-        if let Some(joined_session) = &self.joined_session {
-            joined_session.on_event(Event::Down);
         }
     }
 
