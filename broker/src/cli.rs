@@ -35,14 +35,14 @@ pub fn print_or_complain(text: anyhow::Result<String>) -> ExitCode {
     match text.and_then(|text| print(&text)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            complain(&error);
+            print_error(&error);
             ExitCode::FAILURE
         }
     }
 }
 
 /// Prints the error of a command.
-fn complain(error: &anyhow::Error) {
+fn print_error(error: &anyhow::Error) {
     // There is no other place for the error.
     let _ = writeln!(io::stderr(), "error: {error:#}");
 }

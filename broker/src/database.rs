@@ -6,7 +6,7 @@
 //! together. Callers: the rooms with tables, by [`Database::run`].
 
 mod connection;
-mod filled_mark;
+mod had_rows_mark;
 mod postgres;
 mod row;
 mod sqlite;
@@ -22,7 +22,7 @@ use tracing::{error, info, warn};
 
 use self::connection::{Connection, Connector};
 pub use self::connection::{Location, Transaction};
-pub use self::filled_mark::FilledMark;
+pub use self::had_rows_mark::HadRowsMark;
 pub use self::row::{Row, SqlValue};
 pub use self::types::{AccessMode, DatabaseError, Migrations};
 
@@ -72,7 +72,7 @@ impl Database {
     pub fn start(
         location: Location,
         migrations: Migrations,
-        mark: FilledMark,
+        mark: HadRowsMark,
     ) -> io::Result<(Self, oneshot::Receiver<()>)> {
         let (jobs, queue) = mpsc::channel(WAITING_JOBS_MAX);
         let (publish, state) = watch::channel(DatabaseState::Starting);
@@ -253,7 +253,7 @@ mod tests {
     const NEWER: Migrations = Migrations(&[TABLE.0[0], "CREATE TABLE u (a INTEGER)"]);
 
     fn open(file: &Path, migrations: Migrations) -> Database {
-        Database::start(Location::File(file.to_owned()), migrations, FilledMark::default()).unwrap().0
+        Database::start(Location::File(file.to_owned()), migrations, HadRowsMark::default()).unwrap().0
     }
 
     fn insert(transaction: &mut Transaction<'_>, number: i64) -> Result<(), DatabaseError> {
@@ -317,12 +317,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let [file, copy, mark_file] = ["f", "copy", "mark"].map(|name| dir.path().join(name));
         let start = |is_set| {
-            let mark = FilledMark::new(mark_file.clone(), is_set);
+            let mark = HadRowsMark::new(mark_file.clone(), is_set);
             (Database::start(Location::File(file.clone()), TABLE, mark.clone()).unwrap(), mark)
         };
         let ((database, end), mark) = start(false);
         database.run(AccessMode::Write, |transaction| insert(transaction, 1), |()| {}).await.unwrap();
-        assert_eq!(mark.contradicted(), None);
+        assert_eq!(mark.lost_rows(), None);
         drop(database);
         end.await.unwrap_err();
         std::fs::rename(&file, &copy).unwrap();
@@ -333,7 +333,7 @@ mod tests {
             let ((database, end), mark) = start(true);
             let refused = rows(&database).await.unwrap_err().to_string();
             assert!(refused.contains("remove") && refused.contains("mark while this broker is stopped"), "{refused}");
-            assert_eq!(mark.contradicted(), Some(&*mark_file));
+            assert_eq!(mark.lost_rows(), Some(&*mark_file));
             drop(database);
             end.await.unwrap_err();
             assert_eq!(std::fs::metadata(&file).unwrap().len(), 0, "nothing is made of it");
@@ -344,7 +344,7 @@ mod tests {
         while rows(&database).await.is_err() {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        assert_eq!((rows(&database).await.unwrap().len(), mark.contradicted()), (1, None));
+        assert_eq!((rows(&database).await.unwrap().len(), mark.lost_rows()), (1, None));
     }
 
     /// The result of a call may be received before the new state.

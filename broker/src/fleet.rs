@@ -14,7 +14,7 @@ pub(crate) mod election;
 mod gateway;
 pub mod gateways;
 mod handle;
-pub mod key_places;
+pub mod key_locations;
 pub mod live_keys;
 mod metrics;
 pub mod reach;

@@ -12,12 +12,12 @@ mod body;
 mod key_exchange;
 pub mod key_reports;
 mod metrics;
-mod missed_proxies;
 mod refused_domains;
 pub(crate) mod registry;
 pub mod status;
 mod status_page;
 pub(crate) mod tenants;
+mod unnamed_proxies;
 
 use std::collections::BTreeSet;
 use std::iter::once;
@@ -51,8 +51,8 @@ use crate::registry::Registry;
 use crate::tenants::TenantsHttpState;
 
 pub use self::metrics::Metrics;
-pub use self::missed_proxies::MissedProxies;
 pub use self::refused_domains::RefusedDomains;
+pub use self::unnamed_proxies::UnnamedProxies;
 
 /// Seconds after which a router may repeat its request. Routers do so every minute anyway.
 const RETRY_SECONDS: u32 = 10;
@@ -77,7 +77,7 @@ pub struct App {
     /// The networks of the trusted proxies.
     pub trusted: Arc<[IpNet]>,
     /// The proxies nearby that forward requests and are not trusted.
-    pub missed_proxies: Arc<MissedProxies>,
+    pub unnamed_proxies: Arc<UnnamedProxies>,
     /// The metrics of the HTTP servers.
     pub metrics: Metrics,
     /// The metrics of the fleet, which are up to date only when they are read.

@@ -56,7 +56,7 @@ use wgkex_common::runtime::services::Services;
 use wgkex_common::storage::key_store::{self, Clocks, KeyStore};
 use wgkex_common::storage::versions::{self, StateFile};
 use wgkex_common::sync::{self, PeerSelection, SyncClient, SyncReceiver, SyncSender};
-use wgkex_common::wire::message::{Served, SnapshotChunk};
+use wgkex_common::wire::message::{ServiceAnnouncement, SnapshotChunk};
 use wgkex_common::wire::name::Participant;
 use wgkex_common::{BrokerName, Config, Domain};
 
@@ -78,7 +78,7 @@ use crate::fleet::gateways::Gateways;
 use crate::fleet::live_keys::LiveKeys;
 use crate::fleet::revocation::PendingRevocations;
 use crate::http::admin::Admin;
-use crate::http::{App, MissedProxies, RefusedDomains};
+use crate::http::{App, RefusedDomains, UnnamedProxies};
 use crate::metrics::MetricsRegistry;
 use crate::mqtt_server::{ClientProblems, MqttServer, retained_store};
 use crate::registry::lease_events::{RegistryEventReceiver, RegistryEventSender};
@@ -152,7 +152,7 @@ struct SharedServices {
     leases: RegistryEventSender,
     holder: registry::holder::RegistryHolder,
     tenant_events: Option<TenantEventSender>,
-    served_tenants: Option<watch::Receiver<Served>>,
+    announced_tenants: Option<watch::Receiver<ServiceAnnouncement>>,
 }
 
 /// The ports that the config names, bound.
@@ -190,8 +190,8 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     let holder = registry::holder::RegistryHolder::open(&config)?;
     let (registry, database_end) = open_registry(&config, &holder, &metrics.registry).await?.unzip();
     let (tenant_tasks, tenants_http) = tenants::open(&config, &metrics.tenants)?.unzip();
-    let of_tenants = tenant_tasks.as_ref().map(|tasks| (tasks.events.clone(), tasks.served.clone()));
-    let (tenant_events, served_tenants) = of_tenants.unzip();
+    let of_tenants = tenant_tasks.as_ref().map(|tasks| (tasks.events.clone(), tasks.announced.clone()));
+    let (tenant_events, announced_tenants) = of_tenants.unzip();
     let broker =
         Broker { config, fleet, exchange, lists, revocations, drains, client_problems, bus, keys, registry, metrics };
 
@@ -204,7 +204,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     if let Some(end) = database_end {
         services.background().spawn("the database", |_| async move { drop(end.await) });
     }
-    let shared = SharedServices { leases, holder, tenant_events, served_tenants };
+    let shared = SharedServices { leases, holder, tenant_events, announced_tenants };
     broker.start_bus(&mut services, session, keys_session, shared);
     broker.start_registry(&mut services, lease_events);
     let service = tenant_tasks.map(|tasks| broker.start_tenant_files(&mut services, tasks));
@@ -295,7 +295,7 @@ impl Broker {
             in_flight.clone(),
             online_log,
         )
-        .with_served(shared.served_tenants, shared.holder);
+        .with_services(shared.announced_tenants, shared.holder);
         services
             .group(STOP_TIMEOUT, None)
             .spawn("the MQTT session", |stop| session.run(move |event| primary.on_event(event), stop))
@@ -414,10 +414,10 @@ impl Broker {
 
     /// The state of the servers for routers.
     fn app(&self, tenants: Option<TenantsHttpState>) -> App {
-        let (trusted, missed_proxies) = (Arc::from(self.config.trusted_proxies.clone()), Arc::default());
+        let (trusted, unnamed_proxies) = (Arc::from(self.config.trusted_proxies.clone()), Arc::default());
         let Metrics { http: metrics, fleet: fleet_metrics, all: all_metrics, .. } = self.metrics.clone();
         let capacity = if tenants.is_some() { Capacity::of_fleet_and_upgraded() } else { Capacity::of_fleet() };
-        let connections = connections(capacity, Arc::clone(&trusted), Arc::clone(&missed_proxies), metrics.clone());
+        let connections = connections(capacity, Arc::clone(&trusted), Arc::clone(&unnamed_proxies), metrics.clone());
         let started = Instant::now();
         App {
             domains: self.config.domains.clone(),
@@ -428,7 +428,7 @@ impl Broker {
             client_problems: self.client_problems.clone(),
             connections,
             trusted,
-            missed_proxies,
+            unnamed_proxies,
             metrics,
             fleet_metrics,
             all_metrics,
@@ -582,7 +582,7 @@ async fn evict_idle(connections: Connections) {
 fn connections(
     capacity: Capacity,
     trusted: Arc<[IpNet]>,
-    missed: Arc<MissedProxies>,
+    missed: Arc<UnnamedProxies>,
     metrics: http::Metrics,
 ) -> Connections {
     let peer_kind = move |peer| client_ip::peer_kind(peer, &trusted, missed.is_any());

@@ -171,7 +171,7 @@ impl Registry {
             storage: if self.holder.is_of_one() { "SQLite" } else { "PostgreSQL" }.into(),
             storage_up: self.is_storage_up(),
             elsewhere: self.holder.other(),
-            emptied: self.holder.mark().contradicted().map(|file| file.display().to_string()),
+            emptied: self.holder.mark().lost_rows().map(|file| file.display().to_string()),
             servers: number(&self.metrics.servers),
             leases: number(&self.metrics.leases),
         }

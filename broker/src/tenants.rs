@@ -47,7 +47,7 @@ use tokio::sync::watch;
 use tracing::info;
 use wgkex_common::address::tenants::TenantNetworks;
 use wgkex_common::config::TenantSettings;
-use wgkex_common::wire::message::Served;
+use wgkex_common::wire::message::ServiceAnnouncement;
 use wgkex_common::{BrokerName, Config};
 
 use crate::fleet::election::{self, Election};
@@ -103,7 +103,7 @@ pub struct TenantTasks {
     /// Passes it the messages of other brokers.
     pub events: TenantEventSender,
     /// The service that this broker announces.
-    pub served: watch::Receiver<Served>,
+    pub announced: watch::Receiver<ServiceAnnouncement>,
 }
 
 /// The version of the frames between brokers, and of the way in which they give addresses.
@@ -118,20 +118,20 @@ pub fn open(config: &Config, metrics: &Metrics) -> anyhow::Result<Option<(Tenant
     info!(addresses = addresses.len(), "tenants are served");
     let now = Instant::now();
     let since = election::since();
-    let served = Served { since, rules: rules(settings) };
+    let announced = ServiceAnnouncement { since, rules: rules(settings) };
     let own = BrokerName::from(&config.name);
     let hub = settings.hub.clone().map(|worker| TenantHub::new(worker, settings.networks.clone()));
     let hub_problem = hub.as_ref().and_then(|hub| Some((hub.worker().clone(), hub.problem()?)));
     let clients = Clients::new(settings.networks.count());
     let sessions = Sessions::new(own.clone(), clients, addresses, buffer.clone(), metrics.clone()).with_hub(hub);
-    let election = Election::new(own.clone(), served, now);
+    let election = Election::new(own.clone(), announced, now);
     let problems = Arc::new(Mutex::new(TenantProblems { hub: hub_problem, ..TenantProblems::default() }));
     let tenants =
         Coordination::new(own, settings.clone(), sessions, election, since, problems.clone(), metrics.clone());
     let (service, handle, events) = TenantService::new(tenants, buffer, metrics.clone());
-    let served = service.served();
+    let announced = service.announced();
     let http_state = TenantsHttpState { handle, tokens: tokens.clone(), metrics: metrics.clone(), problems };
-    Ok(Some((TenantTasks { service, store, tokens, events, served }, http_state)))
+    Ok(Some((TenantTasks { service, store, tokens, events, announced }, http_state)))
 }
 
 /// A digest of the settings that brokers must share to serve the same tenants.

@@ -59,7 +59,7 @@ pub struct Finding {
 
 /// A problem and its remedy.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Trouble {
+pub struct CheckProblem {
     /// The problem.
     pub found: String,
     /// The remedy.
@@ -111,7 +111,7 @@ impl Program {
     }
 }
 
-impl Trouble {
+impl CheckProblem {
     /// A problem and its remedy.
     #[must_use]
     pub fn new(found: impl Into<String>, advice: impl Into<String>) -> Self {
@@ -156,12 +156,12 @@ impl Finding {
         Self { level: Level::Fail, ..Self::warn(subject, found, advice) }
     }
 
-    /// A finding without a problem if `trouble` is none, else that.
+    /// A finding without a problem if `problem` is none, else that.
     #[must_use]
-    pub fn judge(subject: &str, level: Level, ok: impl Into<String>, trouble: Option<Trouble>) -> Self {
-        match trouble {
+    pub fn judge(subject: &str, level: Level, ok: impl Into<String>, problem: Option<CheckProblem>) -> Self {
+        match problem {
             None => Self::ok(subject, ok),
-            Some(Trouble { found, advice }) => Self { level, ..Self::warn(subject, found, advice) },
+            Some(CheckProblem { found, advice }) => Self { level, ..Self::warn(subject, found, advice) },
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The HTTP server of both programs: HTTP/1.1 whose clients take bounded memory and time, whatever they send and
-//! however little they read. actix-http decodes all requests at once that a client pipelines, 6 KiB each; [`paced`]
-//! passes on one after the other. [`connections`] has all open connections, and closes some when there are too many.
+//! however little they read. actix-http decodes all requests at once that a client pipelines, 6 KiB each;
+//! [`pipeline_gate`] passes on one after the other. [`connections`] has all open connections, and closes some when
+//! there are too many.
 //! [`client`] is the HTTP client of the commands. A connection that is upgraded to a WebSocket takes no place of the
 //! others; [`frames`] bounds the messages of its client.
 //!
@@ -11,7 +12,7 @@ pub mod client;
 pub mod connections;
 mod frames;
 pub mod listener;
-mod paced;
+mod pipeline_gate;
 
 use std::future::ready;
 use std::io;
@@ -41,8 +42,8 @@ use tokio::net::TcpStream;
 
 pub use self::frames::MESSAGE_MAX;
 
-use self::connections::{ActiveRequest, Connections, Flow, IDLE_TIMEOUT};
-use self::paced::Paced;
+use self::connections::{ActiveRequest, ConnectionActivity, Connections, IDLE_TIMEOUT};
+use self::pipeline_gate::PipelineGate;
 use crate::tls::rustls::ServerConfig;
 
 /// The timeout for the head of the first request.
@@ -115,7 +116,7 @@ where
     let builder = match tls {
         None => builder.listen("http", listener, move || {
             let connections = connections.clone();
-            let open = move |stream: TcpStream| ready(Ok(paced(stream, |stream| stream, &connections)));
+            let open = move |stream: TcpStream| ready(Ok(pipeline_gate(stream, |stream| stream, &connections)));
             fn_service(open).and_then(http(factory(), stopped.clone()))
         })?,
         Some(tls) => {
@@ -124,7 +125,7 @@ where
                 let connections = connections.clone();
                 let open = move |mut stream: TlsStream<TcpStream>| {
                     stream.get_mut().1.set_buffer_limit(Some(ENCRYPTED_BYTES_MAX));
-                    paced(stream, |stream| stream.get_ref().0, &connections)
+                    pipeline_gate(stream, |stream| stream.get_ref().0, &connections)
                 };
                 let mut acceptor = Acceptor::new(tls.clone());
                 acceptor.set_handshake_timeout(TLS_HANDSHAKE_TIMEOUT);
@@ -137,16 +138,26 @@ where
 }
 
 /// A connection with its place in the table, and its client's address.
-fn paced<S>(stream: S, socket: impl Fn(&S) -> &TcpStream, open: &Connections) -> (Paced<S>, Option<SocketAddr>) {
+fn pipeline_gate<S>(
+    stream: S,
+    socket: impl Fn(&S) -> &TcpStream,
+    open: &Connections,
+) -> (PipelineGate<S>, Option<SocketAddr>) {
     let (place, peer) = (open.opened(socket(&stream)), socket(&stream).peer_addr().ok());
-    (Paced::new(stream, place), peer)
+    (PipelineGate::new(stream, place), peer)
 }
 
 /// The service for the connections of one thread.
 fn http<S, T, B>(
     app: App<T>,
     stopped: GracefulShutdownSignal,
-) -> impl ServiceFactory<(Paced<S>, Option<SocketAddr>), Config = (), Response = (), Error = DispatchError, InitError = ()>
+) -> impl ServiceFactory<
+    (PipelineGate<S>, Option<SocketAddr>),
+    Config = (),
+    Response = (),
+    Error = DispatchError,
+    InitError = (),
+>
 where
     S: AsyncRead + AsyncWrite + Unpin + 'static,
     T: ServiceFactory<ServiceRequest, Config = (), Response = ServiceResponse<B>, Error = Error, InitError = ()>
@@ -172,8 +183,8 @@ where
         .keep_alive(IDLE_TIMEOUT)
         .client_request_timeout(HEAD_TIMEOUT)
         .client_disconnect_timeout(LINGER_TIMEOUT)
-        .on_connect_ext(|stream: &Paced<S>, data: &mut Extensions| {
-            data.insert(stream.flow());
+        .on_connect_ext(|stream: &PipelineGate<S>, data: &mut Extensions| {
+            data.insert(stream.activity());
         })
         .h1(map_config(app, |()| AppConfig::default()))
 }
@@ -195,12 +206,12 @@ fn merge_slashes(request: &mut ServiceRequest) {
 
 /// Marks the connection as busy until the response, except while the request's body is awaited.
 fn begin(request: &mut ServiceRequest) -> Option<ActiveRequest> {
-    let flow = request.conn_data::<Arc<Flow>>()?.clone();
-    let busy = flow.begin();
+    let activity = request.conn_data::<Arc<ConnectionActivity>>()?.clone();
+    let busy = activity.begin();
     match request.take_payload() {
         Payload::None => {}
         payload @ (Payload::H1 { .. } | Payload::Stream { .. }) => {
-            let body = Body { payload, since: busy.since(), flow };
+            let body = Body { payload, since: busy.since(), activity };
             request.set_payload(Payload::Stream { payload: Box::pin(body) });
         }
     }
@@ -211,7 +222,7 @@ fn begin(request: &mut ServiceRequest) -> Option<ActiveRequest> {
 struct Body {
     payload: Payload,
     since: u64,
-    flow: Arc<Flow>,
+    activity: Arc<ConnectionActivity>,
 }
 
 impl Stream for Body {
@@ -220,8 +231,8 @@ impl Stream for Body {
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let next = Pin::new(&mut self.payload).poll_next(cx);
         match &next {
-            Poll::Pending => self.flow.wait_for_client(self.since),
-            Poll::Ready(_) => self.flow.set_busy(),
+            Poll::Pending => self.activity.wait_for_client(self.since),
+            Poll::Ready(_) => self.activity.set_busy(),
         }
         next
     }

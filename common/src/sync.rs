@@ -76,10 +76,10 @@ struct KnownBroker {
     /// When the last round with it began.
     tried: Option<Instant>,
     /// When the last complete round with it began, and the last such for all keys.
-    asked: Option<Instant>,
-    asked_for_all: Option<Instant>,
+    last_complete_round: Option<Instant>,
+    last_round_for_all: Option<Instant>,
     /// When it failed to answer.
-    silent: Option<Instant>,
+    failed_at: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -87,10 +87,10 @@ enum SyncState {
     /// MQTT is disconnected: nothing is requested.
     Offline,
     /// The next round begins at this time.
-    Resting {
+    Idle {
         until: Instant,
     },
-    Asking(Round),
+    InRound(Round),
 }
 
 /// One pass over all chunks of all domains.
@@ -132,10 +132,10 @@ impl SyncClient {
         let known = self.brokers.contains_key(name);
         let broker = self.brokers.entry(name.clone()).or_default();
         let is_new = !known || broker.instance != hello.instance;
-        (broker.instance, broker.missing_domains, broker.silent) = (hello.instance, missing_domains, None);
+        (broker.instance, broker.missing_domains, broker.failed_at) = (hello.instance, missing_domains, None);
         broker.names_requests = hello.names_requests();
-        if broker.asked.is_none()
-            && let SyncState::Resting { until } = &mut self.state
+        if broker.last_complete_round.is_none()
+            && let SyncState::Idle { until } = &mut self.state
         {
             *until = (*until).min(now + JITTER);
         }
@@ -144,13 +144,14 @@ impl SyncClient {
 
     /// Forgets a broker that never completed a round, to make room for another one.
     fn evict_unresponsive(&mut self) -> bool {
-        let unresponsive = self.brokers.iter().find(|(_, broker)| broker.asked.is_none()).map(|(name, _)| name.clone());
+        let unresponsive =
+            self.brokers.iter().find(|(_, broker)| broker.last_complete_round.is_none()).map(|(name, _)| name.clone());
         unresponsive.is_some_and(|name| self.brokers.remove(&name).is_some())
     }
 
     /// MQTT is connected: missed changes are requested after `pause`.
     pub fn online(&mut self, now: Instant, pause: Duration) {
-        self.state = SyncState::Resting { until: now + pause };
+        self.state = SyncState::Idle { until: now + pause };
     }
 
     /// MQTT is disconnected; an outstanding request is dropped.
@@ -161,10 +162,10 @@ impl SyncClient {
     /// Received keys were removed here: the next round with each broker, at once, is for all keys.
     pub fn keys_removed(&mut self, now: Instant) {
         for broker in self.brokers.values_mut() {
-            broker.asked_for_all = None;
+            broker.last_round_for_all = None;
         }
         if !matches!(self.state, SyncState::Offline) {
-            self.state = SyncState::Resting { until: now };
+            self.state = SyncState::Idle { until: now };
         }
     }
 
@@ -173,8 +174,8 @@ impl SyncClient {
     pub fn due(&self) -> Option<Instant> {
         match &self.state {
             SyncState::Offline => None,
-            SyncState::Resting { until } => Some(*until),
-            SyncState::Asking(round) => Some(round.sent_at.map_or(round.begun, |sent_at| sent_at + round.patience())),
+            SyncState::Idle { until } => Some(*until),
+            SyncState::InRound(round) => Some(round.sent_at.map_or(round.begun, |sent_at| sent_at + round.patience())),
         }
     }
 
@@ -194,17 +195,17 @@ impl SyncClient {
             return None;
         }
         self.state = match std::mem::replace(&mut self.state, SyncState::Offline) {
-            SyncState::Asking(round) if round.tries < TRIES_MAX => SyncState::Asking(round),
-            SyncState::Asking(round) => {
+            SyncState::InRound(round) if round.tries < TRIES_MAX => SyncState::InRound(round),
+            SyncState::InRound(round) => {
                 debug!(broker = round.broker.as_str(), "broker does not answer sync requests");
                 if let Some(broker) = self.brokers.get_mut(&round.broker) {
-                    broker.silent = Some(now);
+                    broker.failed_at = Some(now);
                 }
                 self.begin(now, Some(round))
             }
-            SyncState::Resting { .. } | SyncState::Offline => self.begin(now, None),
+            SyncState::Idle { .. } | SyncState::Offline => self.begin(now, None),
         };
-        let SyncState::Asking(round) = &mut self.state else { return None };
+        let SyncState::InRound(round) = &mut self.state else { return None };
         round.sent_at = Some(now);
         round.tries += 1;
         let younger = |since: Instant| (now.saturating_duration_since(since) + OVERLAP).as_secs() + 1;
@@ -220,13 +221,13 @@ impl SyncClient {
 
     /// Begins a round with the next broker. For all keys, it continues where the round `left` was interrupted.
     fn begin(&mut self, now: Instant, left: Option<Round>) -> SyncState {
-        let Some(name) = self.next_broker(now) else { return SyncState::Resting { until: now + REQUEST_INTERVAL } };
+        let Some(name) = self.next_broker(now) else { return SyncState::Idle { until: now + REQUEST_INTERVAL } };
         let broker = self.brokers.entry(name.clone()).or_default();
         broker.tried = Some(now);
         let lately = |at: Instant| now.saturating_duration_since(at) < FULL_REQUEST_INTERVAL;
-        let since = broker.asked.filter(|_| broker.asked_for_all.is_some_and(lately));
+        let since = broker.last_complete_round.filter(|_| broker.last_round_for_all.is_some_and(lately));
         let fresh = Round { broker: name, begun: now, since, domain: 0, after: None, sent_at: None, tries: 0 };
-        SyncState::Asking(match left {
+        SyncState::InRound(match left {
             Some(left) if left.since.is_none() && since.is_none() => {
                 Round { broker: fresh.broker, sent_at: None, tries: 0, ..left }
             }
@@ -237,11 +238,15 @@ impl SyncClient {
     /// The broker for the next round, without those that recently did not answer.
     fn next_broker(&self, now: Instant) -> Option<BrokerName> {
         let long_ago = |silent: Instant| now.saturating_duration_since(silent) >= COOLDOWN;
-        let candidates = self.brokers.iter().filter(|(_, broker)| broker.silent.is_none_or(long_ago));
+        let candidates = self.brokers.iter().filter(|(_, broker)| broker.failed_at.is_none_or(long_ago));
         match self.selection {
             // It stays with the broker that was asked last, which has the fewest changes.
             PeerSelection::Sticky => candidates.min_by_key(|(name, broker)| {
-                (broker.missing_domains, Reverse(broker.asked), rendezvous_hash(name.as_str(), self.own.name()))
+                (
+                    broker.missing_domains,
+                    Reverse(broker.last_complete_round),
+                    rendezvous_hash(name.as_str(), self.own.name()),
+                )
             }),
             PeerSelection::RoundRobin => candidates.min_by_key(|(_, broker)| broker.tried),
         }
@@ -250,7 +255,7 @@ impl SyncClient {
 
     /// Whether `chunk` answers the outstanding request. If so, the next request is due once its keys are processed.
     pub fn apply(&mut self, chunk: &SnapshotChunk) -> bool {
-        let SyncState::Asking(round) = &mut self.state else { return false };
+        let SyncState::InRound(round) = &mut self.state else { return false };
         let is_asked = self.domains.get(round.domain).is_some_and(|domain| domain.name() == chunk.domain);
         let fits = is_asked && round.sent_at.is_some() && chunk.broker == round.broker && chunk.after == round.after;
         if !fits || chunk.keys.len() > CHUNK_KEYS_MAX {
@@ -265,12 +270,12 @@ impl SyncClient {
         }
         if round.domain == self.domains.len() {
             if let Some(broker) = self.brokers.get_mut(&round.broker) {
-                broker.asked = Some(round.begun);
+                broker.last_complete_round = Some(round.begun);
                 if round.since.is_none() {
-                    broker.asked_for_all = Some(round.begun);
+                    broker.last_round_for_all = Some(round.begun);
                 }
             }
-            self.state = SyncState::Resting { until: round.begun + REQUEST_INTERVAL };
+            self.state = SyncState::Idle { until: round.begun + REQUEST_INTERVAL };
         }
         true
     }

@@ -67,7 +67,7 @@ impl Command {
             Ok(true) => ExitCode::SUCCESS,
             Ok(false) => ExitCode::FAILURE,
             Err(error) => {
-                complain(&format_args!("{error:#}"));
+                print_error(&format_args!("{error:#}"));
                 ExitCode::FAILURE
             }
         }
@@ -89,7 +89,7 @@ impl Lease {
                 Ok((file, written)) => writeln!(io::stdout(), "{server}: {} {written}", file.display())?,
                 Err(error) => {
                     are_all_done = false;
-                    complain(&format_args!("{server}: {error:#}"));
+                    print_error(&format_args!("{server}: {error:#}"));
                 }
             }
         }
@@ -117,7 +117,7 @@ impl Lease {
     }
 }
 
-fn complain(error: &dyn fmt::Display) {
+fn print_error(error: &dyn fmt::Display) {
     // An error of stderr cannot be reported anywhere.
     let _ = writeln!(io::stderr(), "error: {error}");
 }

@@ -12,7 +12,7 @@ use crate::bus::start_mosquitto;
 use crate::gateway::DOMAIN;
 use crate::load::{Target, closed};
 use crate::measure::{cpu, memory};
-use crate::play;
+use crate::roles;
 use crate::table::{Report, mebibytes};
 
 /// Connections that POST at the same time.
@@ -63,7 +63,7 @@ fn show(rate: &Rate) -> String {
 
 fn bare(time: Duration) -> Rate {
     let address = free_address();
-    let server = play::start("bare", &[&address.to_string()]);
+    let server = roles::start("bare", &[&address.to_string()]);
     wait_until("the bare handler listens", || TcpStream::connect(address).ok());
     rate(address, V1, &server, time)
 }
@@ -73,7 +73,7 @@ fn publishing(time: Duration) -> Rate {
     let stack = Stack::prepare(Plan::new(Bus::Mosquitto).domains([DOMAIN]));
     let _mosquitto = start_mosquitto(&stack);
     let address = free_address();
-    let server = play::start("publishing", &[&address.to_string(), &stack.mqtt.to_string()]);
+    let server = roles::start("publishing", &[&address.to_string(), &stack.mqtt.to_string()]);
     wait_until("the publishing handler listens", || TcpStream::connect(address).ok());
     rate(address, V1, &server, time)
 }
@@ -86,7 +86,7 @@ fn broker(bus: Bus, path: &'static str, worker: &str, time: Duration) -> Rate {
     let _mosquitto = (bus == Bus::Mosquitto).then(|| start_mosquitto(&stack));
     stack.start_broker();
     stack.wait_until_ready();
-    let _worker = play::start(worker, &[&stack.config_file().display().to_string(), "scripted"]);
+    let _worker = roles::start(worker, &[&stack.config_file().display().to_string(), "scripted"]);
     stack.wait_for_gateways(1);
     rate(stack.http, path, stack.broker(), time)
 }

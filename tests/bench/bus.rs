@@ -40,7 +40,8 @@ pub fn wait_for_domain(mqtt: SocketAddr, domain: &str, gateways: usize) {
     let counts = format!("wireguard-metrics/{domain}/+/connected_peers");
     let probe = Probe::connect(mqtt, Role::new("bench-domain", &[&counts]).at_most_once());
     wait_until("gateways serve the domain", || {
-        let serving = probe.received().into_iter().filter(|said| said.payload != b"-1").map(|said| said.topic);
+        let serving =
+            probe.received().into_iter().filter(|message| message.payload != b"-1").map(|message| message.topic);
         (serving.collect::<BTreeSet<_>>().len() >= gateways).then_some(())
     });
     sleep(HEARD);

@@ -12,7 +12,7 @@ use wgkex_tests::stack::{Bus, Plan, Stack};
 use crate::bus::{announce, start_mosquitto};
 use crate::gateway::keys;
 use crate::measure::{cpu, memory, memory_left};
-use crate::play;
+use crate::roles;
 use crate::storm::worker_config;
 use crate::table::{Report, mebibytes, seconds};
 
@@ -97,9 +97,9 @@ impl Fleet {
         let start = |(domain, first): (&&str, u16)| {
             let file = worker_config(&brokers[0], &[*domain], &room, &format!("{domain}.yaml"));
             let names: Vec<_> = (0..WORKERS).map(|n| format!("{}-{n}", domain.replace('_', "-"))).collect();
-            let (wanted, delays, port) = (each.to_string(), play::word(Delays::default()), first.to_string());
+            let (wanted, delays, port) = (each.to_string(), roles::word(Delays::default()), first.to_string());
             let words = [file.as_str(), &wanted, &delays, &port].into_iter().chain(names.iter().map(String::as_str));
-            play::start("workers", &words.collect::<Vec<_>>())
+            roles::start("workers", &words.collect::<Vec<_>>())
         };
         let ports = (0..).map(|n| 10_000 + n * WORKERS);
         let workers: Vec<_> = DOMAINS.iter().zip(ports).map(start).collect();
@@ -141,7 +141,7 @@ impl Fleet {
 
     /// The number of keys at the worker with the fewest.
     fn least(&self) -> u32 {
-        self.workers.iter().map(play::has).min().unwrap_or_default()
+        self.workers.iter().map(roles::has).min().unwrap_or_default()
     }
 
     /// The number of live keys at the broker with the fewest.

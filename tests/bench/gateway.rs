@@ -87,7 +87,7 @@ impl Gateway {
         let (status, online) = (format!("wireguard-worker/{}/status", host_name()), b"1");
         let probe = self.stack.probe(Role::new("bench", &[&status]));
         self.launch_worker();
-        probe.next("the worker is online", |said| said.topic == status && said.payload == online);
+        probe.next("the worker is online", |message| message.topic == status && message.payload == online);
         wait_until("the worker has read its tables", || (metric("domain_up") == Some(1)).then_some(()));
     }
 

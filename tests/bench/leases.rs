@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 use wgkex_tests::http::{Http, Response};
-use wgkex_tests::probe::{Probe, Role, said};
-use wgkex_tests::scripted::{Manner, Worker};
+use wgkex_tests::probe::{Probe, Role, message};
+use wgkex_tests::scripted::{Worker, WorkerBehaviour};
 use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack};
 use wgkex_tests::{key, wait_until};
 
@@ -61,13 +61,13 @@ fn start() -> (Stack, Worker, Probe) {
     stack.write_config();
     stack.start_broker();
     stack.wait_until_ready();
-    let worker = Worker::start(&stack, "gw1", Manner::Confirms, 0);
+    let worker = Worker::start(&stack, "gw1", WorkerBehaviour::Confirms, 0);
     stack.wait_for_gateways(1);
     let server = json!({
         "public_key": key(u32::MAX), "network": "10.0.0.0/8", "reserved": 20, "endpoint_address": "192.0.2.1",
         "endpoint_port": 51820, "allowed_ips": "10.0.0.0/8",
     });
-    let announced = said("wgkex/worker/gw2/servers", json!({ "servers": { "s1": server } }).to_string(), 1, true);
+    let announced = message("wgkex/worker/gw2/servers", json!({ "servers": { "s1": server } }).to_string(), 1, true);
     let server = stack.probe(Role::new("gw2", &["wgkex/worker/gw2/leases"]).greeting(vec![announced]));
     wait_until("the server is in the registry", || {
         let exists = call(&mut stack.connect(), "server/exists", r#"{"server_name":"s1"}"#);

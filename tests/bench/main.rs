@@ -15,9 +15,9 @@ mod leases;
 mod load;
 mod measure;
 mod memory;
-mod play;
 mod post;
 mod rebuild;
+mod roles;
 mod storm;
 mod table;
 mod tenants;
@@ -76,7 +76,7 @@ fn main() -> ExitCode {
     let words: Vec<_> = std::env::args().skip(1).collect();
     let texts: Vec<_> = words.iter().map(String::as_str).collect();
     match texts[..] {
-        ["play", ..] => play::play(&words[1..]),
+        ["play", ..] => roles::run_role(&words[1..]),
         ["head"] => table::print_head(),
         ["places", ref wanted @ ..] => return print_places(wanted),
         ["row", place, wanted] => measure_row(place, wanted),

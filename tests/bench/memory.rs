@@ -12,7 +12,7 @@ use crate::measure::{look, memory};
 use crate::table::{Report, mebibytes};
 
 /// After this time no work is pending.
-const REST: Duration = Duration::from_secs(5);
+const SETTLE_TIME: Duration = Duration::from_secs(5);
 /// A worker reads all tables once a minute, and needs the most memory then.
 const READ: Duration = Duration::from_secs(65);
 /// How long the broker may take to process published keys, once the bus has them.
@@ -49,7 +49,7 @@ fn broker(report: Report, most: u32) {
             announce(&stack, DOMAIN, keys(sent + flood / 10 * part..sent + flood / 10 * (part + 1)));
         }
         sent += flood;
-        sleep(REST);
+        sleep(SETTLE_TIME);
         let [after, peak] = memory(pid);
         let grown = f64::from(after) / f64::from(before);
         let line = report.line(
@@ -79,18 +79,18 @@ fn worker(report: Report, most: u32) {
         announce(&gateway.stack, DOMAIN, keys(sent..peers));
         sent = peers;
         gateway.wait_for_keys(peers, Duration::from_millis(200));
-        sleep(if peers == most { READ } else { REST });
+        sleep(if peers == most { READ } else { SETTLE_TIME });
         print(report, "worker", "peers", gateway.worker(), peers, 20);
     }
     gateway.stop_worker();
     gateway.start_worker();
-    sleep(REST);
+    sleep(SETTLE_TIME);
     print(report, "worker, started anew", "peers", gateway.worker(), most, 20);
 }
 
 /// Prints the memory of a process whose limit is so many megabytes and 300 bytes for each; returns it, in KiB.
 fn print(report: Report, who: &str, what: &str, pid: u32, number: u32, base: u32) -> u32 {
-    sleep(REST);
+    sleep(SETTLE_TIME);
     let [now, peak] = memory(pid);
     let allowed = base * 1_000_000 / 1024 + u32::try_from(u64::from(number) * 300 / 1024).unwrap_or(u32::MAX);
     let ratio = f64::from(now) / f64::from(allowed);

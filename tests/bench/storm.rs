@@ -19,7 +19,7 @@ use crate::bus::{start_mosquitto, wait_for_domain};
 use crate::gateway::{DOMAIN, Gateway, domain, enter_new_network, install, keep_network, keys};
 use crate::load::{Answers, Target, open};
 use crate::measure::{cpu, look, median, percentile};
-use crate::play;
+use crate::roles;
 use crate::table::{Place, Report, milliseconds, ratio, seconds};
 
 /// The time over which the requests are spread.
@@ -56,12 +56,12 @@ fn in_memory(report: Report, routers: u32) {
     let file = worker_config(&stack, &[DOMAIN], "", "workers.yaml");
     let start = |n: u16| {
         let (name, port) = (format!("gw{n}"), (10_000 + n).to_string());
-        play::start("workers", &[&file, &routers.to_string(), &play::word(delays), &port, &name])
+        roles::start("workers", &[&file, &routers.to_string(), &roles::word(delays), &port, &name])
     };
     let workers: Vec<_> = (0..GATEWAYS).map(start).collect();
     wait_for_domain(stack.mqtt, DOMAIN, GATEWAYS.into());
     let target = Target { server: stack.http, path: V2, domain: DOMAIN };
-    let has = || workers.iter().map(play::has).min().unwrap_or_default();
+    let has = || workers.iter().map(roles::has).min().unwrap_or_default();
     let (time, answers) = storm(routers, has, move || open(target, 0..routers, LASTS));
     print(report, "kernels in memory", routers, time, has(), answers);
 }

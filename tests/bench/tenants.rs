@@ -20,7 +20,7 @@ use crate::measure::{memory, percentile};
 use crate::table::{Report, mebibytes, milliseconds, ratio};
 
 /// Members of each tenant.
-const EACH: u32 = 10;
+const MEMBERS_PER_TENANT: u32 = 10;
 /// Joins per second.
 const RATE: u32 = 200;
 /// Clients that join at the same time, where joins are to be as fast as possible.
@@ -88,7 +88,7 @@ fn at_once(report: Report, members: u32) {
     let rate = f64::from(members) / began.elapsed().as_secs_f64();
     let [p50, p99] = percentiles(&mut times);
     let measured = format!("{rate:.0} joins/s, p50 {}, p99 {}", milliseconds(p50), milliseconds(p99));
-    report.line(format!("{members} joins, {AT_ONCE} at once, {EACH} members each"), measured).print();
+    report.line(format!("{members} joins, {AT_ONCE} at once, {MEMBERS_PER_TENANT} members each"), measured).print();
 }
 
 /// Whether members that join and leave a large tenant delay other joins.
@@ -124,7 +124,7 @@ fn percentiles(times: &mut [Duration]) -> [Duration; 2] {
 
 /// The number of tenants for so many members.
 fn tenants(members: u32) -> u32 {
-    (members / EACH).max(1)
+    (members / MEMBERS_PER_TENANT).max(1)
 }
 
 /// Members of so many tenants that send pongs and read nothing after their answer, while more messages are queued for
@@ -237,7 +237,7 @@ pub fn keep_joining(server: SocketAddr, is_over: &AtomicBool) {
             if is_over.load(Ordering::Relaxed) {
                 return;
             }
-            tokio::spawn(async move { stay(join(server, &format!("{}", n / EACH), n).await?.1).await });
+            tokio::spawn(async move { stay(join(server, &format!("{}", n / MEMBERS_PER_TENANT), n).await?.1).await });
         }
     });
 }

@@ -10,7 +10,7 @@ use nix::sys::signal::Signal;
 use rumqttc::{Connect, ConnectReturnCode, Packet, QoS, Subscribe, SubscribeReasonCode};
 
 use crate::process::Process;
-use crate::proxy::{Manner, Proxy};
+use crate::proxy::{Proxy, ProxyMode};
 use crate::raw_client::RawClient;
 use crate::stack::free_address;
 use crate::wait_within;
@@ -39,7 +39,7 @@ impl Cluster {
         let routes: Vec<_> = (0..nodes).map(|_| free_address()).collect();
         let nodes: Vec<_> = (0..nodes).map(|n| Node::start(dir, n, &routes)).collect();
         let (address, servers) = (free_address(), nodes.iter().map(|node| node.mqtt).collect());
-        let cluster = Self { nodes, address, _entrance: Proxy::start(address, servers, Manner::Good) };
+        let cluster = Self { nodes, address, _entrance: Proxy::start(address, servers, ProxyMode::Good) };
         cluster.wait_until_it_serves();
         cluster
     }

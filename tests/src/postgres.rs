@@ -12,7 +12,7 @@ use nix::unistd::{Pid, User, chown};
 use tempfile::TempDir;
 
 use crate::process::Process;
-use crate::proxy::{Manner, Proxy};
+use crate::proxy::{Proxy, ProxyMode};
 use crate::stack::free_address;
 use crate::wait_until;
 
@@ -38,11 +38,11 @@ pub struct Database {
 impl Database {
     /// The same database behind a proxy with this behaviour, which lives as long as the second value.
     #[must_use]
-    pub fn behind(&self, manner: Manner) -> (Self, Proxy) {
+    pub fn behind(&self, mode: ProxyMode) -> (Self, Proxy) {
         let (scheme_and_user, place) = self.url.split_once('@').expect("a user");
         let (address, name) = place.split_once('/').expect("a name");
         let listen = free_address();
-        let proxy = Proxy::start(listen, vec![address.parse().expect("an address")], manner);
+        let proxy = Proxy::start(listen, vec![address.parse().expect("an address")], mode);
         (Self { url: format!("{scheme_and_user}@{listen}/{name}") }, proxy)
     }
 }

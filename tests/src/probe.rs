@@ -19,7 +19,7 @@ const PACKET_MAX: usize = 268_435_455;
 
 /// A message that was received, or is to be published.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Said {
+pub struct Message {
     /// Its topic.
     pub topic: String,
     /// Its payload.
@@ -32,11 +32,11 @@ pub struct Said {
 
 /// A message to publish, or to compare with one that was received.
 #[must_use]
-pub fn said(topic: impl Into<String>, payload: impl Into<Vec<u8>>, qos: u8, retain: bool) -> Said {
-    Said { topic: topic.into(), payload: payload.into(), qos, retain }
+pub fn message(topic: impl Into<String>, payload: impl Into<Vec<u8>>, qos: u8, retain: bool) -> Message {
+    Message { topic: topic.into(), payload: payload.into(), qos, retain }
 }
 
-impl Said {
+impl Message {
     /// The payload, as text.
     #[must_use]
     pub fn text(&self) -> String {
@@ -54,7 +54,7 @@ impl Said {
     }
 }
 
-impl fmt::Debug for Said {
+impl fmt::Debug for Message {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let kept = if self.retain { " retained" } else { "" };
         let start = self.payload.get(..200).unwrap_or(&self.payload);
@@ -63,16 +63,16 @@ impl fmt::Debug for Said {
 }
 
 /// The messages that a client publishes when it receives one.
-pub type Answer = Box<dyn FnMut(&Said) -> Vec<Said> + Send>;
+pub type Answer = Box<dyn FnMut(&Message) -> Vec<Message> + Send>;
 
 /// How a probe connects and behaves.
 pub struct Role {
     id: String,
     filters: Vec<String>,
     qos: u8,
-    will: Option<Said>,
+    will: Option<Message>,
     credentials: Option<(String, String)>,
-    greeting: Vec<Said>,
+    greeting: Vec<Message>,
     answer: Option<Answer>,
 }
 
@@ -92,7 +92,7 @@ impl Role {
 
     /// With a last will.
     #[must_use]
-    pub fn will(self, will: Said) -> Self {
+    pub fn will(self, will: Message) -> Self {
         Self { will: Some(will), ..self }
     }
 
@@ -104,13 +104,13 @@ impl Role {
 
     /// Publishes these messages on every connection, after it has subscribed.
     #[must_use]
-    pub fn greeting(self, greeting: Vec<Said>) -> Self {
+    pub fn greeting(self, greeting: Vec<Message>) -> Self {
         Self { greeting, ..self }
     }
 
     /// Publishes the messages that `answer` returns for each received message.
     #[must_use]
-    pub fn answer(self, answer: impl FnMut(&Said) -> Vec<Said> + Send + 'static) -> Self {
+    pub fn answer(self, answer: impl FnMut(&Message) -> Vec<Message> + Send + 'static) -> Self {
         Self { answer: Some(Box::new(answer)), ..self }
     }
 
@@ -144,8 +144,8 @@ struct Shared {
 
 #[derive(Default)]
 struct State {
-    heard: Vec<Said>,
-    unread: VecDeque<Said>,
+    received: Vec<Message>,
+    unread: VecDeque<Message>,
     sessions: usize,
     /// The number of messages passed to rumqttc, and of those it has written.
     handed_over: usize,
@@ -180,20 +180,20 @@ impl Probe {
         });
         let probe = Self { id, client, shared, stop: Some(stop), thread: Some(thread) };
         probe.wait_for_session(1);
-        probe.say_all([]);
+        probe.publish_all([]);
         probe
     }
 
     /// Publishes a message, and returns when the server has acknowledged it.
-    pub fn say(&self, said: Said) {
-        self.say_all([said]);
+    pub fn publish(&self, message: Message) {
+        self.publish_all([message]);
     }
 
     /// Publishes all of these, and returns when the server has acknowledged them.
-    pub fn say_all(&self, all: impl IntoIterator<Item = Said>) {
+    pub fn publish_all(&self, all: impl IntoIterator<Item = Message>) {
         let mut state = self.shared.lock();
-        for said in all {
-            state.hand_over(&self.client, said);
+        for message in all {
+            state.hand_over(&self.client, message);
         }
         let (handed_over, to_acknowledge) = (state.handed_over, state.to_acknowledge);
         drop(state);
@@ -204,12 +204,12 @@ impl Probe {
 
     /// All messages received so far.
     #[must_use]
-    pub fn received(&self) -> Vec<Said> {
-        self.shared.lock().heard.clone()
+    pub fn received(&self) -> Vec<Message> {
+        self.shared.lock().received.clone()
     }
 
     /// The next message that `wanted` accepts; it is returned only once. Earlier messages stay for later calls.
-    pub fn next(&self, what: &str, mut wanted: impl FnMut(&Said) -> bool) -> Said {
+    pub fn next(&self, what: &str, mut wanted: impl FnMut(&Message) -> bool) -> Message {
         self.wait(what, |state| {
             let place = state.unread.iter().position(&mut wanted)?;
             state.unread.remove(place)
@@ -218,8 +218,8 @@ impl Probe {
 
     /// The next message on `topic`.
     #[expect(clippy::must_use_candidate, reason = "mostly it is awaited, and not looked at")]
-    pub fn next_on(&self, topic: &str) -> Said {
-        self.next(&format!("a message on {topic}"), |said| said.topic == topic)
+    pub fn next_on(&self, topic: &str) -> Message {
+        self.next(&format!("a message on {topic}"), |message| message.topic == topic)
     }
 
     /// Waits until the probe has connected and subscribed `number` times.
@@ -255,9 +255,9 @@ impl Probe {
             }
             let left = DEADLINE.saturating_sub(begun.elapsed());
             if left.is_zero() {
-                let (id, heard) = (&self.id, &state.heard);
-                let last = &heard[heard.len().saturating_sub(50)..];
-                panic!("{id}: {what}: not within {DEADLINE:?}; heard {} messages, the last: {last:#?}", heard.len());
+                let (id, received) = (&self.id, &state.received);
+                let last = &received[received.len().saturating_sub(50)..];
+                panic!("{id}: {what}: not within {DEADLINE:?}; heard {} messages, the last: {last:#?}", received.len());
             }
             state = self.shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
@@ -288,8 +288,8 @@ impl Shared {
 }
 
 impl State {
-    fn hand_over(&mut self, client: &AsyncClient, said: Said) {
-        let Said { topic, payload, qos: level, retain } = said;
+    fn hand_over(&mut self, client: &AsyncClient, message: Message) {
+        let Message { topic, payload, qos: level, retain } = message;
         client.try_publish(topic, qos(level), retain, payload).expect("room for a message");
         self.handed_over += 1;
         self.to_acknowledge += usize::from(level > 0);
@@ -338,8 +338,8 @@ impl Actor {
 
     fn greet(&mut self) {
         let mut state = self.shared.lock();
-        for said in &self.role.greeting {
-            state.hand_over(&self.client, said.clone());
+        for message in &self.role.greeting {
+            state.hand_over(&self.client, message.clone());
         }
         state.sessions += 1;
     }
@@ -353,14 +353,14 @@ impl Actor {
     }
 
     fn receive(&mut self, publish: &rumqttc::Publish) {
-        let said = said(&publish.topic, publish.payload.as_ref(), publish.qos as u8, publish.retain);
-        let answers = self.role.answer.as_mut().map(|answer| answer(&said)).unwrap_or_default();
+        let message = message(&publish.topic, publish.payload.as_ref(), publish.qos as u8, publish.retain);
+        let answers = self.role.answer.as_mut().map(|answer| answer(&message)).unwrap_or_default();
         let mut state = self.shared.lock();
         for answer in answers {
             state.hand_over(&self.client, answer);
         }
-        state.heard.push(said.clone());
-        state.unread.push_back(said);
+        state.received.push(message.clone());
+        state.unread.push_back(message);
     }
 }
 

@@ -105,7 +105,7 @@ impl Process {
         let pid = Pid::from_raw(self.pid.try_into().expect("a process id"));
         kill(pid, signal).unwrap_or_else(|error| panic!("{signal} to {}: {error}", self.name));
         if signal == Signal::SIGSTOP {
-            wait_until(&format!("{} stands still", self.name), || stands_still(pid).then_some(()));
+            wait_until(&format!("{} stands still", self.name), || is_stopped(pid).then_some(()));
         }
     }
 
@@ -170,7 +170,7 @@ impl Process {
 }
 
 /// Whether no thread of the process runs: on a busy machine threads run on for a while after the signal.
-fn stands_still(process: Pid) -> bool {
+fn is_stopped(process: Pid) -> bool {
     let Ok(threads) = fs::read_dir(format!("/proc/{process}/task")) else { return true };
     threads.flatten().all(|thread| {
         let stat = fs::read_to_string(thread.path().join("stat")).unwrap_or_default();

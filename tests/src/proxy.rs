@@ -16,7 +16,7 @@ const PIECE: usize = 1024;
 
 /// The behaviour of the proxy.
 #[derive(Debug, Clone, Copy)]
-pub enum Manner {
+pub enum ProxyMode {
     /// Forwards all bytes unchanged.
     Good,
     /// Each connection is slow, in both directions.
@@ -29,7 +29,7 @@ pub enum Manner {
     /// One of so many keys is not delivered, and the server receives an acknowledgement of it.
     Dropping(u32),
     /// The server receives the second text, of the same length, in the place of the first one.
-    Altering(&'static str, &'static str),
+    Replacing(&'static str, &'static str),
 }
 
 /// The proxy. When it is dropped it takes no new connections; existing ones end with their clients.
@@ -40,7 +40,7 @@ pub struct Proxy {
 
 #[derive(Debug)]
 struct Shared {
-    manner: Manner,
+    mode: ProxyMode,
     keys: AtomicU32,
     dropped: AtomicU32,
     is_over: AtomicBool,
@@ -50,11 +50,11 @@ impl Proxy {
     /// A proxy from `listen` to the first of the servers that accepts a connection, in the network namespace of the
     /// calling thread.
     #[must_use]
-    pub fn start(listen: SocketAddr, servers: Vec<SocketAddr>, manner: Manner) -> Self {
+    pub fn start(listen: SocketAddr, servers: Vec<SocketAddr>, mode: ProxyMode) -> Self {
         let listener = TcpListener::bind(listen).unwrap_or_else(|error| panic!("listen on {listen}: {error}"));
         listener.set_nonblocking(true).expect("a listener that does not block");
         let (keys, dropped, is_over) = Default::default();
-        let shared = Arc::new(Shared { manner, keys, dropped, is_over });
+        let shared = Arc::new(Shared { mode, keys, dropped, is_over });
         let proxy = Self { shared: shared.clone() };
         thread::spawn(move || {
             while !shared.is_over.load(Ordering::Relaxed) {
@@ -89,23 +89,23 @@ fn connect(client: TcpStream, servers: &[SocketAddr], shared: &Arc<Shared>) -> i
     for end in [&client, &server] {
         end.set_nodelay(true)?;
     }
-    match shared.manner {
-        Manner::Good => {
+    match shared.mode {
+        ProxyMode::Good => {
             for (from, to) in [(client.try_clone()?, server.try_clone()?), (server, client)] {
                 thread::spawn(move || copy(from, to));
             }
         }
-        Manner::Slow { delay, rate } => {
+        ProxyMode::Slow { delay, rate } => {
             for (from, to) in [(client.try_clone()?, server.try_clone()?), (server, client)] {
                 thread::spawn(move || slowly(from, to, delay, rate));
             }
         }
-        Manner::Altering(said, heard) => {
+        ProxyMode::Replacing(original, replacement) => {
             let (from_client, to_server) = (client.try_clone()?, server.try_clone()?);
-            thread::spawn(move || alter(from_client, to_server, said, heard));
+            thread::spawn(move || replace(from_client, to_server, original, replacement));
             thread::spawn(move || copy(server, client));
         }
-        Manner::Dropping(every) => {
+        ProxyMode::Dropping(every) => {
             let to_server = Arc::new(Mutex::new(server.try_clone()?));
             let (from_client, acknowledging) = (client.try_clone()?, to_server.clone());
             thread::spawn(move || {
@@ -126,14 +126,14 @@ fn copy(mut from: TcpStream, mut to: TcpStream) {
 }
 
 /// The text must be in one read, as the statement of a database is.
-fn alter(mut from: TcpStream, mut to: TcpStream, said: &str, heard: &str) {
-    assert_eq!(said.len(), heard.len(), "the same length");
+fn replace(mut from: TcpStream, mut to: TcpStream, original: &str, replacement: &str) {
+    assert_eq!(original.len(), replacement.len(), "the same length");
     let mut piece = vec![0; 64 * PIECE];
     while let Ok(length @ 1..) = from.read(&mut piece) {
         let piece = &mut piece[..length];
         for at in 0..length {
-            if piece[at..].starts_with(said.as_bytes()) {
-                piece[at..at + said.len()].copy_from_slice(heard.as_bytes());
+            if piece[at..].starts_with(original.as_bytes()) {
+                piece[at..at + original.len()].copy_from_slice(replacement.as_bytes());
             }
         }
         if to.write_all(piece).is_err() {

@@ -12,7 +12,7 @@ use rumqttc::{
     ConnAck, ConnectReturnCode, Packet, PubAck, Publish, QoS, SubAck, Subscribe, SubscribeReasonCode, matches,
 };
 
-use crate::probe::Said;
+use crate::probe::Message;
 
 /// The faults of the server.
 #[derive(Debug, Clone, Default)]
@@ -24,7 +24,7 @@ pub struct Behaviour {
     /// It delivers no message whose topic contains this text.
     pub swallows: Option<String>,
     /// Its retained messages, and the delay of their delivery after the SUBACK.
-    pub retained: (Duration, Vec<Said>),
+    pub retained: (Duration, Vec<Message>),
 }
 
 /// The server. It lives as long as the process.
@@ -163,13 +163,15 @@ impl ScriptedServer {
         state.send(number, &Packet::SubAck(SubAck::new(subscribe.pkid, codes)));
         drop(state);
         let (pause, retained) = retained;
-        let found: Vec<_> =
-            retained.into_iter().filter(|said| granted.iter().any(|filter| matches(&said.topic, filter))).collect();
+        let found: Vec<_> = retained
+            .into_iter()
+            .filter(|message| granted.iter().any(|filter| matches(&message.topic, filter)))
+            .collect();
         let server = self.clone();
         thread::spawn(move || {
             thread::sleep(pause);
-            for said in found {
-                let mut publish = Publish::new(said.topic, QoS::AtMostOnce, said.payload);
+            for message in found {
+                let mut publish = Publish::new(message.topic, QoS::AtMostOnce, message.payload);
                 publish.retain = true;
                 server.lock().send(number, &Packet::Publish(publish));
             }

@@ -21,7 +21,7 @@ use yaml_rust2::{Yaml, YamlLoader};
 const SCRIPTS: [&str; 2] = ["tests/packages", "tests/first-router"];
 
 /// Commands that are run in another form: the file that runs each, and the text in it.
-const OTHERWISE: [(&str, &str, &str); 11] = [
+const RUN_IN_OTHER_FORM: [(&str, &str, &str); 11] = [
     (
         "ip addr add VIRTUAL_IP/32 dev wg0 && ip route add HUB_ALLOWED_IPS dev wg0",
         "tests/tests/gateway/hub.rs",
@@ -131,19 +131,19 @@ impl Block {
 
 #[test]
 fn every_command_in_the_documents_is_run_by_a_test() {
-    let mut otherwise: BTreeSet<_> = OTHERWISE.iter().map(|(command, _, _)| *command).collect();
+    let mut in_other_form: BTreeSet<_> = RUN_IN_OTHER_FORM.iter().map(|(command, _, _)| *command).collect();
     for block in blocks_of("sh") {
         if block.is_run_by("run_block") {
             continue;
         }
         for command in block.commands() {
-            let known = OTHERWISE.iter().find(|(known, _, _)| *known == command);
+            let known = RUN_IN_OTHER_FORM.iter().find(|(known, _, _)| *known == command);
             let (_, file, text) = known.unwrap_or_else(|| panic!("{}: no test runs {command}", block.place()));
             assert!(read(file).contains(text), "{file} has no {text}, so no test runs {command}");
-            otherwise.remove(command);
+            in_other_form.remove(command);
         }
     }
-    assert!(otherwise.is_empty(), "not in the documents any more: {otherwise:?}");
+    assert!(in_other_form.is_empty(), "not in the documents any more: {in_other_form:?}");
 }
 
 #[test]

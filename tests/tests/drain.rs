@@ -12,9 +12,9 @@ use wgkex_common::{Domain, PublicKey};
 use wgkex_tests::admin::{Operator, printed};
 use wgkex_tests::http::Http;
 use wgkex_tests::in_memory::InMemory;
-use wgkex_tests::probe::said;
+use wgkex_tests::probe::message;
 use wgkex_tests::process::binary;
-use wgkex_tests::scripted::{Manner, Worker, endpoint, peers_of};
+use wgkex_tests::scripted::{Worker, WorkerBehaviour, endpoint, peers_of};
 use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack};
 use wgkex_tests::{key, wait_until, wait_within};
 
@@ -44,9 +44,9 @@ fn given(stack: &Stack, number: u32) -> String {
 }
 
 #[test]
-fn a_worker_drains_by_its_command_also_after_a_restart_until_it_is_told_otherwise() {
+fn a_drain_survives_a_restart_until_undrain() {
     let stack = Stack::start(Plan::new(Bus::Embedded));
-    let _other = Worker::start(&stack, "gw2", Manner::Confirms, 90);
+    let _other = Worker::start(&stack, "gw2", WorkerBehaviour::Confirms, 90);
     let running = InMemory::start(&stack, "gw1");
     stack.wait_for_gateways(2);
     wait_until("gw1 serves", || (given(&stack, 1) == "gw1").then_some(()));
@@ -81,8 +81,8 @@ fn a_worker_drains_by_its_command_also_after_a_restart_until_it_is_told_otherwis
 fn a_broker_drains_an_original_at_once_and_after_a_restart_and_connected_routers_stay() {
     let (operator, yaml) = Operator::new();
     let mut stack = Stack::start(Plan::new(Bus::Mosquitto).config(&yaml).config("rebalance: {over: 0}"));
-    let _original = Worker::start(&stack, "gw1", Manner::Original, 5);
-    let ours = Worker::start(&stack, "gw2", Manner::Confirms, 90);
+    let _original = Worker::start(&stack, "gw1", WorkerBehaviour::Original, 5);
+    let ours = Worker::start(&stack, "gw2", WorkerBehaviour::Confirms, 90);
     stack.wait_for_gateways(2);
     assert_eq!(stack.v2(DOMAIN, &key(1)).json(), endpoint("gw1"));
 
@@ -111,12 +111,12 @@ fn a_broker_drains_an_original_at_once_and_after_a_restart_and_connected_routers
     // The other gateway drains: its routers stay, and it gets no others.
     assert_eq!(printed(&operator.run(&stack, &["undrain", "gw1"])), "gw1: not drained by this broker any more\n");
     assert_eq!(stack.v2(DOMAIN, &key(5)).json(), endpoint("gw1"));
-    ours.probe.say(peers_of("gw2", DOMAIN, "1"));
+    ours.probe.publish(peers_of("gw2", DOMAIN, "1"));
     wait_for_connected(&stack, "gw2", 1);
     let home = key(6);
     assert_eq!(stack.v2(DOMAIN, &home).json(), endpoint("gw2"));
     let report = json!({ "domain": DOMAIN, "keys": [home] }).to_string();
-    ours.probe.say(said("wgkex/worker/gw2/seen", report, 1, false));
+    ours.probe.publish(message("wgkex/worker/gw2/seen", report, 1, false));
     let shown = || printed(&operator.run(&stack, &["where", &home]));
     wait_until("the handshake is known", || shown().contains("at gw2").then_some(()));
     assert!(operator.run(&stack, &["drain", "gw2", "--for", "1h"]).status.success());

@@ -18,9 +18,9 @@ use wgkex_kernel::memory::MemoryKernel;
 use wgkex_tests::admin::{Operator, printed};
 use wgkex_tests::gateway::{Host, Lane};
 use wgkex_tests::http::Http;
-use wgkex_tests::probe::{Role, said};
+use wgkex_tests::probe::{Role, message};
 use wgkex_tests::process::binary;
-use wgkex_tests::scripted::{self, Manner, Worker, hello, peers_of};
+use wgkex_tests::scripted::{self, Worker, WorkerBehaviour, hello, peers_of};
 use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack, free_address};
 use wgkex_tests::{host_name, key, wait_until};
 
@@ -32,7 +32,7 @@ fn status(stack: &Stack, n: u32) -> u16 {
 type Change = fn(&[u8]) -> Vec<u8>;
 
 /// Incomplete text, in each of the ways that a copy, a full disk or a crash leaves it.
-const HALVES: [Change; 5] = [
+const DAMAGES: [Change; 5] = [
     |whole| vec![0; whole.len()],
     |whole| [&whole[..whole.len() / 2], &vec![0; whole.len()]].concat(),
     |whole| whole[..whole.len() - 10].to_vec(),
@@ -64,7 +64,7 @@ fn a_half_written_list_leaves_the_last_good_one_in_effect() {
         allow.display(),
         denied.display()
     )));
-    let _worker = Worker::start(&stack, "gw1", Manner::Confirms, 0);
+    let _worker = Worker::start(&stack, "gw1", WorkerBehaviour::Confirms, 0);
     stack.wait_for_gateways(1);
     let statuses = || [1, 2, 3].map(|n| status(&stack, n));
     assert_eq!(statuses(), [403, 403, 200]);
@@ -73,8 +73,8 @@ fn a_half_written_list_leaves_the_last_good_one_in_effect() {
             stack.wait_for_metric(&format!("wgkex_broker_lists_damaged{{list=\"{list}\"}}"), value);
         }
     };
-    for half in HALVES {
-        write_all(half);
+    for damage in DAMAGES {
+        write_all(damage);
         wait_for_damage(1.0);
         assert_eq!(statuses(), [403, 403, 200]);
         write_all(<[u8]>::to_vec);
@@ -225,7 +225,7 @@ fn a_newer_layout_of_any_file_stops_the_start_and_none_is_touched() {
     let both =
         format!("tenants: {{enabled: true}}\nregistry: {{enabled: true, password_file: {}}}", password.display());
     let mut stack = Stack::start(Plan::new(Bus::Embedded).config(&both));
-    let _worker = Worker::start(&stack, "gw1", Manner::Confirms, 0);
+    let _worker = Worker::start(&stack, "gw1", WorkerBehaviour::Confirms, 0);
     stack.wait_for_gateways(1);
     assert_eq!(status(&stack, 1), 200);
     // At its end the broker moves the logs into the database files.
@@ -304,7 +304,7 @@ fn the_state_of_an_older_version_is_taken_over() {
         assert_eq!(witness.next_on("some/topic").text(), "retained by 510c797");
         assert_eq!(witness.next_on("left/will").text(), "0");
         let question = json!({ "from": { "worker": client }, "to": host_name(), "domain": DOMAIN, "after": null });
-        witness.say(said(format!("wgkex/worker/{client}/questions"), question.to_string(), 1, false));
+        witness.publish(message(format!("wgkex/worker/{client}/questions"), question.to_string(), 1, false));
         let page: Value = serde_json::from_slice(&witness.next_on(&pages).payload).unwrap();
         let keys: BTreeSet<_> = page["keys"].as_object().unwrap().keys().map(String::as_str).collect();
         assert_eq!(keys, BTreeSet::from(live));
@@ -378,7 +378,7 @@ fn state_is_not_written_through_links() {
 fn list_entries_that_cannot_be_read_are_left_alone_and_read_when_they_can_be() {
     let (operator, admin) = Operator::new();
     let mut stack = Stack::start(Plan::new(Bus::Embedded).config(&admin));
-    let _worker = Worker::start(&stack, "gw1", Manner::Confirms, 0);
+    let _worker = Worker::start(&stack, "gw1", WorkerBehaviour::Confirms, 0);
     stack.wait_for_gateways(1);
     assert_eq!(operator.call("POST", "/v1/revoke", &serde_json::json!({ "key": key(1) })).status, 200);
     assert!(stack.stop_broker().success());
@@ -424,7 +424,7 @@ fn a_worker_stops_at_a_newer_layout_too() {
 #[test]
 fn sighup_applies_weights_and_the_log_level_and_names_what_needs_a_restart() {
     let mut stack = Stack::start(Plan::new(Bus::Embedded).config("workers: {gw1: {weight: 1}, gw2: {weight: 0}}"));
-    let _gateways = ["gw1", "gw2"].map(|name| Worker::start(&stack, name, Manner::Confirms, 0));
+    let _gateways = ["gw1", "gw2"].map(|name| Worker::start(&stack, name, WorkerBehaviour::Confirms, 0));
     let chosen = |stack: &Stack, n| {
         let answer = stack.v2(DOMAIN, &key(n)).json();
         answer["Endpoint"]["Address"].as_str().unwrap_or_default().to_owned()
@@ -444,7 +444,7 @@ fn sighup_applies_weights_and_the_log_level_and_names_what_needs_a_restart() {
     let line = stack.broker().wait_for_log("take effect after a restart");
     assert!(line.contains("keys=\"confirm_timeout\""), "peers mean nothing to a broker: {line}");
     assert_eq!(chosen(&stack, 2), "gw2.example");
-    drop(Worker::start(&stack, "gw3", Manner::Confirms, 0));
+    drop(Worker::start(&stack, "gw3", WorkerBehaviour::Confirms, 0));
     stack.broker().wait_for_log(" DEBUG ");
     reload(&mut stack, "workers: {gw1: {weight: high}}");
     let line = stack.broker().wait_for_log("workers.gw1.weight: must be a number from 0 to 1000000000, not \"high\"");
@@ -458,13 +458,13 @@ fn sighup_applies_weights_and_the_log_level_and_names_what_needs_a_restart() {
 fn sighup_applies_how_fast_gateways_are_filled_and_the_drains_in_the_file() {
     let mut stack = Stack::prepare(Plan::new(Bus::Mosquitto));
     stack.start_mosquitto();
-    let gateways = ["gw1", "gw2"].map(|name| Worker::start(&stack, name, Manner::Confirms, 500));
+    let gateways = ["gw1", "gw2"].map(|name| Worker::start(&stack, name, WorkerBehaviour::Confirms, 500));
     stack.start_broker();
     stack.wait_until_ready();
     stack.wait_for_gateways(2);
-    gateways[1].probe.say(scripted::status("gw2", "0"));
+    gateways[1].probe.publish(scripted::status("gw2", "0"));
     stack.wait_for_gateways(1);
-    gateways[1].probe.say_all([hello("gw2"), peers_of("gw2", DOMAIN, "1"), scripted::status("gw2", "1")]);
+    gateways[1].probe.publish_all([hello("gw2"), peers_of("gw2", DOMAIN, "1"), scripted::status("gw2", "1")]);
     stack.wait_for_gateways(2);
     let chosen = |stack: &Stack, n| {
         let answer = stack.v2(DOMAIN, &key(n)).json();

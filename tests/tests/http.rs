@@ -10,13 +10,13 @@ use nix::sys::signal::Signal;
 use wgkex_tests::http::{Http, Response, ask};
 use wgkex_tests::key;
 use wgkex_tests::process::Process;
-use wgkex_tests::scripted::{Manner, Worker, endpoint};
+use wgkex_tests::scripted::{Worker, WorkerBehaviour, endpoint};
 use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack, V1, V2};
 use wgkex_tests::wait_until;
 
 fn stack_with_gateway() -> (Stack, Worker) {
     let stack = Stack::start(Plan::new(Bus::Embedded));
-    let worker = Worker::start(&stack, "gw1", Manner::Confirms, 0);
+    let worker = Worker::start(&stack, "gw1", WorkerBehaviour::Confirms, 0);
     stack.wait_for_gateways(1);
     (stack, worker)
 }
@@ -392,7 +392,7 @@ fn an_unknown_key_of_the_config_is_a_warning() {
 }
 
 #[test]
-fn an_unreachable_mqtt_server_is_one_line_and_the_broker_recovers_when_it_comes() {
+fn an_unreachable_mqtt_server_is_logged_once_and_the_broker_reconnects() {
     let mut stack = Stack::prepare(Plan::new(Bus::Mosquitto));
     stack.start_broker();
     stack.broker().wait_for_log("MQTT not connected");
@@ -412,7 +412,7 @@ fn an_unreachable_mqtt_server_is_one_line_and_the_broker_recovers_when_it_comes(
     assert_eq!(log.matches("MQTT not connected").count(), 1, "{log}");
     stack.start_mosquitto();
     stack.wait_until_ready();
-    let _worker = Worker::start(&stack, "gw1", Manner::Confirms, 0);
+    let _worker = Worker::start(&stack, "gw1", WorkerBehaviour::Confirms, 0);
     stack.wait_for_gateways(1);
     assert_eq!(stack.v2(DOMAIN, &key(1)).status, 200);
     let _ = stack.mosquitto().end_by(Signal::SIGKILL);

@@ -18,7 +18,7 @@ use wgkex_common::tls::rustls::version::{TLS12, TLS13};
 use wgkex_common::tls::rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned, SupportedProtocolVersion};
 use wgkex_tests::http::ask;
 use wgkex_tests::process::memory;
-use wgkex_tests::scripted::{Manner, Worker};
+use wgkex_tests::scripted::{Worker, WorkerBehaviour};
 use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack, V2, free_address};
 use wgkex_tests::unread_answers::{pile_up, pipelined};
 use wgkex_tests::{key, wait_until};
@@ -59,7 +59,7 @@ fn started() -> (Stack, SocketAddr, Worker) {
     let (mut stack, https) = prepare();
     stack.start_broker();
     stack.wait_until_ready();
-    let worker = Worker::start(&stack, "gw1", Manner::Confirms, 0);
+    let worker = Worker::start(&stack, "gw1", WorkerBehaviour::Confirms, 0);
     stack.wait_for_gateways(1);
     (stack, https, worker)
 }

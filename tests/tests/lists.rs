@@ -19,8 +19,8 @@ use wgkex_common::time_text::unix;
 use wgkex_tests::admin::{Operator, printed};
 use wgkex_tests::http::{Http, Response};
 use wgkex_tests::in_memory::InMemory;
-use wgkex_tests::probe::{Probe, Role, Said, said};
-use wgkex_tests::scripted::{Manner, Worker, data, key_for, key_topic, status};
+use wgkex_tests::probe::{Message, Probe, Role, message};
+use wgkex_tests::scripted::{Worker, WorkerBehaviour, data, key_for, key_topic, status};
 use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack};
 use wgkex_tests::{host_name, key, wait_until};
 
@@ -28,7 +28,7 @@ use wgkex_tests::{host_name, key, wait_until};
 fn scene(config: &str) -> (Stack, Worker, Operator) {
     let (operator, more) = Operator::new();
     let stack = Stack::start(Plan::new(Bus::Embedded).config(config).config(&more));
-    let worker = Worker::start(&stack, "gw1", Manner::Confirms, 0);
+    let worker = Worker::start(&stack, "gw1", WorkerBehaviour::Confirms, 0);
     stack.wait_for_gateways(1);
     (stack, worker, operator)
 }
@@ -44,16 +44,16 @@ fn wait_for_status(stack: &Stack, key: &str, status: u16) {
 /// A gateway that can revoke, and reports `outcome` for every key that a record denies.
 fn revoking(stack: &Stack, name: &str, outcome: &'static str) -> Probe {
     let hello = r#"{"version":"9","can":["confirm","revoke"]}"#;
-    let greeting = vec![said(format!("wgkex/worker/{name}/hello"), hello, 1, true), status(name, "1")];
+    let greeting = vec![message(format!("wgkex/worker/{name}/hello"), hello, 1, true), status(name, "1")];
     let topic = format!("wgkex/worker/{name}/revoked");
-    stack.probe(Role::new(name, &["wgkex/revocations"]).greeting(greeting).answer(move |heard| {
-        let records: Vec<Value> = serde_json::from_slice(&heard.payload).unwrap();
+    stack.probe(Role::new(name, &["wgkex/revocations"]).greeting(greeting).answer(move |received| {
+        let records: Vec<Value> = serde_json::from_slice(&received.payload).unwrap();
         let denied = records.iter().filter(|record| record["on"] == true && !outcome.is_empty());
         let answer = |record: &Value| {
             let key = record["key"].as_str().unwrap();
-            said(topic.clone(), json!({ "at": record["at"], "keys": { key: outcome } }).to_string(), 1, false)
+            message(topic.clone(), json!({ "at": record["at"], "keys": { key: outcome } }).to_string(), 1, false)
         };
-        denied.map(answer).collect::<Vec<Said>>()
+        denied.map(answer).collect::<Vec<Message>>()
     }))
 }
 
@@ -71,7 +71,7 @@ fn a_denied_key_gets_403_without_the_reason_and_reaches_no_gateway() {
     }
     assert_eq!(statuses(&stack, &key(2)), [200, 200]);
     witness.next_on(&key_topic(DOMAIN));
-    assert!(!witness.received().iter().any(|said| said.text().contains(&key(1))), "{:?}", witness.received());
+    assert!(!witness.received().iter().any(|message| message.text().contains(&key(1))), "{:?}", witness.received());
     assert_eq!(stack.metric(r#"wgkex_broker_keys_refused_total{api="v2",reason="denied"}"#), Some(1.0));
     let log = stack.broker().log();
     let lines: Vec<_> = log.lines().filter(|line| line.contains("key refused")).collect();
@@ -161,7 +161,7 @@ fn only_listed_keys_come_where_there_is_an_allow_list_and_deny_beats_it() {
 #[test]
 fn a_revocation_reports_the_outcome_of_each_gateway() {
     let (stack, original, operator) = scene("workers: {named: {weight: 1}}");
-    original.probe.say(said("wgkex/worker/gw1/hello", "", 1, true));
+    original.probe.publish(message("wgkex/worker/gw1/hello", "", 1, true));
     let _gone = revoking(&stack, "gw2", "removed");
     let _absent = revoking(&stack, "gw3", "absent");
     let _altered = revoking(&stack, "gw4", "altered by somebody else");
@@ -241,17 +241,17 @@ fn revocations_survive_a_restart_and_are_sent_on_request() {
     let hello: Value = serde_json::from_slice(&hello.payload).unwrap();
     assert_eq!(hello["revocations"].as_str().unwrap().len(), 32, "{hello}");
     let question = json!({ "from": { "worker": "asker" }, "revocations": true }).to_string();
-    witness.say(said(format!("wgkex/broker/{broker}/questions"), question, 1, false));
+    witness.publish(message(format!("wgkex/broker/{broker}/questions"), question, 1, false));
     let records: Vec<Value> = serde_json::from_slice(&witness.next_on("wgkex/revocations").payload).unwrap();
     let about: Vec<_> = records.iter().map(|record| (record["list"].clone(), record["key"].clone())).collect();
     assert_eq!(about, [(json!("deny"), json!(key(1))), (json!("trusted"), json!(key(2)))]);
     // A program of this version requests on its own topic.
     assert!(hello["can"].as_array().unwrap().contains(&json!("named records")), "{hello}");
     let question = json!({ "from": { "worker": "asker" }, "to": broker, "revocations": true }).to_string();
-    witness.say(said("wgkex/worker/asker/questions", question, 1, false));
+    witness.publish(message("wgkex/worker/asker/questions", question, 1, false));
     witness.next_on("wgkex/revocations");
-    let retained: Vec<_> = witness.received().into_iter().filter(|said| said.retain).collect();
-    assert!(!retained.iter().any(|said| said.text().contains(&key(1))), "{retained:?}");
+    let retained: Vec<_> = witness.received().into_iter().filter(|message| message.retain).collect();
+    assert!(!retained.iter().any(|message| message.text().contains(&key(1))), "{retained:?}");
 }
 
 #[test]
@@ -289,7 +289,7 @@ fn a_revocation_without_disk_or_mqtt_takes_effect_here_and_is_reported_as_partia
 fn records_of_another_broker_are_merged_and_invalid_ones_ignored() {
     let (stack, worker, operator) = scene("");
     let deny = |n: u32, at: u64, on: bool| json!({ "list": "deny", "key": key(n), "at": at, "on": on });
-    let publish = |payload: String| worker.probe.say(said("wgkex/revocations", payload, 1, false));
+    let publish = |payload: String| worker.probe.publish(message("wgkex/revocations", payload, 1, false));
     for nonsense in ["", "x", "[]", "{}", r#"[{"list":"x"}]"#, r#"[{"list":"deny","key":"x","at":1,"on":true}]"#] {
         publish(nonsense.to_owned());
     }
@@ -319,7 +319,7 @@ fn a_full_list_still_takes_revocations_and_reports_entries_without_room() {
     let fill = |range: std::ops::Range<u32>| {
         let records: Vec<_> = range.map(|n| json!({ "list": "deny", "key": key(n), "at": now, "on": true })).collect();
         let payloads = records.chunks(500).map(|records| serde_json::to_string(records).unwrap());
-        worker.probe.say_all(payloads.map(|payload| said("wgkex/revocations", payload, 1, false)));
+        worker.probe.publish_all(payloads.map(|payload| message("wgkex/revocations", payload, 1, false)));
     };
     fill(1_000..11_000);
     stack.wait_for_metric("wgkex_broker_list_keys{list=\"deny\"}", 10_000.0);
@@ -449,7 +449,7 @@ fn admin_calls_are_logged_at_every_level_without_a_key() {
 }
 
 #[test]
-fn entries_are_shown_with_where_they_come_from() {
+fn entries_are_shown_with_their_source() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("deny.yaml");
     fs::write(&file, format!("{}: {{reason: old, until: 2090-01-01}}\n", key(1))).unwrap();
@@ -481,11 +481,11 @@ fn scripted_broker(stack: &Stack, digest: &str) -> Probe {
     let hello = json!({ "version": "9", "can": ["answer"], "domains": [DOMAIN], "revocations": digest }).to_string();
     let filters =
         ["wgkex/broker/b1/questions", "wireguard-worker/gw1/status", "wgkex/worker/gw1/applied", "wgkex/revocations"];
-    stack.probe(Role::new("b1", &filters).greeting(vec![said("wgkex/broker/b1/hello", hello, 1, true)]))
+    stack.probe(Role::new("b1", &filters).greeting(vec![message("wgkex/broker/b1/hello", hello, 1, true)]))
 }
 
-fn asks_for_records(said: &Said) -> bool {
-    said.topic == "wgkex/broker/b1/questions" && said.text().contains("revocations")
+fn asks_for_records(message: &Message) -> bool {
+    message.topic == "wgkex/broker/b1/questions" && message.text().contains("revocations")
 }
 
 #[test]
@@ -497,12 +497,14 @@ fn a_worker_installs_no_key_before_it_has_the_revocation_list() {
     let record = records.change(Entry::new(List::Deny, key(1).parse().unwrap()), true, now * 1000).unwrap();
     let broker = scripted_broker(&stack, &records.digest(now));
     let worker = InMemory::start(&stack, "gw1");
-    broker.next("the worker is online", |heard| *heard == Said { retain: heard.retain, ..status("gw1", "1") });
-    broker.say_all([key_for(DOMAIN, &key(1)), key_for(DOMAIN, &key(2))]);
+    broker.next("the worker is online", |received| {
+        *received == Message { retain: received.retain, ..status("gw1", "1") }
+    });
+    broker.publish_all([key_for(DOMAIN, &key(1)), key_for(DOMAIN, &key(2))]);
     broker.next("the worker asks for records", asks_for_records);
     thread::sleep(Duration::from_millis(500));
     assert!(worker.kernel.take_applies().is_empty(), "both keys wait");
-    broker.say(said("wgkex/revocations", serde_json::to_string(&[&record]).unwrap(), 1, false));
+    broker.publish(message("wgkex/revocations", serde_json::to_string(&[&record]).unwrap(), 1, false));
     let applied: Value = serde_json::from_slice(&broker.next_on("wgkex/worker/gw1/applied").payload).unwrap();
     assert_eq!(applied, json!({ "domain": DOMAIN, "installed": [key(2)], "failed": { key(1): "denied" } }));
     let changes: Vec<_> = worker.kernel.take_applies().into_iter().flat_map(|(_, changes)| changes).collect();
@@ -515,18 +517,20 @@ fn a_worker_waits_at_most_three_seconds_for_the_revocation_list() {
     stack.start_mosquitto();
     let broker = scripted_broker(&stack, "of records that never come");
     let _worker = InMemory::start(&stack, "gw1");
-    broker.next("the worker is online", |heard| *heard == Said { retain: heard.retain, ..status("gw1", "1") });
+    broker.next("the worker is online", |received| {
+        *received == Message { retain: received.retain, ..status("gw1", "1") }
+    });
     let online = Instant::now();
-    broker.say(key_for(DOMAIN, &key(1)));
+    broker.publish(key_for(DOMAIN, &key(1)));
     broker.next_on("wgkex/worker/gw1/applied");
     let waited = online.elapsed();
     assert!(waited > Duration::from_secs(2), "{waited:?}");
     // The worker waits once per connection: a broker with another digest delays no key.
     let other = json!({ "version": "9", "can": ["answer"], "revocations": "another" }).to_string();
-    broker.say(said("wgkex/broker/b1/hello", other, 1, true));
+    broker.publish(message("wgkex/broker/b1/hello", other, 1, true));
     broker.next("the worker asks for records", asks_for_records);
     let again = Instant::now();
-    broker.say(key_for(DOMAIN, &key(2)));
+    broker.publish(key_for(DOMAIN, &key(2)));
     broker.next_on("wgkex/worker/gw1/applied");
     assert!(again.elapsed() < Duration::from_secs(2), "{:?}", again.elapsed());
 }

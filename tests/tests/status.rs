@@ -12,10 +12,10 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use wgkex_tests::admin::{Operator, printed};
 use wgkex_tests::http::{Http, ask};
-use wgkex_tests::probe::said;
+use wgkex_tests::probe::message;
 use wgkex_tests::process::binary;
 use wgkex_tests::raw_client::RawClient;
-use wgkex_tests::scripted::{Manner, Worker, data, gateway_key, hello, peers_of, status};
+use wgkex_tests::scripted::{Worker, WorkerBehaviour, data, gateway_key, hello, peers_of, status};
 use wgkex_tests::stack::{Bus, DOMAIN, ONE_ADDRESS, Plan, Stack, V2, free_address};
 use wgkex_tests::{key, wait_until, wait_within};
 
@@ -73,7 +73,7 @@ fn wait_for_kinds(stack: &Stack, expected: &[&str]) -> Value {
 #[test]
 fn status_and_gateways_show_the_fleet_without_a_token_and_exit_by_what_is_wrong() {
     let mut stack = Stack::start(Plan::new(Bus::Embedded).domains([DOMAIN, "ffx_b"]));
-    let worker = Worker::start(&stack, "gw1", Manner::Confirms, 7);
+    let worker = Worker::start(&stack, "gw1", WorkerBehaviour::Confirms, 7);
     stack.wait_for_gateways(1);
     wait_for_kinds(&stack, &[]);
     let router = key(1);
@@ -113,7 +113,7 @@ fn status_and_gateways_show_the_fleet_without_a_token_and_exit_by_what_is_wrong(
     assert_eq!(gateways[0]["name"], "gw1");
 
     // The domain goes down, then the gateway offline, then the broker ends.
-    worker.probe.say(peers_of("gw1", "ffx_b", "-1"));
+    worker.probe.publish(peers_of("gw1", "ffx_b", "-1"));
     wait_for_kinds(&stack, &["domain_without_gateway", "domain_down"]);
     let shown = run(&stack, &["status"]);
     let text = printed(&shown);
@@ -122,7 +122,7 @@ fn status_and_gateways_show_the_fleet_without_a_token_and_exit_by_what_is_wrong(
         text.contains("! domain ffx_b: no gateway is online") && text.contains("ffx_b interface missing (-1) for"),
         "{text}"
     );
-    worker.probe.say_all([peers_of("gw1", DOMAIN, "-1"), status("gw1", "0")]);
+    worker.probe.publish_all([peers_of("gw1", DOMAIN, "-1"), status("gw1", "0")]);
     stack.wait_for_gateways(0);
     let gateways = run(&stack, &["gateways"]);
     assert_eq!(gateways.status.code(), Some(3));
@@ -168,7 +168,7 @@ fn the_commands_find_a_broker_that_listens_everywhere() {
 #[test]
 fn watch_shows_rates_and_waits_for_a_broker_that_is_away() {
     let mut stack = Stack::start(Plan::new(Bus::Embedded));
-    let _worker = Worker::start(&stack, "gw1", Manner::Confirms, 0);
+    let _worker = Worker::start(&stack, "gw1", WorkerBehaviour::Confirms, 0);
     stack.wait_for_gateways(1);
     let watching = stack.program("wgkex-broker", &["status", "--watch"]);
     watching.wait_for_log("keys accepted 0,");
@@ -192,17 +192,17 @@ fn watch_shows_rates_and_waits_for_a_broker_that_is_away() {
 #[test]
 fn a_domain_without_a_gateway_is_one_warning_and_its_return_one_line() {
     let mut stack = Stack::start(Plan::new(Bus::Embedded));
-    let served = Worker::start(&stack, "gw1", Manner::Confirms, 0);
+    let served = Worker::start(&stack, "gw1", WorkerBehaviour::Confirms, 0);
     stack.wait_for_gateways(1);
     std::thread::sleep(Duration::from_secs(11));
     assert!(!stack.broker().log().contains(&format!("domain {DOMAIN}:")), "not while one is there");
-    served.probe.say(status("gw1", "0"));
+    served.probe.publish(status("gw1", "0"));
     let line = stack.broker().wait_for_log(&format!("domain {DOMAIN}: no gateway is online"));
     assert!(line.contains("WARN"), "{line}");
     assert!(stack.get("/readyz").body.contains(&format!("domain {DOMAIN}: ")), "readyz says it, too");
     std::thread::sleep(Duration::from_secs(5));
     assert_eq!(stack.broker().log().matches(&format!("domain {DOMAIN}: no gateway")).count(), 1);
-    served.probe.say(status("gw1", "1"));
+    served.probe.publish(status("gw1", "1"));
     let line = stack.broker().wait_for_log(&format!("over: domain {DOMAIN}: no gateway"));
     assert!(line.contains("INFO"), "{line}");
 }
@@ -210,24 +210,26 @@ fn a_domain_without_a_gateway_is_one_warning_and_its_return_one_line() {
 #[test]
 fn gateways_that_publish_the_same_are_one_warning_and_stand_on_the_page() {
     let mut stack = Stack::start(Plan::new(Bus::Embedded));
-    let (_one, two) =
-        (Worker::start(&stack, "gw1", Manner::Confirms, 0), Worker::start(&stack, "gw2", Manner::Confirms, 0));
+    let (_one, two) = (
+        Worker::start(&stack, "gw1", WorkerBehaviour::Confirms, 0),
+        Worker::start(&stack, "gw2", WorkerBehaviour::Confirms, 0),
+    );
     stack.wait_for_gateways(2);
     // Scripted gateways share one link address.
     wait_for_kinds(&stack, &["same_link_address"]);
     let cloned = String::from_utf8(data("gw1", DOMAIN).payload).unwrap();
-    two.probe.say(wgkex_tests::probe::said(data("gw2", DOMAIN).topic, cloned.clone(), 1, true));
+    two.probe.publish(wgkex_tests::probe::message(data("gw2", DOMAIN).topic, cloned.clone(), 1, true));
     wait_for_kinds(&stack, &["same_key", "same_link_address"]);
     let other = cloned.replace(&gateway_key("gw1"), &gateway_key("gw2")).replace("6c74", "6c75");
-    two.probe.say(wgkex_tests::probe::said(data("gw2", DOMAIN).topic, other, 1, true));
+    two.probe.publish(wgkex_tests::probe::message(data("gw2", DOMAIN).topic, other, 1, true));
     let json = wait_for_kinds(&stack, &["same_external_address"]);
     assert_eq!(json["problems"][0]["subject"], "gw1, gw2");
     let said = "gateways gw1, gw2 publish the same address gw1.example:40011 with different keys";
     assert!(stack.get("/").body.contains(said));
     let line = stack.broker().wait_for_log(said);
     assert!(line.contains("WARN"), "{line}");
-    two.probe.say(data("gw2", "ffx_none"));
-    two.probe.say(status("gw2", "0"));
+    two.probe.publish(data("gw2", "ffx_none"));
+    two.probe.publish(status("gw2", "0"));
     stack.broker().wait_for_log(&format!("over: {said}"));
     assert_eq!(stack.broker().log().matches(said).count(), 2);
 }
@@ -235,11 +237,11 @@ fn gateways_that_publish_the_same_are_one_warning_and_stand_on_the_page() {
 #[test]
 fn the_log_says_why_a_gateway_goes_offline() {
     let mut stack = Stack::start(Plan::new(Bus::Embedded));
-    let workers = ["gw1", "gw2"].map(|name| Worker::start(&stack, name, Manner::Confirms, 7));
+    let workers = ["gw1", "gw2"].map(|name| Worker::start(&stack, name, WorkerBehaviour::Confirms, 7));
     stack.wait_for_gateways(2);
-    workers[0].probe.say_all([peers_of("gw1", DOMAIN, "-1"), status("gw1", "0")]);
+    workers[0].probe.publish_all([peers_of("gw1", DOMAIN, "-1"), status("gw1", "0")]);
     // A last will has the same payload, but no peer counts of -1 before it.
-    workers[1].probe.say(status("gw2", "0"));
+    workers[1].probe.publish(status("gw2", "0"));
     for (worker, reason) in [("gw1", "reason=stopped"), ("gw2", "reason=connection lost")] {
         let broker = stack.broker();
         let line = wait_until("the line", || {
@@ -254,7 +256,7 @@ fn the_log_says_why_a_gateway_goes_offline() {
 #[test]
 fn gateways_stay_shown_as_last_known_while_mqtt_is_away() {
     let mut stack = Stack::start(Plan::new(Bus::Mosquitto));
-    let _worker = Worker::start(&stack, "gw1", Manner::Confirms, 7);
+    let _worker = Worker::start(&stack, "gw1", WorkerBehaviour::Confirms, 7);
     stack.wait_for_gateways(1);
     assert_eq!(wait_for_kinds(&stack, &[])["gateways"][0]["last_known_secs"], Value::Null);
     let _ = stack.mosquitto().end_by(Signal::SIGKILL);
@@ -394,7 +396,7 @@ fn an_allow_list_that_was_never_read_is_what_readyz_log_and_status_say() {
     let file = dir.path().join("allow.yaml");
     let config = format!("allowlist: {{enabled: true, file: {}, refresh_interval: 0.1}}", file.display());
     let mut stack = Stack::start(Plan::new(Bus::Embedded).config(&config));
-    let _worker = Worker::start(&stack, "gw1", Manner::Confirms, 0);
+    let _worker = Worker::start(&stack, "gw1", WorkerBehaviour::Confirms, 0);
     stack.wait_for_gateways(1);
     let line = stack.broker().wait_for_log("was never read since the start");
     assert!(line.contains("WARN") && line.contains("every key that no admin call allows is refused"), "{line}");
@@ -453,7 +455,7 @@ fn encoded(key: &str) -> String {
 #[test]
 fn where_shows_the_gateways_of_a_key_and_what_the_lists_say() {
     let (mut stack, operator) = operated("");
-    let worker = Worker::start(&stack, "gw1", Manner::Confirms, 0);
+    let worker = Worker::start(&stack, "gw1", WorkerBehaviour::Confirms, 0);
     stack.wait_for_gateways(1);
     let (ours, unknown) = (key(1), key(2));
     assert_eq!(stack.v2(DOMAIN, &ours).status, 200);
@@ -466,7 +468,7 @@ fn where_shows_the_gateways_of_a_key_and_what_the_lists_say() {
     );
     assert_eq!(here["confirmed_by"], json!([{ "gateway": "gw1", "online": true }]), "{found}");
     let seen = json!({ "domain": DOMAIN, "keys": [ours] }).to_string();
-    worker.probe.say(wgkex_tests::probe::said("wgkex/worker/gw1/seen", seen, 1, false));
+    worker.probe.publish(wgkex_tests::probe::message("wgkex/worker/gw1/seen", seen, 1, false));
     let established = wait_until("the handshake is known", || {
         let found = asked(&operator, &path);
         (found["domains"][0]["state"] == "established").then_some(found)
@@ -512,9 +514,10 @@ fn explain_names_the_gateway_that_a_request_gets_and_changes_nothing() {
     let limits = "limits: {per_client: {burst: 0}, per_key: {burst: 2, per_second: 0.001}, per_domain: {burst: 3, per_second: 0.001}}";
     let config = format!("workers: {{gw1: {{weight: 2}}, gw2: {{weight: 1}}, gw3: {{weight: 1}}}}\n{limits}");
     let (stack, operator) = operated(&config);
-    let _workers = [("gw1", 9), ("gw2", 1)].map(|(name, peers)| Worker::start(&stack, name, Manner::Confirms, peers));
+    let _workers =
+        [("gw1", 9), ("gw2", 1)].map(|(name, peers)| Worker::start(&stack, name, WorkerBehaviour::Confirms, peers));
     let gone = stack.probe(wgkex_tests::probe::Role::new("gw3", &[]));
-    gone.say_all([hello("gw3"), data("gw3", DOMAIN), status("gw3", "0")]);
+    gone.publish_all([hello("gw3"), data("gw3", DOMAIN), status("gw3", "0")]);
     stack.wait_for_metric(r#"wgkex_broker_gateways{state="offline"}"#, 1.0);
     stack.wait_for_gateways(2);
     let path = |n| format!("/v1/explain?key={}", encoded(&key(n)));
@@ -573,7 +576,7 @@ fn explain_says_what_stands_in_the_way_of_a_key() {
     let (stack, operator) = operated("");
     let nobody = asked(&operator, &format!("/v1/explain?key={}", encoded(&key(1))))["domains"][0].clone();
     assert_eq!((&nobody["refused"]["reason"], &nobody["gateway"]), (&json!("no_gateway"), &Value::Null));
-    let _worker = Worker::start(&stack, "gw1", Manner::Confirms, 0);
+    let _worker = Worker::start(&stack, "gw1", WorkerBehaviour::Confirms, 0);
     stack.wait_for_gateways(1);
     let own = asked(&operator, &format!("/v1/explain?key={}", encoded(&gateway_key("gw1"))))["domains"][0].clone();
     assert_eq!(own["refused"]["reason"], "reserved");
@@ -583,7 +586,7 @@ fn explain_says_what_stands_in_the_way_of_a_key() {
 #[test]
 fn a_router_is_waited_for_until_its_gateway_reports_a_handshake() {
     let stack = Stack::start(Plan::new(Bus::Embedded));
-    let worker = Worker::start(&stack, "gw1", Manner::Confirms, 0);
+    let worker = Worker::start(&stack, "gw1", WorkerBehaviour::Confirms, 0);
     stack.wait_for_gateways(1);
     let routers = |state| format!(r#"wgkex_broker_gateway_routers{{gateway="gw1",state="{state}"}}"#);
     for n in 1..=2 {
@@ -591,7 +594,7 @@ fn a_router_is_waited_for_until_its_gateway_reports_a_handshake() {
     }
     stack.wait_for_metric(&routers("waiting"), 2.0);
     let payload = json!({ "domain": DOMAIN, "keys": [key(1)] });
-    worker.probe.say(said("wgkex/worker/gw1/seen", payload.to_string(), 1, false));
+    worker.probe.publish(message("wgkex/worker/gw1/seen", payload.to_string(), 1, false));
     stack.wait_for_metric(&routers("reached"), 1.0);
     stack.wait_for_metric(&routers("waiting"), 1.0);
     assert_eq!(stack.metric(&routers("unreached")), Some(0.0));

@@ -23,7 +23,7 @@ fn print(text: &str) -> io::Result<()> {
 }
 
 /// Prints why a command failed.
-fn complain(error: &anyhow::Error) {
+fn print_error(error: &anyhow::Error) {
     // An error of stderr cannot be reported anywhere.
     let _ = writeln!(io::stderr(), "error: {error:#}");
 }

@@ -14,7 +14,7 @@ use wgkex_common::access_lists::service::ListSnapshot;
 use wgkex_common::mqtt::presence::{Announcement, Presence, PresenceEvent};
 use wgkex_common::mqtt::{ConnectionState, MqttHandle};
 use wgkex_common::time_text::unix;
-use wgkex_common::wire::message::{Hello, Served};
+use wgkex_common::wire::message::{Hello, ServiceAnnouncement};
 use wgkex_common::{BrokerName, Config, Domain, Topic};
 
 use crate::bus::online_log::OnlineLog;
@@ -40,7 +40,7 @@ const LIVENESS_CHECK: Duration = Duration::from_secs(1);
 pub struct Announcer {
     broker: BrokerName,
     domains: Vec<String>,
-    tenants: Option<watch::Receiver<Served>>,
+    tenants: Option<watch::Receiver<ServiceAnnouncement>>,
     registry: RegistryHolder,
     instance: u64,
     bus: MqttHandle,
@@ -116,7 +116,11 @@ impl Announcer {
     }
 
     /// The hello also announces that this broker serves tenants, and that it has a registry, its own or a shared one.
-    pub fn with_served(self, tenants: Option<watch::Receiver<Served>>, registry: RegistryHolder) -> Self {
+    pub fn with_services(
+        self,
+        tenants: Option<watch::Receiver<ServiceAnnouncement>>,
+        registry: RegistryHolder,
+    ) -> Self {
         Self { tenants, registry, ..self }
     }
 
@@ -197,7 +201,7 @@ impl Announcer {
                     payload == b"1"
                 };
                 if !is_own {
-                    self.presence.contradicted(now);
+                    self.presence.on_wrong_retained(now);
                 }
             }
         }
@@ -240,20 +244,20 @@ impl Announcer {
 
     fn publish_status(&self, announcement: Announcement) {
         // An error means that the connection is being lost; on the next one it is published again.
-        let _ = self.bus.try_publish(announcement.of(status(&self.broker, "1")));
+        let _ = self.bus.try_publish(announcement.apply_to(status(&self.broker, "1")));
     }
 
     fn publish_hello(&mut self, announcement: Announcement, now: Instant) {
         let digest = self.lists.borrow().digest.clone();
         let said = self.hello(digest);
         let payload = said.payload(unix(SystemTime::now()));
-        let _ = self.keys.try_publish(announcement.of(hello(&self.broker, payload)));
+        let _ = self.keys.try_publish(announcement.apply_to(hello(&self.broker, payload)));
         self.last_hello = Some(PublishedHello { at: now, hello: said });
     }
 
     fn hello(&self, digest: String) -> Hello {
         let tenants = self.tenants.as_ref().map(|tenants| tenants.borrow().clone());
-        let registry = self.registry.served();
+        let registry = self.registry.announced();
         let hello =
             Hello { records: Some(digest), tenants, registry, ..Hello::broker(self.domains.clone(), self.instance) };
         if self.registry.is_serving() { hello.with_leases() } else { hello }
@@ -261,7 +265,7 @@ impl Announcer {
 }
 
 /// Returns when there is a new value; never if there is none, or will be none.
-async fn changed(value: Option<&mut watch::Receiver<Served>>) {
+async fn changed(value: Option<&mut watch::Receiver<ServiceAnnouncement>>) {
     let is_over = match value {
         Some(value) => value.changed().await.is_err(),
         None => true,

@@ -39,7 +39,7 @@ impl Requesters {
     }
 
     /// A request on a topic on which only this worker may publish; every broker receives it.
-    pub fn by_worker(&mut self, worker: &WorkerName, request: SyncRequest) -> Result<(), Ignored> {
+    pub fn on_worker_request(&mut self, worker: &WorkerName, request: SyncRequest) -> Result<(), Ignored> {
         let is_for_this_broker = self.is_for_this_broker(worker, &request.from, request.to.as_ref())?;
         self.on_worker(worker, Instant::now());
         if is_for_this_broker {
@@ -60,7 +60,7 @@ impl Requesters {
     }
 
     /// A request on a topic on which only brokers may publish.
-    pub fn by_broker(&self, request: SyncRequest) -> Result<(), Ignored> {
+    pub fn on_broker_request(&self, request: SyncRequest) -> Result<(), Ignored> {
         if !matches!(request.from, Participant::Broker(_)) {
             return Err(Ignored::Payload);
         }
@@ -68,7 +68,7 @@ impl Requesters {
     }
 
     /// A request on the topic of older versions, which may be in another program's name.
-    pub fn by_anybody(&self, request: SyncRequest) -> Result<(), Ignored> {
+    pub fn on_shared_topic(&self, request: SyncRequest) -> Result<(), Ignored> {
         if self.has_own_topic(&request.from, Instant::now()) {
             return Err(Ignored::Payload);
         }
@@ -140,19 +140,25 @@ mod tests {
             Participant::Broker("b".parse().unwrap()),
         ];
         let is_answered = |result: Result<(), Ignored>| (result.is_ok(), requests.take().is_some());
-        assert_eq!(is_answered(requesters.by_worker(&name("gw"), request(worker.clone(), Some("own")))), (true, true));
         assert_eq!(
-            is_answered(requesters.by_worker(&name("gw"), request(worker.clone(), Some("another")))),
+            is_answered(requesters.on_worker_request(&name("gw"), request(worker.clone(), Some("own")))),
+            (true, true)
+        );
+        assert_eq!(
+            is_answered(requesters.on_worker_request(&name("gw"), request(worker.clone(), Some("another")))),
             (true, false)
         );
-        assert_eq!(is_answered(requesters.by_worker(&name("gw"), request(other.clone(), Some("own")))), (false, false));
-        assert_eq!(is_answered(requesters.by_broker(request(broker, None))), (true, true));
-        assert_eq!(is_answered(requesters.by_broker(request(other.clone(), None))), (false, false));
-        assert_eq!(is_answered(requesters.by_anybody(request(other, None))), (true, true));
-        assert_eq!(is_answered(requesters.by_anybody(request(worker, None))), (false, false));
+        assert_eq!(
+            is_answered(requesters.on_worker_request(&name("gw"), request(other.clone(), Some("own")))),
+            (false, false)
+        );
+        assert_eq!(is_answered(requesters.on_broker_request(request(broker, None))), (true, true));
+        assert_eq!(is_answered(requesters.on_broker_request(request(other.clone(), None))), (false, false));
+        assert_eq!(is_answered(requesters.on_shared_topic(request(other, None))), (true, true));
+        assert_eq!(is_answered(requesters.on_shared_topic(request(worker, None))), (false, false));
         let long =
             SyncRequest { domain: "d".repeat(DOMAIN_MAX + 1), ..request(Participant::Worker(name("old")), None) };
-        assert_eq!(is_answered(requesters.by_anybody(long)), (false, false));
+        assert_eq!(is_answered(requesters.on_shared_topic(long)), (false, false));
         let no_name = r#"{"from":{"worker":"a/b"},"domain":"d","after":null,"younger_than":null}"#;
         assert!(serde_json::from_str::<SyncRequest>(no_name).is_err());
     }

@@ -286,7 +286,7 @@ impl Secondary {
             Topic::WorkerRequests { worker } => self.on_request_of_worker(&worker, json(payload)?)?,
             Topic::BrokerRequests { .. } => match json(payload)? {
                 Request::Records(_) => self.lists.on_event(ListEvent::Asked(Requester::Shared)),
-                Request::Keys(request) => self.requesters.by_anybody(request)?,
+                Request::Keys(request) => self.requesters.on_shared_topic(request)?,
             },
             Topic::WorkerServers { worker } => self.on_servers(worker, payload)?,
             Topic::LeaseRequests { worker } => {
@@ -323,7 +323,7 @@ impl Secondary {
                 Ok(())
             }
             Request::Records(_) => Err(Ignored::Payload),
-            Request::Keys(request) => self.requesters.by_broker(request),
+            Request::Keys(request) => self.requesters.on_broker_request(request),
         }
     }
 
@@ -335,7 +335,7 @@ impl Secondary {
                 }
                 Ok(())
             }
-            Request::Keys(request) => self.requesters.by_worker(worker, request),
+            Request::Keys(request) => self.requesters.on_worker_request(worker, request),
         }
     }
 

@@ -17,7 +17,7 @@ use wgkex_common::time_text::utc;
 use crate::cli::http_client::{BROKER_TIMEOUT, BrokerCall, BrokerClient};
 use crate::cli::key_reports;
 use crate::cli::table::Colours;
-use crate::cli::{MAKE_ENDS, complain};
+use crate::cli::{MAKE_ENDS, print_error};
 use crate::fleet::revocation;
 use crate::fleet::status::printable;
 use crate::http::admin::{NO_DEADLINE, token_hash};
@@ -225,7 +225,7 @@ impl AdminCommand {
                 Err(_) => ExitCode::FAILURE,
             },
             Err(error) => {
-                complain(&error);
+                print_error(&error);
                 ExitCode::FAILURE
             }
         }

@@ -12,7 +12,7 @@ use anyhow::Context as _;
 use clap::Args;
 use tokio::runtime::Builder;
 use wgkex_common::config::{Https, Listen, MqttAddress, MqttListen, Role};
-use wgkex_common::doctor::access::{FileAccess, Identity, Need, Unknown, find};
+use wgkex_common::doctor::access::{FileAccess, Identity, Need, UnknownUser, find};
 use wgkex_common::doctor::bus::{MqttFacts, Rights};
 use wgkex_common::doctor::clock::{ClockFacts, is_synchronised};
 use wgkex_common::doctor::files::{FileFacts, ListFacts, StateFacts};
@@ -116,7 +116,7 @@ fn port(key: &'static str, listen: &Listen) -> PortFacts {
     PortFacts { key, listen: listen.to_string(), owner: owner().map_err(|error| format!("{error:#}")) }
 }
 
-fn certificates(config: &Config, user: Result<&Identity, &Unknown>) -> Vec<CertificateFacts> {
+fn certificates(config: &Config, user: Result<&Identity, &UnknownUser>) -> Vec<CertificateFacts> {
     let https = config.https.as_ref().map(|Https { cert_file, key_file, .. }| (cert_file, key_file));
     let embedded = config.mqtt_listen.as_ref().and_then(|listen| listen.tls.as_ref()).map(|(file, key)| (file, key));
     let own = config.mqtt.tls.as_ref().and_then(|tls| tls.own.as_ref()).map(|(file, key)| (file, key));
@@ -129,7 +129,7 @@ fn certificate(
     section: &'static str,
     file: &Path,
     key_file: &Path,
-    user: Result<&Identity, &Unknown>,
+    user: Result<&Identity, &UnknownUser>,
 ) -> CertificateFacts {
     let name = user.map_or_else(|unknown| &unknown.name, |user| &user.name);
     let accesses = [file, key_file].map(|path| (path, find(path, user, Need::Read)));
@@ -139,7 +139,7 @@ fn certificate(
         | FileAccess::Creatable
         | FileAccess::OnlyFor(_)
         | FileAccess::OnlyWhileRunning
-        | FileAccess::Unseen(_) => None,
+        | FileAccess::Unknown(_) => None,
     });
     let credential = accesses.iter().find(|(_, access)| *access == FileAccess::OnlyWhileRunning);
     let validity = match credential {
@@ -151,7 +151,7 @@ fn certificate(
 }
 
 /// The files without which it does not start, certificates and their keys apart.
-fn needed(config: &Config, user: Result<&Identity, &Unknown>) -> Vec<FileFacts> {
+fn needed(config: &Config, user: Result<&Identity, &UnknownUser>) -> Vec<FileFacts> {
     let is_of_certificate = |key: &str| key.ends_with(".cert_file") || key.ends_with(".key_file");
     let mut files = FileFacts::of(config, Program::Broker, user);
     files.retain(|file| !is_of_certificate(file.key));
@@ -179,7 +179,7 @@ async fn mqtt(config: &Config) -> Option<MqttFacts<BusFacts>> {
     Some(MqttFacts::of(trial, |allowed| BusFacts {
         rights: Rights::from(allowed),
         hellos: workers(&allowed.retained, |topic| matches!(topic, Topic::WorkerHello { .. })),
-        heard: workers(&allowed.retained, |_| true),
+        retained_received: workers(&allowed.retained, |_| true),
     }))
 }
 

@@ -14,7 +14,7 @@ use wgkex_common::Config;
 
 use crate::cli::http_client::{BROKER_TIMEOUT, BrokerCall, BrokerClient};
 use crate::cli::table::{Cell, Colours, Tone, table};
-use crate::cli::{complain, print};
+use crate::cli::{print, print_error};
 use crate::fleet::status::{DomainGateways, GatewayStatus, Problem, ProblemKind, age, printable};
 use crate::http::status::{Durations, KeyStatus, STATUS_PATH, Status};
 use crate::mqtt_server::RefusedClient;
@@ -111,7 +111,7 @@ impl StatusCommand {
                 Ok(sample) if self.json => format!("{}\n", sample.json),
                 Ok(sample) => screen(&client.address(), sample, before.as_ref(), colours) + "\n",
                 Err(error) if self.json => {
-                    complain(error);
+                    print_error(error);
                     String::new()
                 }
                 Err(error) => format!("{}\n\n", colours.paint(&printable(&format!("error: {error:#}")), Tone::Bad)),
@@ -138,7 +138,7 @@ pub(super) fn ask(client: &BrokerClient) -> anyhow::Result<StatusSample> {
 
 fn or_failure(result: anyhow::Result<ExitCode>) -> ExitCode {
     result.unwrap_or_else(|error| {
-        complain(&error);
+        print_error(&error);
         ExitCode::FAILURE
     })
 }

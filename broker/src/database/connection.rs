@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use wgkex_common::config::Secret;
 
-use super::filled_mark::FilledMark;
+use super::had_rows_mark::HadRowsMark;
 use super::postgres::Postgres;
 use super::row::{Row, SqlValue};
 use super::sqlite::Sqlite;
@@ -40,7 +40,7 @@ impl fmt::Display for Location {
 pub(super) struct Connector {
     location: Location,
     migrations: Migrations,
-    mark: FilledMark,
+    mark: HadRowsMark,
     failed: Option<(Instant, DatabaseError)>,
 }
 
@@ -57,7 +57,7 @@ pub struct Transaction<'a> {
 }
 
 impl Connector {
-    pub fn new(location: Location, migrations: Migrations, mark: FilledMark) -> Self {
+    pub fn new(location: Location, migrations: Migrations, mark: HadRowsMark) -> Self {
         Self { location, migrations, mark, failed: None }
     }
 

@@ -11,7 +11,7 @@ use tokio_postgres::types::{IsNull, ToSql, Type, to_sql_checked};
 use tokio_postgres::{Client, Config, NoTls, Statement};
 use wgkex_common::config::Secret;
 
-use super::filled_mark::FilledMark;
+use super::had_rows_mark::HadRowsMark;
 use super::row::{Row, SqlValue};
 use super::types::{AccessMode, DatabaseError, Migrations};
 
@@ -46,7 +46,7 @@ impl Postgres {
         server: &Config,
         password: Option<&Secret>,
         migrations: Migrations,
-        mark: &FilledMark,
+        mark: &HadRowsMark,
     ) -> Result<Self, DatabaseError> {
         let unavailable = |error: std::io::Error| DatabaseError::Unavailable(error.to_string());
         let runtime = runtime::Builder::new_current_thread().enable_all().build().map_err(unavailable)?;
@@ -131,7 +131,7 @@ impl Postgres {
 
     /// Runs the migrations that the tables lack, all in one transaction. Another broker may do so at the same time.
     /// Tables that are up to date need no right but that to read them.
-    fn migrate(&mut self, migrations: Migrations, mark: &FilledMark) -> Result<(), DatabaseError> {
+    fn migrate(&mut self, migrations: Migrations, mark: &HadRowsMark) -> Result<(), DatabaseError> {
         let known = i64::try_from(migrations.0.len()).unwrap_or(i64::MAX);
         let found = self.layout(known)?;
         if found == known {

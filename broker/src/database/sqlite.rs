@@ -8,7 +8,7 @@ use wgkex_common::storage::StorageError;
 use wgkex_common::storage::schema::Schema;
 use wgkex_common::storage::sqlite;
 
-use super::filled_mark::FilledMark;
+use super::had_rows_mark::HadRowsMark;
 use super::row::{Row, SqlValue};
 use super::types::{AccessMode, DatabaseError, Migrations};
 
@@ -18,7 +18,7 @@ const CACHE_KIB: i64 = 8 << 10;
 pub(super) struct Sqlite(rusqlite::Connection);
 
 impl Sqlite {
-    pub fn open(file: &Path, migrations: Migrations, mark: &FilledMark) -> Result<Self, DatabaseError> {
+    pub fn open(file: &Path, migrations: Migrations, mark: &HadRowsMark) -> Result<Self, DatabaseError> {
         let connection = sqlite::open_if(file, Schema { migrations: migrations.0 }, |found| mark.check(found))?;
         connection.pragma_update(None, "cache_size", -CACHE_KIB)?;
         connection.set_prepared_statement_cache_capacity(64);

@@ -86,5 +86,5 @@ pub struct BusFacts {
     /// The workers whose hello is retained.
     pub hellos: BTreeSet<String>,
     /// The workers of which anything is retained.
-    pub heard: BTreeSet<String>,
+    pub retained_received: BTreeSet<String>,
 }

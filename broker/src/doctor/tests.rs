@@ -38,9 +38,9 @@ fn stopped() -> Facts {
         mqtt: Some(MqttFacts {
             server: "mqtt:1883".into(),
             outcome: Ok(BusFacts {
-                rights: Rights { echo: EchoOutcome::Came, ..Rights::default() },
+                rights: Rights { echo: EchoOutcome::Received, ..Rights::default() },
                 hellos: ["gw1".to_owned()].into(),
-                heard: ["gw1".to_owned()].into(),
+                retained_received: ["gw1".to_owned()].into(),
             }),
         }),
         state: StateFacts { dir: "/state".into(), user: "wgkex".into(), access: FileAccess::Granted, holder: Ok(None) },
@@ -247,7 +247,7 @@ fn each_trouble_of_ports_and_certificates_is_named_with_what_to_do() {
             ),
             (
                 Level::Warn,
-                |facts| facts.needed[0].access = FileAccess::Unseen("denied".into()),
+                |facts| facts.needed[0].access = FileAccess::Unknown("denied".into()),
                 "/r cannot be looked at: denied",
                 "as root",
             ),
@@ -356,7 +356,12 @@ fn each_trouble_of_another_mqtt_server_is_named_with_what_to_do() {
     );
     each_is_found(
         stopped,
-        &[(Level::Warn, |facts| bus(facts).heard.clear(), "workers: nothing was ever heard of gw1", "host name")],
+        &[(
+            Level::Warn,
+            |facts| bus(facts).retained_received.clear(),
+            "workers: nothing was ever heard of gw1",
+            "host name",
+        )],
     );
     let mut original = well();
     running(&mut original).gateways[0].version = Some(crate::fleet::status::ORIGINAL.into());

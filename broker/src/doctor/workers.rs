@@ -19,8 +19,8 @@ pub(super) fn retained(facts: &Facts) -> Vec<Finding> {
         return vec![Finding::ok(SUBJECT, format!("workers whose hello is retained: {}", retained.len()))];
     };
     let known: Names = status.gateways.iter().map(|gateway| gateway.name.as_str()).collect();
-    let greeting = greeting(status);
-    let lost: Vec<_> = greeting.difference(&retained).copied().collect();
+    let online_with_hello = online_with_hello(status);
+    let lost: Vec<_> = online_with_hello.difference(&retained).copied().collect();
     let unknown: Vec<_> = retained.difference(&known).copied().collect();
     let mut findings = Vec::new();
     if !lost.is_empty() {
@@ -28,7 +28,7 @@ pub(super) fn retained(facts: &Facts) -> Vec<Finding> {
             SUBJECT,
             format!(
                 "the running broker knows {} workers that say hello, and it is not retained of {}",
-                greeting.len(),
+                online_with_hello.len(),
                 listed(&lost)
             ),
             "a broker that starts now does not know what they can: see whether the server keeps retained messages, and \
@@ -50,7 +50,7 @@ pub(super) fn retained(facts: &Facts) -> Vec<Finding> {
 }
 
 /// The gateways that are online and are no originals.
-fn greeting(status: &Status) -> Names<'_> {
+fn online_with_hello(status: &Status) -> Names<'_> {
     let ours = status.gateways.iter().filter(|gateway| {
         let version = gateway.version.as_deref();
         gateway.online && version.is_some_and(|version| version != ORIGINAL)
@@ -61,7 +61,7 @@ fn greeting(status: &Status) -> Names<'_> {
 /// Whether each worker that the config names is on the bus, and is a user where there are users.
 pub(super) fn named(facts: &Facts) -> Vec<Finding> {
     let named: Names = facts.workers.iter().map(String::as_str).collect();
-    let mut findings: Vec<_> = unheard(facts, &named).into_iter().collect();
+    let mut findings: Vec<_> = never_published(facts, &named).into_iter().collect();
     if let Some(EmbeddedFacts { has_users: true, workers, .. }) = &facts.embedded {
         findings.extend(users(&named, &workers.iter().map(String::as_str).collect(), facts.running.as_ref().ok()));
     }
@@ -70,15 +70,17 @@ pub(super) fn named(facts: &Facts) -> Vec<Finding> {
 
 /// The workers of the config of which nothing is retained. A running broker has a problem for each of them, so they are
 /// no finding then.
-fn unheard(facts: &Facts, named: &Names<'_>) -> Option<Finding> {
-    let Some(Ok(BusFacts { heard, .. })) = facts.mqtt.as_ref().map(|mqtt| &mqtt.outcome) else { return None };
-    let unheard: Vec<_> = named.iter().copied().filter(|name| !heard.contains(*name)).collect();
+fn never_published(facts: &Facts, named: &Names<'_>) -> Option<Finding> {
+    let Some(Ok(BusFacts { retained_received, .. })) = facts.mqtt.as_ref().map(|mqtt| &mqtt.outcome) else {
+        return None;
+    };
+    let never_published: Vec<_> = named.iter().copied().filter(|name| !retained_received.contains(*name)).collect();
     let is_said = facts.running.is_ok() || named.is_empty();
     (!is_said).then(|| {
-        if unheard.is_empty() {
+        if never_published.is_empty() {
             return Finding::ok("workers", "something is retained of each of them");
         }
-        let found = format!("nothing was ever heard of {}", listed(&unheard));
+        let found = format!("nothing was ever heard of {}", listed(&never_published));
         Finding::warn("workers", found, "start a worker there: its host name has to be this one; or take it out")
     })
 }

@@ -56,9 +56,9 @@ pub struct RateLimits<C: Clock = MonotonicClock> {
 /// A limit by its buckets.
 struct Limiter<S: StateStore, C: Clock> {
     /// Takes from them.
-    taking: BucketLimiter<S, C>,
+    consume: BucketLimiter<S, C>,
     /// Checks them, and takes nothing.
-    peeking: BucketLimiter<S, C>,
+    peek: BucketLimiter<S, C>,
 }
 
 /// Buckets that several limits share; `is_taken` is true for a limit that takes from them.
@@ -136,14 +136,14 @@ impl<C: Clock + Clone> RateLimits<C> {
     /// Whether a request for an unknown key would be within the limits that do not depend on its client. Nothing is counted.
     pub fn peek(&self, key: &PublicKey, domain: &str) -> Result<(), Limited> {
         if let Some(domains) = &self.domains {
-            self.limited(Limit::Domain, domains.peeking.check_key(&domain.to_owned()))?;
+            self.limited(Limit::Domain, domains.peek.check_key(&domain.to_owned()))?;
         }
         if let Some(global) = &self.global {
-            self.limited(Limit::Global, global.peeking.check())?;
+            self.limited(Limit::Global, global.peek.check())?;
         }
         match &self.keys {
-            Some(keys) if keys.peeking.len() < BUCKETS_MAX => {
-                self.limited(Limit::Key, keys.peeking.check_key(&(domain.to_owned(), *key)))
+            Some(keys) if keys.peek.len() < BUCKETS_MAX => {
+                self.limited(Limit::Key, keys.peek.check_key(&(domain.to_owned(), *key)))
             }
             _ => Ok(()),
         }
@@ -154,18 +154,18 @@ impl<C: Clock + Clone> RateLimits<C> {
     /// only if a limit needs it: it parses headers.
     pub fn check(&self, key: &PublicKey, client: impl FnOnce() -> Client, domain: &str) -> Result<(), Limited> {
         if let Some(clients) = &self.clients {
-            let has_room = clients.taking.len() < BUCKETS_MAX;
+            let has_room = clients.consume.len() < BUCKETS_MAX;
             let client = client();
             let bucket = if has_room { ClientBucket::One(client) } else { ClientBucket::Overflow };
             if !client.is_this_machine() {
-                self.limited(Limit::Client, clients.taking.check_key(&bucket))?;
+                self.limited(Limit::Client, clients.consume.check_key(&bucket))?;
             }
         }
         if let Some(domains) = &self.domains {
-            self.limited(Limit::Domain, domains.taking.check_key(&domain.to_owned()))?;
+            self.limited(Limit::Domain, domains.consume.check_key(&domain.to_owned()))?;
         }
         if let Some(global) = &self.global {
-            self.limited(Limit::Global, global.taking.check())?;
+            self.limited(Limit::Global, global.consume.check())?;
         }
         self.check_key(key, domain)
     }
@@ -174,8 +174,8 @@ impl<C: Clock + Clone> RateLimits<C> {
     /// public, so requests for it in one domain must not use up that of another.
     pub fn check_key(&self, key: &PublicKey, domain: &str) -> Result<(), Limited> {
         match &self.keys {
-            Some(keys) if keys.taking.len() < BUCKETS_MAX => {
-                self.limited(Limit::Key, keys.taking.check_key(&(domain.to_owned(), *key)))
+            Some(keys) if keys.consume.len() < BUCKETS_MAX => {
+                self.limited(Limit::Key, keys.consume.check_key(&(domain.to_owned(), *key)))
             }
             _ => Ok(()),
         }
@@ -198,16 +198,16 @@ impl<C: Clock + Clone> RateLimits<C> {
 
 impl<S: StateStore, C: Clock + Clone> Limiter<S, C> {
     fn new(quota: config::Quota, store: S, clock: &C) -> Self {
-        let [taking, peeking] =
+        let [consume, peek] =
             Buckets::twice(store).map(|buckets| RateLimiter::new(rate(quota), buckets, clock.clone()));
-        Self { taking, peeking }
+        Self { consume, peek }
     }
 }
 
 fn evict_idle<K: Hash + Eq + Clone, C: Clock>(limiter: Option<&Keyed<K, C>>) {
     if let Some(limiter) = limiter {
-        limiter.taking.retain_recent();
-        limiter.taking.shrink_to_fit();
+        limiter.consume.retain_recent();
+        limiter.consume.shrink_to_fit();
     }
 }
 
@@ -310,7 +310,7 @@ mod tests {
         assert_eq!(limits.peek(&key(0), "a"), Ok(()));
         clock.advance(SECOND * 10);
         limits.evict_idle();
-        assert!(limits.keys.as_ref().unwrap().taking.is_empty(), "nothing is left of a look");
+        assert!(limits.keys.as_ref().unwrap().consume.is_empty(), "nothing is left of a look");
     }
 
     #[test]
@@ -375,11 +375,13 @@ mod tests {
         let most = u32::try_from(BUCKETS_MAX).unwrap();
         let passed = (0..most + 1_000).filter(|n| limits.check(&key(*n), || client(*n), "a").is_ok()).count();
         assert_eq!(passed, BUCKETS_MAX + 2, "the rest counts as one");
-        assert_eq!(limits.clients.as_ref().unwrap().taking.len(), BUCKETS_MAX + 1);
-        assert!(limits.keys.as_ref().unwrap().taking.len() <= BUCKETS_MAX);
+        assert_eq!(limits.clients.as_ref().unwrap().consume.len(), BUCKETS_MAX + 1);
+        assert!(limits.keys.as_ref().unwrap().consume.len() <= BUCKETS_MAX);
         clock.advance(SECOND * 10);
         limits.evict_idle();
-        assert!(limits.clients.as_ref().unwrap().taking.is_empty() && limits.keys.as_ref().unwrap().taking.is_empty());
+        assert!(
+            limits.clients.as_ref().unwrap().consume.is_empty() && limits.keys.as_ref().unwrap().consume.is_empty()
+        );
         assert_eq!(limits.check(&key(1), || client(1), "a"), Ok(()));
     }
 

@@ -73,7 +73,7 @@ impl Exchange {
     /// Version 1: the router chooses its gateway itself, so its key is published whether or not gateways are known.
     /// Returns when a gateway has confirmed the key; where none does that, when the MQTT server has acknowledged it.
     pub async fn exchange_v1(&self, id: &KeyId, client: impl FnOnce() -> Client) -> Result<(), Rejection> {
-        self.enter(id)?;
+        self.require_ready_or_log(id)?;
         let status = self.status(id, client)?;
         if status.is_too_frequent && self.cached(id).is_some() {
             // The gateways may have gone offline since that answer.
@@ -86,7 +86,7 @@ impl Exchange {
 
     /// Version 2: returns the gateway that the router is to use. If it is one that confirms, the key is in its kernel.
     pub async fn exchange_v2(&self, id: &KeyId, client: impl FnOnce() -> Client) -> Result<WorkerData, Rejection> {
-        self.enter(id)?;
+        self.require_ready_or_log(id)?;
         let status = self.status(id, client)?;
         if status.is_too_frequent
             && let Some(CachedAnswer { worker: Some(worker), .. }) = self.cached(id)
@@ -126,7 +126,8 @@ impl Exchange {
     /// is counted, published or logged.
     #[must_use]
     pub fn expected_answer(&self, id: &KeyId) -> ExpectedAnswer {
-        let admitted = self.ready(id).and_then(|()| self.admit(id, || self.limits.peek(&id.key, id.domain.name())));
+        let admitted =
+            self.require_ready(id).and_then(|()| self.admit(id, || self.limits.peek(&id.key, id.domain.name())));
         let late = self.in_flight.lock().late(id, now());
         let Choice { preferred, best, standings } = self.fleet.choice(id, has_confirmed(&late), now());
         let (is_late, gateway) = (preferred.is_some(), preferred.or(best));
@@ -155,7 +156,7 @@ impl Exchange {
             return Err(ended(request, status, Rejection::NotConfirmed));
         };
         if online.is_empty() {
-            return self.unserved(id);
+            return self.no_gateway(id);
         }
         if online.confirming.is_empty() {
             return Ok(());
@@ -179,7 +180,7 @@ impl Exchange {
 
     /// The key is published, and no gateway of its domain is online. Workers before v0.2.0 publish no state: a domain
     /// without any published state may have such workers.
-    fn unserved(&self, id: &KeyId) -> Result<(), Rejection> {
+    fn no_gateway(&self, id: &KeyId) -> Result<(), Rejection> {
         if self.fleet.gateways().is_known(&id.domain) {
             return Err(Rejection::NoGateway);
         }
@@ -256,9 +257,9 @@ impl Exchange {
         selection.await.unwrap_or(Err(Rejection::NotConfirmed))
     }
 
-    /// The same as [`Self::ready`]; a rejection is logged.
-    fn enter(&self, id: &KeyId) -> Result<(), Rejection> {
-        self.ready(id).inspect_err(|rejection| self.log_refused(id, *rejection))
+    /// The same as [`Self::require_ready`]; a rejection is logged.
+    fn require_ready_or_log(&self, id: &KeyId) -> Result<(), Rejection> {
+        self.require_ready(id).inspect_err(|rejection| self.log_refused(id, *rejection))
     }
 
     /// Logs once that a key is refused for a reason that lasts: its router repeats the request for ever.
@@ -271,7 +272,7 @@ impl Exchange {
     }
 
     /// Rejects a key that the access lists deny, and every key until the retained states are complete.
-    fn ready(&self, id: &KeyId) -> Result<(), Rejection> {
+    fn require_ready(&self, id: &KeyId) -> Result<(), Rejection> {
         if self.lists.borrow().admission.denies(id.domain.name(), &id.key) {
             return Err(Rejection::Denied);
         }

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use wgkex_common::BrokerName;
-use wgkex_common::wire::message::Served;
+use wgkex_common::wire::message::ServiceAnnouncement;
 
 /// How long a broker that was just started waits for the states of others, at most.
 const START_TIMEOUT: Duration = Duration::from_secs(5);
@@ -17,7 +17,7 @@ const BUS_TIMEOUT: Duration = Duration::from_secs(10);
 /// Brokers that are remembered at most: more than any bus has.
 const BROKERS_MAX: usize = 256;
 
-/// The time by the wall clock, for [`Served::since`] of a broker that starts now.
+/// The time by the wall clock, for [`ServiceAnnouncement::since`] of a broker that starts now.
 pub fn since() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
     u64::try_from(since).unwrap_or(u64::MAX)
@@ -27,10 +27,10 @@ pub fn since() -> u64 {
 #[derive(Debug)]
 pub struct Election {
     own: BrokerName,
-    served: Served,
+    announced: ServiceAnnouncement,
     others: BTreeMap<BrokerName, CandidateBroker>,
     /// The time from which it no longer waits for its own messages.
-    decided: Instant,
+    decide_at: Instant,
     /// Its own status was received back, and its hello: the server delivers them behind the retained ones of other
     /// brokers.
     is_status_back: bool,
@@ -43,31 +43,31 @@ struct CandidateBroker {
     is_online: bool,
     serves: bool,
     /// The service that it announces, or announced last.
-    served: Option<Served>,
-    absent: Option<Instant>,
+    announced: Option<ServiceAnnouncement>,
+    absent_since: Option<Instant>,
     /// The announced service of a run in which it did not answer.
-    passed_over: Option<Served>,
+    passed_over: Option<ServiceAnnouncement>,
 }
 
 impl CandidateBroker {
     fn changed(&mut self, now: Instant) {
-        self.absent = if self.is_online && self.serves { None } else { self.absent.or(Some(now)) };
+        self.absent_since = if self.is_online && self.serves { None } else { self.absent_since.or(Some(now)) };
     }
 
-    fn served(&self, now: Instant) -> Option<&Served> {
-        let is_there = self.absent.is_none_or(|since| now.saturating_duration_since(since) < ABSENCE_TIMEOUT);
-        self.served.as_ref().filter(|_| is_there && self.passed_over != self.served)
+    fn announced(&self, now: Instant) -> Option<&ServiceAnnouncement> {
+        let is_there = self.absent_since.is_none_or(|since| now.saturating_duration_since(since) < ABSENCE_TIMEOUT);
+        self.announced.as_ref().filter(|_| is_there && self.passed_over != self.announced)
     }
 }
 
 impl Election {
     /// Only this broker is known, which has just started.
-    pub fn new(own: BrokerName, served: Served, now: Instant) -> Self {
+    pub fn new(own: BrokerName, announced: ServiceAnnouncement, now: Instant) -> Self {
         Self {
             own,
-            served,
+            announced,
             others: BTreeMap::new(),
-            decided: now + START_TIMEOUT,
+            decide_at: now + START_TIMEOUT,
             is_status_back: false,
             is_hello_back: false,
             bus_lost: Some(now),
@@ -85,12 +85,12 @@ impl Election {
     }
 
     /// A broker announced its service, or withdrew it.
-    pub fn on_hello(&mut self, broker: BrokerName, served: Option<Served>, now: Instant) {
+    pub fn on_hello(&mut self, broker: BrokerName, announced: Option<ServiceAnnouncement>, now: Instant) {
         if broker == self.own {
-            self.is_hello_back |= served.as_ref() == Some(&self.served);
+            self.is_hello_back |= announced.as_ref() == Some(&self.announced);
         } else if let Some(candidate) = self.candidate(broker, now) {
-            candidate.serves = served.is_some();
-            candidate.served = served.or(candidate.served.take());
+            candidate.serves = announced.is_some();
+            candidate.announced = announced.or(candidate.announced.take());
             candidate.changed(now);
         }
     }
@@ -101,20 +101,20 @@ impl Election {
     }
 
     /// The elected broker; none until enough is known.
-    pub fn first(&self, now: Instant) -> Option<&BrokerName> {
+    pub fn elected(&self, now: Instant) -> Option<&BrokerName> {
         let is_known = self.is_status_back && self.is_hello_back;
-        if !is_known && now < self.decided {
+        if !is_known && now < self.decide_at {
             return None;
         }
-        let own = (self.served.since, &self.own);
-        let first = self.peers(now).map(|(name, served)| (served.since, name)).fold(own, Ord::min);
+        let own = (self.announced.since, &self.own);
+        let first = self.peers(now).map(|(name, announced)| (announced.since, name)).fold(own, Ord::min);
         Some(first.1)
     }
 
     /// The other brokers that have the same rules, and are online.
-    pub fn peers(&self, now: Instant) -> impl Iterator<Item = (&BrokerName, &Served)> {
+    pub fn peers(&self, now: Instant) -> impl Iterator<Item = (&BrokerName, &ServiceAnnouncement)> {
         let is_reached = self.bus_lost.is_none_or(|lost| now.saturating_duration_since(lost) < BUS_TIMEOUT);
-        self.others(now).filter(move |(_, served)| is_reached && served.rules == self.served.rules)
+        self.others(now).filter(move |(_, announced)| is_reached && announced.rules == self.announced.rules)
     }
 
     /// Whether other brokers may be online but out of reach, as the bus was lost a moment ago.
@@ -123,31 +123,31 @@ impl Election {
     }
 
     /// The service that this broker announces.
-    pub fn served(&self) -> &Served {
-        &self.served
+    pub fn announced(&self) -> &ServiceAnnouncement {
+        &self.announced
     }
 
     /// This broker stood still for so long that others may have passed it over: it ranks behind them from now on, as
     /// after a restart.
     pub fn rank_last(&mut self) {
-        let others = self.others.values().filter_map(|candidate| Some(candidate.served.as_ref()?.since));
-        self.served.since = others.fold(self.served.since, u64::max).saturating_add(1);
+        let others = self.others.values().filter_map(|candidate| Some(candidate.announced.as_ref()?.since));
+        self.announced.since = others.fold(self.announced.since, u64::max).saturating_add(1);
     }
 
     /// A broker does not answer although it is online: it is not elected until it is restarted.
     pub fn skip_broker(&mut self, broker: &BrokerName) {
         if let Some(candidate) = self.others.get_mut(broker) {
-            candidate.passed_over = candidate.served.clone();
+            candidate.passed_over = candidate.announced.clone();
         }
     }
 
     /// The brokers that have other rules.
-    pub fn strangers(&self, now: Instant) -> impl Iterator<Item = &BrokerName> {
-        self.others(now).filter(|(_, served)| served.rules != self.served.rules).map(|(name, _)| name)
+    pub fn with_other_rules(&self, now: Instant) -> impl Iterator<Item = &BrokerName> {
+        self.others(now).filter(|(_, announced)| announced.rules != self.announced.rules).map(|(name, _)| name)
     }
 
-    fn others(&self, now: Instant) -> impl Iterator<Item = (&BrokerName, &Served)> {
-        self.others.iter().filter_map(move |(name, candidate)| Some((name, candidate.served(now)?)))
+    fn others(&self, now: Instant) -> impl Iterator<Item = (&BrokerName, &ServiceAnnouncement)> {
+        self.others.iter().filter_map(move |(name, candidate)| Some((name, candidate.announced(now)?)))
     }
 
     /// The candidate of this name; a new one is absent at once.
@@ -155,7 +155,7 @@ impl Election {
         let is_known = self.others.contains_key(&broker);
         let has_room = self.others.len() < BROKERS_MAX && broker != self.own;
         let long_ago = now.checked_sub(ABSENCE_TIMEOUT).unwrap_or(now);
-        let new = || CandidateBroker { absent: Some(long_ago), ..CandidateBroker::default() };
+        let new = || CandidateBroker { absent_since: Some(long_ago), ..CandidateBroker::default() };
         (is_known || has_room).then(|| self.others.entry(broker).or_insert_with(new))
     }
 }
@@ -168,22 +168,22 @@ mod tests {
         name.parse().unwrap()
     }
 
-    fn served(since: u64, rules: &str) -> Served {
-        Served { since, rules: rules.into() }
+    fn announced(since: u64, rules: &str) -> ServiceAnnouncement {
+        ServiceAnnouncement { since, rules: rules.into() }
     }
 
     #[test]
     fn the_one_that_was_started_first_is_it_as_long_as_it_is_there() {
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
-        let mut election = Election::new(name("b"), served(20, "r"), start);
-        let who = |election: &Election, seconds| election.first(at(seconds)).map(ToString::to_string);
+        let mut election = Election::new(name("b"), announced(20, "r"), start);
+        let who = |election: &Election, seconds| election.elected(at(seconds)).map(ToString::to_string);
         assert_eq!((who(&election, 4), who(&election, 5).as_deref()), (None, Some("b")), "without a bus");
         election.on_bus(true, at(1));
-        election.on_hello(name("b"), Some(served(19, "r")), at(1));
+        election.on_hello(name("b"), Some(announced(19, "r")), at(1));
         election.on_status(name("b"), true, at(1));
         assert_eq!(who(&election, 1), None, "what came is retained from the run before");
-        election.on_hello(name("b"), Some(served(20, "r")), at(1));
+        election.on_hello(name("b"), Some(announced(20, "r")), at(1));
         assert_eq!(who(&election, 1).as_deref(), Some("b"));
         for (other, since, rules, is_online) in [
             ("a", 30, "r", true),
@@ -192,13 +192,13 @@ mod tests {
             ("e", 1, "r", false),
             ("f", 10, "r", true),
         ] {
-            election.on_hello(name(other), Some(served(since, rules)), at(1));
+            election.on_hello(name(other), Some(announced(since, rules)), at(1));
             election.on_status(name(other), is_online, at(1));
         }
         election.on_status(name("g"), true, at(1));
         assert_eq!(who(&election, 2).as_deref(), Some("c"), "of two that were started at the same time by name");
         assert_eq!(election.peers(at(2)).map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["a", "c", "f"]);
-        assert_eq!(election.strangers(at(2)).map(BrokerName::as_str).collect::<Vec<_>>(), ["d"]);
+        assert_eq!(election.with_other_rules(at(2)).map(BrokerName::as_str).collect::<Vec<_>>(), ["d"]);
         election.on_status(name("c"), false, at(3));
         assert_eq!((who(&election, 5).as_deref(), who(&election, 6).as_deref()), (Some("c"), Some("f")));
         election.on_hello(name("f"), None, at(7));
@@ -210,11 +210,15 @@ mod tests {
         election.on_bus(true, at(24));
         assert_eq!(who(&election, 24).as_deref(), Some("c"));
         election.skip_broker(&name("c"));
-        election.on_hello(name("f"), Some(served(20, "r")), at(24));
+        election.on_hello(name("f"), Some(announced(20, "r")), at(24));
         assert_eq!(who(&election, 25).as_deref(), Some("b"));
         election.rank_last();
-        assert_eq!((who(&election, 25).as_deref(), election.served().since), (Some("f"), 31), "behind a, which has 30");
-        election.on_hello(name("c"), Some(served(11, "r")), at(25));
+        assert_eq!(
+            (who(&election, 25).as_deref(), election.announced().since),
+            (Some("f"), 31),
+            "behind a, which has 30"
+        );
+        election.on_hello(name("c"), Some(announced(11, "r")), at(25));
         assert_eq!(who(&election, 25).as_deref(), Some("c"), "one that was started again is not passed over");
     }
 }

@@ -16,8 +16,8 @@ use wgkex_common::{BrokerName, Config, Domain, KeyId, PublicKey, Reserved, Topic
 
 use crate::fleet::drains::{Drains, TooManyDrains};
 use crate::fleet::gateway::{Gateway, Memory, PeerCount};
-use crate::fleet::reach::Reach;
-use crate::fleet::selection::{CandidateGateway, Contender, DrainPhase, Selection, Shares};
+use crate::fleet::reach::ReachTracker;
+use crate::fleet::selection::{CandidateGateway, DrainPhase, RankedLoad, Selection, Shares};
 use crate::fleet::status::GatewayStatus;
 
 pub use self::report::FleetProblems;
@@ -57,7 +57,7 @@ pub struct Gateways {
     /// The workers that have published a state of each domain, and whose data of it was not removed since. They stay, too.
     known: BTreeMap<Domain, BTreeSet<WorkerName>>,
     /// Whether routers reach them. It stays, too.
-    reach: Reach,
+    reach: ReachTracker,
     /// When the own status was received on this connection.
     echo: Option<Instant>,
     /// It was received on this connection or an earlier one.
@@ -154,7 +154,7 @@ impl Gateways {
             brokers: BTreeSet::new(),
             reserved: Reserved::new(config.protected_keys.clone(), config.domains.clone()),
             known: BTreeMap::new(),
-            reach: Reach::default(),
+            reach: ReachTracker::default(),
             echo: None,
             has_ever_echoed: false,
             last_retained: None,
@@ -262,14 +262,14 @@ impl Gateways {
         | Topic::ConnectedPeers { worker, .. }
         | Topic::WorkerHello { worker } = topic
         {
-            self.start_as_a_whole(worker, now);
+            self.start_filling_together(worker, now);
         }
         applied
     }
 
     /// If a gateway has just come online, and no other has peers, all online gateways start to be filled at the same
     /// time.
-    fn start_as_a_whole(&mut self, worker: &WorkerName, now: Instant) {
+    fn start_filling_together(&mut self, worker: &WorkerName, now: Instant) {
         let is_back = self.by_name.get(worker).is_some_and(|gateway| gateway.came_back == Some(now));
         let has_peers =
             |(name, gateway): (&WorkerName, &Gateway)| name != worker && gateway.online && gateway.peers().total() > 0;
@@ -441,9 +441,9 @@ impl Gateways {
     pub fn select(&self, router: Router<'_>, eligible: impl Fn(&WorkerName, bool) -> bool) -> Option<Selection> {
         let candidates = self.by_name.iter().filter_map(|(worker, gateway)| {
             let (data, confirms) = (gateway.serves(router.domain)?, gateway.confirms());
-            let contender = || self.contender(worker, gateway, router.now);
+            let ranked_load = || self.ranked_load(worker, gateway, router.now);
             let candidate = || CandidateGateway {
-                contender: contender(),
+                ranked_load: ranked_load(),
                 data,
                 confirms,
                 is_current: router.current_gateway == Some(worker),
@@ -453,8 +453,8 @@ impl Gateways {
         self.shares(router.now).select(candidates)
     }
 
-    fn contender<'a>(&self, worker: &'a WorkerName, gateway: &Gateway, now: Instant) -> Contender<'a> {
-        Contender {
+    fn ranked_load<'a>(&self, worker: &'a WorkerName, gateway: &Gateway, now: Instant) -> RankedLoad<'a> {
+        RankedLoad {
             worker,
             peers: gateway.peers().total(),
             is_unresponsive: gateway.is_unresponsive,
@@ -658,7 +658,7 @@ impl Gateways {
 
     fn shares(&self, now: Instant) -> Shares<'_> {
         let online = self.by_name.iter().filter(|(_, gateway)| gateway.online);
-        let online = online.map(|(worker, gateway)| self.contender(worker, gateway, now));
+        let online = online.map(|(worker, gateway)| self.ranked_load(worker, gateway, now));
         Shares::new(&self.weights, self.fill_time, online)
     }
 }

@@ -16,7 +16,7 @@ use wgkex_common::sync::CHUNK_KEYS_MAX;
 use wgkex_common::wire::message::{Age, SnapshotChunk, SyncRequest};
 use wgkex_common::{BrokerName, Config, Domain, KeyId, PublicKey, WorkerName};
 
-use crate::fleet::key_places::{GatewayNumbers, KeyPlaces, NamedPlaces};
+use crate::fleet::key_locations::{GatewayIndex, KeyLocations, NamedPlaces};
 use crate::fleet::unrequested::{HandshakeReport, UnrequestedKeys};
 
 /// A router's request that arrives a second time within this, by HTTP and by MQTT, counts once.
@@ -39,7 +39,7 @@ pub struct LiveKeys {
     handshake_lifetime: Duration,
     domains: BTreeMap<Domain, DomainKeys>,
     unrequested: UnrequestedKeys,
-    numbers: GatewayNumbers,
+    numbers: GatewayIndex,
     write_buffer: WriteBuffer,
     admission: Arc<Admission>,
 }
@@ -67,7 +67,7 @@ struct LiveKey {
     /// When this broker last changed it: a sync client may lack it from then on.
     updated_at: Instant,
     /// The gateways that have it.
-    places: KeyPlaces,
+    places: KeyLocations,
 }
 
 /// The known state of a key in a domain.
@@ -126,13 +126,13 @@ impl LiveKeys {
             handshake_lifetime: stale + claim::handshake_report_interval(ttl, stale),
             domains,
             unrequested: UnrequestedKeys::new(max),
-            numbers: GatewayNumbers::new(now),
+            numbers: GatewayIndex::new(now),
             write_buffer,
             admission: Arc::default(),
         };
         for (KeyId { domain, key }, record) in remembered {
             // A sync client may lack the keys that the last run received at its end: all keys count as updated now.
-            let (last_handshake, places) = (record.established.then_some(record.last), KeyPlaces::default());
+            let (last_handshake, places) = (record.established.then_some(record.last), KeyLocations::default());
             let key_of_last_run =
                 LiveKey { record, first: record.last, last_handshake, returned: None, updated_at: now, places };
             if !live.insert(&domain, key, key_of_last_run, now) {
@@ -258,7 +258,7 @@ impl LiveKeys {
         self.place(domain, key, |numbers, places| numbers.confirm(places, worker, is_installed, now));
     }
 
-    fn place(&mut self, domain: &str, key: &PublicKey, change: impl FnOnce(&mut GatewayNumbers, &mut KeyPlaces)) {
+    fn place(&mut self, domain: &str, key: &PublicKey, change: impl FnOnce(&mut GatewayIndex, &mut KeyLocations)) {
         let live = self.domains.get_mut(domain).and_then(|known| known.keys.get_mut(key));
         if let Some(live) = live {
             change(&mut self.numbers, &mut live.places);
@@ -282,7 +282,7 @@ impl LiveKeys {
         self.place(id.domain.name(), &id.key, |numbers, places| numbers.give(places, worker, now));
     }
 
-    fn places(&self, id: &KeyId) -> Option<&KeyPlaces> {
+    fn places(&self, id: &KeyId) -> Option<&KeyLocations> {
         Some(&self.domains.get(&id.domain)?.keys.get(&id.key)?.places)
     }
 
@@ -497,7 +497,7 @@ impl LiveKey {
 fn merged(before: Option<&LiveKey>, news: KeyRecord, now: Instant) -> LiveKey {
     let last_handshake = news.established.then_some(news.last);
     let Some(before) = before else {
-        let places = KeyPlaces::default();
+        let places = KeyLocations::default();
         return LiveKey { record: news, first: news.last, last_handshake, returned: None, updated_at: now, places };
     };
     LiveKey {

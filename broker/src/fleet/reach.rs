@@ -19,7 +19,7 @@ const MIN_UNREACHED: u64 = 3;
 
 /// The answers that named a gateway, in the last 20 minutes.
 #[derive(Debug, Default)]
-pub struct Reach {
+pub struct ReachTracker {
     answers: HashMap<AnsweredRouter, AnswerTimes>,
     /// How many of them each gateway has in each state; none without any.
     counts: BTreeMap<WorkerName, ReachCounts>,
@@ -75,7 +75,7 @@ impl ReachCounts {
     }
 }
 
-impl Reach {
+impl ReachTracker {
     /// A router was given a gateway; `is_reached` if that is the one that last reported handshakes of it.
     pub fn on_given(&mut self, gateway: &WorkerName, domain: &Domain, key: PublicKey, is_reached: bool, now: Instant) {
         let given = AnsweredRouter { key, domain: domain.clone(), gateway: gateway.clone() };
@@ -137,9 +137,9 @@ mod tests {
         begun + Duration::from_secs(minutes * 60)
     }
 
-    fn scene() -> (Reach, WorkerName, Domain, Instant) {
+    fn scene() -> (ReachTracker, WorkerName, Domain, Instant) {
         let domain = Domain::new("ff_a", &["ff_".into()]).unwrap();
-        (Reach::default(), "gw1".parse().unwrap(), domain, Instant::now())
+        (ReachTracker::default(), "gw1".parse().unwrap(), domain, Instant::now())
     }
 
     #[test]

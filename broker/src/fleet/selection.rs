@@ -16,7 +16,7 @@ const FLEET_START: Duration = Duration::from_secs(60);
 
 /// A gateway that is online, whether it can serve the router or not.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Contender<'a> {
+pub(super) struct RankedLoad<'a> {
     pub worker: &'a WorkerName,
     /// Its connected peers.
     pub peers: u64,
@@ -40,7 +40,7 @@ pub(super) enum DrainPhase {
 /// A gateway that can serve the router.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct CandidateGateway<'a> {
-    pub contender: Contender<'a>,
+    pub ranked_load: RankedLoad<'a>,
     pub data: &'a WorkerData,
     pub confirms: bool,
     /// The router is connected there.
@@ -62,7 +62,7 @@ pub struct Selection {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Tier {
     /// It drains, and the router is connected there.
-    Stays,
+    Current,
     /// None of the other cases applies.
     Regular,
     /// It came back, and has the peers that it may have so far.
@@ -82,7 +82,7 @@ impl Tier {
     fn place(self) -> Self {
         match self {
             Self::Draining | Self::Weightless | Self::Unresponsive => Self::Draining,
-            Self::Stays | Self::Regular | Self::Filling | Self::Removing => self,
+            Self::Current | Self::Regular | Self::Filling | Self::Removing => self,
         }
     }
 }
@@ -114,11 +114,11 @@ impl<'a> Shares<'a> {
     pub fn new<'b>(
         weights: &'a BTreeMap<WorkerName, f64>,
         fill_time: Duration,
-        online: impl Iterator<Item = Contender<'b>>,
+        online: impl Iterator<Item = RankedLoad<'b>>,
     ) -> Self {
         let none = Self { weights, total_weight: 0.0, total_peers: 0.0, online_weight: 0.0, fill_time: Duration::ZERO };
         let (mut shares, mut number) = (none, 0.0_f64);
-        for Contender { worker, peers, drain, age, .. } in online {
+        for RankedLoad { worker, peers, drain, age, .. } in online {
             number += 1.0;
             shares.total_peers += real(peers);
             if drain.is_none() {
@@ -154,25 +154,25 @@ impl<'a> Shares<'a> {
     /// there, until it removes them.
     pub fn select<'b>(&self, candidates: impl Iterator<Item = CandidateGateway<'b>>) -> Option<Selection> {
         let ranked =
-            candidates.map(|candidate| (self.rank_for_router(candidate.contender, candidate.is_current), candidate));
+            candidates.map(|candidate| (self.rank_for_router(candidate.ranked_load, candidate.is_current), candidate));
         let best =
             ranked.min_by(|(a, _), (b, _)| a.tier.place().cmp(&b.tier.place()).then(a.excess.total_cmp(&b.excess)));
-        best.map(|(_, CandidateGateway { contender, data, confirms, .. })| Selection {
-            worker: contender.worker.clone(),
+        best.map(|(_, CandidateGateway { ranked_load, data, confirms, .. })| Selection {
+            worker: ranked_load.worker.clone(),
             confirms,
             data: data.clone(),
         })
     }
 
     /// The place of a gateway in the choice for a router that is connected there, or is not.
-    pub fn rank_for_router(&self, contender: Contender<'_>, is_current: bool) -> Rank {
-        let rank = self.rank(contender);
+    pub fn rank_for_router(&self, ranked_load: RankedLoad<'_>, is_current: bool) -> Rank {
+        let rank = self.rank(ranked_load);
         let stays = is_current && rank.tier == Tier::Draining;
-        Rank { tier: if stays { Tier::Stays } else { rank.tier }, ..rank }
+        Rank { tier: if stays { Tier::Current } else { rank.tier }, ..rank }
     }
 
     /// The place of a gateway in the choice for a router that is new there.
-    fn rank(&self, Contender { worker, peers, is_unresponsive, drain, age }: Contender<'_>) -> Rank {
+    fn rank(&self, RankedLoad { worker, peers, is_unresponsive, drain, age }: RankedLoad<'_>) -> Rank {
         let tier = if drain == Some(DrainPhase::Removes) {
             Tier::Removing
         } else if is_unresponsive {
@@ -247,10 +247,10 @@ mod tests {
         };
         let (weights, mut rows) = (BTreeMap::new(), rows.to_vec());
         let mut choose = || {
-            let contenders: Vec<_> = names
+            let loads: Vec<_> = names
                 .iter()
                 .zip(&rows)
-                .map(|(worker, row)| Contender {
+                .map(|(worker, row)| RankedLoad {
                     worker,
                     peers: row.peers,
                     is_unresponsive: false,
@@ -258,9 +258,9 @@ mod tests {
                     age: row.age.map(Duration::from_secs),
                 })
                 .collect();
-            let shares = Shares::new(&weights, over, contenders.iter().copied());
-            let candidates = contenders.iter().enumerate().map(|(number, contender)| CandidateGateway {
-                contender: *contender,
+            let shares = Shares::new(&weights, over, loads.iter().copied());
+            let candidates = loads.iter().enumerate().map(|(number, ranked_load)| CandidateGateway {
+                ranked_load: *ranked_load,
                 data: &data,
                 confirms: true,
                 is_current: current_gateway == Some(number),

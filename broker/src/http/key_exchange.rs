@@ -109,7 +109,7 @@ impl App {
     pub fn client_address(&self, request: &HttpRequest) -> Option<IpAddr> {
         let peer = peer(request);
         let is_proxied = PROXIED.iter().any(|name| request.headers().contains_key(name));
-        if is_proxied && is_private(peer) && !is_in(&self.trusted, peer) && self.missed_proxies.add(peer) {
+        if is_proxied && is_private(peer) && !is_in(&self.trusted, peer) && self.unnamed_proxies.add(peer) {
             let proxy = peer.to_canonical();
             warn!(%proxy, "a proxy nearby is not in trusted_proxies: all routers behind it count as one client");
         }

@@ -12,7 +12,7 @@ use wgkex_common::{Domain, KeyId, PublicKey};
 
 use crate::exchange::in_flight::FlightTrace;
 use crate::exchange::{Exchange, ExpectedAnswer, Rejection};
-use crate::fleet::key_places::NamedPlaces;
+use crate::fleet::key_locations::NamedPlaces;
 use crate::fleet::live_keys::{KeyState, KeyTrace};
 use crate::fleet::status::GatewayRating;
 

@@ -175,7 +175,7 @@ impl App {
         });
         let mut problems: Vec<_> =
             not_ready.into_iter().chain(fleet.all()).chain(lists).chain(state).chain(addresses).collect();
-        problems.extend(self.missed_proxies.problems());
+        problems.extend(self.unnamed_proxies.problems());
         problems.extend(self.names_in_use(now));
         let registry = self.registry.as_ref().map(Registry::status);
         problems.extend(registry.as_ref().and_then(registry_problem));
@@ -269,8 +269,8 @@ fn refused_server(worker: &WorkerName, server: &str, reason: &str) -> Problem {
     Problem { kind: ProblemKind::ServerRefused, subject: worker.to_string(), text }
 }
 
-fn tenants_problems(TenantProblems { strangers, hub }: &TenantProblems) -> Vec<Problem> {
-    let apart = strangers.iter().map(|broker| {
+fn tenants_problems(TenantProblems { with_other_rules, hub }: &TenantProblems) -> Vec<Problem> {
+    let apart = with_other_rules.iter().map(|broker| {
         let text = format!(
             "broker {broker} has other tenants.pool, tenant_length, grace or hub: members there and members here do not see \
              each other"

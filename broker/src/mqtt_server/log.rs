@@ -61,7 +61,7 @@ pub struct Log {
     /// The type of the router's queue has no name outside of rumqttd.
     dial: Box<Dial>,
     /// The names of links that ended: the router remembers each name for ever.
-    names: Mutex<ReaderNames>,
+    reader_names: Mutex<ReaderNames>,
     /// The writer's link, in which nothing arrives. It ends with the router.
     replies: tokio::sync::Mutex<LinkRx>,
     progress: ProgressOfAll,
@@ -108,7 +108,7 @@ impl Log {
         link.publish(BARRIER, Bytes::from_static(b"!")).context("the MQTT router")?;
         let progress = ProgressOfAll::default();
         let writer = LogWriter { end: 0, link, progress: progress.clone() };
-        Ok((Self { dial, names: Mutex::default(), replies: replies.into(), progress }, writer))
+        Ok((Self { dial, reader_names: Mutex::default(), replies: replies.into(), progress }, writer))
     }
 
     /// Returns when the router has ended, which is a failure.
@@ -134,7 +134,7 @@ impl Log {
 
     /// A reader of messages published from now on, for this broker itself or a client. It has to be closed.
     pub fn subscribe(&self, is_own: bool) -> anyhow::Result<LogReader> {
-        let name = self.names(|names| {
+        let name = self.reader_names(|names| {
             names.free.pop().unwrap_or_else(|| {
                 names.given += 1;
                 names.given
@@ -174,12 +174,12 @@ impl Log {
         let disconnect = Disconnect { reason_code: DisconnectReasonCode::NormalDisconnection };
         if link.send(Packet::Disconnect(disconnect, None)).await.is_ok() {
             while incoming.next().await.is_ok() {}
-            self.names(|names| names.free.push(name));
+            self.reader_names(|names| names.free.push(name));
         }
     }
 
-    fn names<T>(&self, change: impl FnOnce(&mut ReaderNames) -> T) -> T {
-        change(&mut self.names.lock())
+    fn reader_names<T>(&self, change: impl FnOnce(&mut ReaderNames) -> T) -> T {
+        change(&mut self.reader_names.lock())
     }
 }
 
@@ -189,7 +189,7 @@ impl LogWriter {
         let mut placed = BytesMut::with_capacity(POSITION + message.len());
         placed.put_u64(self.end);
         placed.put_slice(message);
-        self.end = behind(self.end, placed.len());
+        self.end = position_after(self.end, placed.len());
         // It fails only when the router has ended, and the server ends then, too: see [`Log::ended`].
         let _ = self.link.publish(Bytes::from_static(TOPIC.as_bytes()), placed.freeze());
         self.progress.clients.publish(self.end);
@@ -203,7 +203,7 @@ fn is_granted(notification: Option<Notification>) -> bool {
 }
 
 /// The position behind a message of so many bytes at `position`.
-fn behind(position: u64, bytes: usize) -> u64 {
+fn position_after(position: u64, bytes: usize) -> u64 {
     position + (bytes + FRAME) as u64
 }
 
@@ -228,7 +228,7 @@ impl LogReader {
         loop {
             match self.incoming.next().await {
                 Ok(Some(Notification::Forward(forward))) => {
-                    let message = self.follow(forward.publish.payload)?;
+                    let message = self.check_position(forward.publish.payload)?;
                     if is_wanted(&message) {
                         return Ok(message);
                     }
@@ -262,12 +262,12 @@ impl LogReader {
     }
 
     /// A message without its position, which has to be the next.
-    fn follow(&mut self, mut placed: Bytes) -> Result<LogMessage, Lagged> {
+    fn check_position(&mut self, mut placed: Bytes) -> Result<LogMessage, Lagged> {
         let size = placed.len();
         let bytes = placed.split_off(POSITION.min(size));
         let position = placed[..].try_into().map(u64::from_be_bytes).map_err(|_| Lagged)?;
         let follows = self.next.is_none_or(|next| position == next);
-        let next = behind(position, size);
+        let next = position_after(position, size);
         self.next = Some(next);
         self.position.advance(next);
         if follows { Ok(LogMessage { at: LogPosition(position), bytes }) } else { Err(Lagged) }
@@ -408,6 +408,6 @@ mod tests {
             }
             log.close(reader).await;
         }
-        assert_eq!(log.names(|names| names.given), 1);
+        assert_eq!(log.reader_names(|names| names.given), 1);
     }
 }

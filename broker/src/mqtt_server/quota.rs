@@ -55,7 +55,7 @@ struct RateLimit {
     work: Pace,
     bytes: Pace,
     /// How long its clients may keep their readers from reading while others wait, in microseconds.
-    patience: Pace,
+    wait_max: Pace,
 }
 
 /// A worker publishes a batch of 2,000 keys in 100 kB. In the worst case it publishes each key alone: 20,000 keys are
@@ -63,14 +63,14 @@ struct RateLimit {
 const WORKER: RateLimit = RateLimit {
     work: Pace { per_second: 2_000 * PACKET_COST, burst: 40_000 * PACKET_COST },
     bytes: Pace { per_second: 512 << 10, burst: 16 << 20 },
-    patience: Pace { per_second: 1_000_000 / 60, burst: 2_000_000 },
+    wait_max: Pace { per_second: 1_000_000 / 60, burst: 2_000_000 },
 };
 /// A broker of another machine publishes as many keys as routers request, and sends all live keys to each gateway that
 /// requests them. It is trusted with more than this; the limit is for programs that fail.
 const BROKER: RateLimit = RateLimit {
     work: Pace { per_second: 50_000 * PACKET_COST, burst: 100_000 * PACKET_COST },
     bytes: Pace { per_second: 64 << 20, burst: 256 << 20 },
-    patience: Pace { per_second: 5_000_000 / 60, burst: 5_000_000 },
+    wait_max: Pace { per_second: 5_000_000 / 60, burst: 5_000_000 },
 };
 
 /// The rate up to which a user does not count as one that publishes much at once: a batch of keys, and the lasting rate
@@ -173,7 +173,7 @@ impl Account {
 }
 
 fn rate(role: Role) -> Rate {
-    let RateLimit { work, bytes, patience } = match role {
+    let RateLimit { work, bytes, wait_max } = match role {
         Role::Worker => WORKER,
         Role::Broker => BROKER,
     };
@@ -182,7 +182,7 @@ fn rate(role: Role) -> Rate {
         work: Meter::new(work),
         bytes: Meter::new(bytes),
         steady: Meter::new(STEADY),
-        patience: Meter::new(patience),
+        wait_max: Meter::new(wait_max),
     }
 }
 
@@ -195,7 +195,7 @@ struct Rate {
     /// Of the same bytes.
     steady: Meter,
     /// Of the time for which others waited.
-    patience: Meter,
+    wait_max: Meter,
 }
 
 impl Rate {
@@ -210,7 +210,7 @@ impl Rate {
     }
 
     fn charge_wait(&self, micros: u64, now: Instant) -> bool {
-        !self.patience.charge(micros, self.nanos(now)).is_zero()
+        !self.wait_max.charge(micros, self.nanos(now)).is_zero()
     }
 
     fn nanos(&self, now: Instant) -> u64 {

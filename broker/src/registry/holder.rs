@@ -17,10 +17,10 @@ use tokio::time::sleep;
 use tracing::{error, info, warn};
 use wgkex_common::storage::versions::StateFile;
 use wgkex_common::storage::{StorageError, json_file};
-use wgkex_common::wire::message::Served;
+use wgkex_common::wire::message::ServiceAnnouncement;
 use wgkex_common::{BrokerName, Config};
 
-use crate::database::FilledMark;
+use crate::database::HadRowsMark;
 use crate::fleet::election;
 
 /// The rules that all brokers with a SQLite file announce.
@@ -49,7 +49,7 @@ struct SharedHolder {
     is_of_one: bool,
     own: BrokerName,
     file: PathBuf,
-    mark: FilledMark,
+    mark: HadRowsMark,
     state: Mutex<HolderState>,
     /// Locked while the file is written.
     writer: Mutex<()>,
@@ -62,7 +62,7 @@ struct HolderState {
     kept: StoredHolder,
     started: u64,
     /// The time from which calls no longer wait for other brokers.
-    decided: Instant,
+    decide_at: Instant,
     is_status_back: bool,
     is_hello_back: bool,
     others: BTreeMap<BrokerName, OtherHolder>,
@@ -82,7 +82,7 @@ struct OtherHolder {
     is_online: bool,
     /// Its hello was received.
     is_known: bool,
-    served: Option<Served>,
+    announced: Option<ServiceAnnouncement>,
 }
 
 impl RegistryHolder {
@@ -102,11 +102,11 @@ impl RegistryHolder {
                  removed"
             );
         }
-        let mark = FilledMark::new(file.clone(), kept.since.is_some());
+        let mark = HadRowsMark::new(file.clone(), kept.since.is_some());
         let state = HolderState {
             kept,
             started: election::since(),
-            decided: Instant::now() + START_TIMEOUT,
+            decide_at: Instant::now() + START_TIMEOUT,
             is_status_back: false,
             is_hello_back: false,
             others: BTreeMap::new(),
@@ -147,20 +147,20 @@ impl RegistryHolder {
     /// Whether workers get an answer here: there is a registry, which no other broker has instead, and whose tables are not gone.
     #[must_use]
     pub fn is_serving(&self) -> bool {
-        self.0.is_some() && self.other().is_none() && self.mark().contradicted().is_none()
+        self.0.is_some() && self.other().is_none() && self.mark().lost_rows().is_none()
     }
 
     /// The mark that the database has servers.
     #[must_use]
-    pub fn mark(&self) -> FilledMark {
+    pub fn mark(&self) -> HadRowsMark {
         self.0.as_ref().map(|shared| shared.mark.clone()).unwrap_or_default()
     }
 
     /// The registry that this broker announces; none while it refuses calls.
     #[must_use]
-    pub fn served(&self) -> Option<Served> {
+    pub fn announced(&self) -> Option<ServiceAnnouncement> {
         let state = self.of_one()?.state.lock();
-        state.kept.holder.is_none().then(|| state.served())
+        state.kept.holder.is_none().then(|| state.announced())
     }
 
     /// A broker is online, or no longer.
@@ -169,11 +169,11 @@ impl RegistryHolder {
     }
 
     /// A broker has a registry for itself, or no longer; nothing is known of one that `has_gone`.
-    pub fn on_hello(&self, broker: &BrokerName, served: Option<Served>, has_gone: bool) {
-        let is_own = served.is_some();
+    pub fn on_hello(&self, broker: &BrokerName, announced: Option<ServiceAnnouncement>, has_gone: bool) {
+        let is_own = announced.is_some();
         self.change(
             broker,
-            |other| (other.served, other.is_known) = (served, !has_gone),
+            |other| (other.announced, other.is_known) = (announced, !has_gone),
             |state| state.is_hello_back |= is_own || state.kept.holder.is_some(),
         );
     }
@@ -187,7 +187,7 @@ impl RegistryHolder {
     /// Returns when the states of other brokers are known, or some time after the start.
     pub async fn settled(&self) {
         let is_open =
-            |state: &HolderState| !(state.is_status_back && state.is_hello_back) && Instant::now() < state.decided;
+            |state: &HolderState| !(state.is_status_back && state.is_hello_back) && Instant::now() < state.decide_at;
         while self.of_one().is_some_and(|shared| is_open(&shared.state.lock())) {
             sleep(START_CHECK).await;
         }
@@ -234,17 +234,21 @@ impl SharedHolder {
 }
 
 impl HolderState {
-    fn served(&self) -> Served {
-        Served { since: self.kept.since.unwrap_or(EMPTY_REGISTRY_RANK + self.started), rules: SQLITE_RULES.into() }
+    fn announced(&self) -> ServiceAnnouncement {
+        ServiceAnnouncement {
+            since: self.kept.since.unwrap_or(EMPTY_REGISTRY_RANK + self.started),
+            rules: SQLITE_RULES.into(),
+        }
     }
 
     /// Decides again which broker has the registry, and returns whether that is another one now.
     fn update(&mut self, own: &BrokerName) -> bool {
-        let own = (self.served().since, own);
-        let served =
-            |other: &OtherHolder| other.served.clone().filter(|served| other.is_online && served.rules == SQLITE_RULES);
+        let own = (self.announced().since, own);
+        let announced = |other: &OtherHolder| {
+            other.announced.clone().filter(|announced| other.is_online && announced.rules == SQLITE_RULES)
+        };
         let comes_first =
-            |(name, other): (&BrokerName, &OtherHolder)| ((served(other)?.since, name) < own).then(|| name.clone());
+            |(name, other): (&BrokerName, &OtherHolder)| ((announced(other)?.since, name) < own).then(|| name.clone());
         let first = self.others.iter().find_map(comes_first);
         match (&self.kept.holder, first) {
             (None, Some(broker)) => {
@@ -257,7 +261,7 @@ impl HolderState {
                 true
             }
             (Some(holder), None) => {
-                let has_none = |other: &OtherHolder| other.is_online && other.is_known && other.served.is_none();
+                let has_none = |other: &OtherHolder| other.is_online && other.is_known && other.announced.is_none();
                 let is_free = self.others.get(holder).is_some_and(has_none);
                 if is_free {
                     info!(broker = holder.as_str(), "the other broker has no registry any more: this one has it");
@@ -286,7 +290,7 @@ mod tests {
 
     fn hear(holder: &RegistryHolder, broker: &str, since: Option<u64>) {
         let broker = broker.parse().unwrap();
-        holder.on_hello(&broker, since.map(|since| Served { since, rules: SQLITE_RULES.into() }), false);
+        holder.on_hello(&broker, since.map(|since| ServiceAnnouncement { since, rules: SQLITE_RULES.into() }), false);
         holder.on_status(&broker, true);
     }
 
@@ -331,23 +335,27 @@ mod tests {
         let late = election::since() + 1_000_000;
 
         let filled = holder(first, "");
-        assert!(!filled.is_filled() && filled.served().unwrap().since > EMPTY_REGISTRY_RANK);
+        assert!(!filled.is_filled() && filled.announced().unwrap().since > EMPTY_REGISTRY_RANK);
         filled.set_filled().await;
-        let since = filled.served().unwrap().since;
+        let since = filled.announced().unwrap().since;
         assert!(filled.is_filled() && since < late);
         for (broker, since) in [("a", late), ("c", EMPTY_REGISTRY_RANK + 1), ("b", 0)] {
             hear(&filled, broker, Some(since));
         }
         assert_eq!(filled.other(), None);
-        assert_eq!(holder(first, "").served().unwrap().since, since, "also after a restart");
+        assert_eq!(holder(first, "").announced().unwrap().since, since, "also after a restart");
 
         let refused = holder(second, "");
-        refused.on_hello(&"a".parse().unwrap(), Some(Served { since: 1, rules: SQLITE_RULES.into() }), false);
+        refused.on_hello(
+            &"a".parse().unwrap(),
+            Some(ServiceAnnouncement { since: 1, rules: SQLITE_RULES.into() }),
+            false,
+        );
         assert_eq!(refused.other(), None, "it is not online");
         hear(&refused, "a", Some(1));
         refused.on_status(&"a".parse().unwrap(), false);
         refused.on_hello(&"a".parse().unwrap(), None, true);
-        assert_eq!((refused.other(), refused.served()), (Some("a".parse().unwrap()), None));
+        assert_eq!((refused.other(), refused.announced()), (Some("a".parse().unwrap()), None));
         assert!(filled.is_serving() && !refused.is_serving() && !RegistryHolder::default().is_serving());
         wait_until_kept(second, |kept| kept.holder.is_some()).await;
         let refused = holder(second, "");
@@ -360,7 +368,7 @@ mod tests {
 
         let shared = holder(shared, "storage: postgres://u@h/d\n");
         hear(&shared, "a", Some(0));
-        assert_eq!((shared.other(), shared.served(), shared.is_of_one()), (None, None, false));
+        assert_eq!((shared.other(), shared.announced(), shared.is_of_one()), (None, None, false));
     }
 
     #[tokio::test(start_paused = true)]
@@ -370,7 +378,7 @@ mod tests {
         let own = "b".parse().unwrap();
         let waits = tokio::time::timeout(Duration::from_millis(200), open.settled()).await.is_err();
         open.on_status(&own, true);
-        open.on_hello(&own, open.served(), false);
+        open.on_hello(&own, open.announced(), false);
         assert!(waits);
         open.settled().await;
     }

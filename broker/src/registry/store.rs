@@ -696,7 +696,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::database::{AccessMode, Database, FilledMark, Location};
+    use crate::database::{AccessMode, Database, HadRowsMark, Location};
     use crate::registry::MIGRATIONS;
     use crate::registry::model::CallFields;
     use crate::testing::key;
@@ -724,7 +724,7 @@ mod tests {
     async fn churn(clients: u32) -> Duration {
         let dir = tempfile::tempdir().unwrap();
         let (database, _end) =
-            Database::start(Location::File(dir.path().join("f")), MIGRATIONS, FilledMark::default()).unwrap();
+            Database::start(Location::File(dir.path().join("f")), MIGRATIONS, HadRowsMark::default()).unwrap();
         let server = fields(json!({
             "server_name": "s1", "network_address": "10.0.0.0", "network_mask": 8, "public_key": key(u32::MAX),
             "endpoint_address": "gw", "endpoint_port": 1, "n_reserved_ips": 0, "allowed_ips": "10.0.0.0/8",

@@ -31,14 +31,14 @@ pub struct Authority {
     probes: BTreeMap<MemberId, KeyProbe>,
     last: u64,
     /// Brokers that are to register their sessions, with when their members leave otherwise.
-    awaited: BTreeMap<BrokerName, Instant>,
+    unregistered_brokers: BTreeMap<BrokerName, Instant>,
     /// Those of them that are online: joins wait for these, until `settled`.
-    settling: BTreeSet<BrokerName>,
+    unsettled_brokers: BTreeSet<BrokerName>,
     settled: Instant,
     /// Other brokers may give addresses, and are out of reach now.
     is_paused: bool,
     /// Joins that wait for these.
-    early: Vec<RemoteJoinRequest>,
+    queued_joins: Vec<RemoteJoinRequest>,
     updates: Vec<(Target, Update)>,
 }
 
@@ -95,11 +95,11 @@ impl Authority {
             ids: BTreeMap::new(),
             probes: BTreeMap::new(),
             last: 0,
-            awaited: others.iter().map(|broker| (broker.clone(), now + REGISTRATION_TIMEOUT)).collect(),
-            settling: others,
+            unregistered_brokers: others.iter().map(|broker| (broker.clone(), now + REGISTRATION_TIMEOUT)).collect(),
+            unsettled_brokers: others,
             settled: now + SETTLE_TIMEOUT,
             is_paused: false,
-            early: Vec::new(),
+            queued_joins: Vec::new(),
             updates: Vec::new(),
         }
     }
@@ -109,7 +109,7 @@ impl Authority {
         let id = self.next_id();
         if self.tenants.adopt(tenant, id, member.client.clone(), member.virtual_ip, now).is_ok() {
             self.insert(id, tenant, origin, member.client.public_key);
-            self.awaited.entry(origin.broker.clone()).or_insert(now + REGISTRATION_TIMEOUT);
+            self.unregistered_brokers.entry(origin.broker.clone()).or_insert(now + REGISTRATION_TIMEOUT);
         } else {
             self.updates.push((Target::All, Update::Left(tenant.clone(), member.virtual_ip)));
         }
@@ -133,7 +133,7 @@ impl Authority {
 
     /// A broker's registration is under way: its members stay meanwhile.
     pub fn expect(&mut self, broker: &BrokerName, now: Instant) {
-        if let Some(until) = self.awaited.get_mut(broker) {
+        if let Some(until) = self.unregistered_brokers.get_mut(broker) {
             *until = now + REGISTRATION_TIMEOUT;
         }
     }
@@ -141,8 +141,8 @@ impl Authority {
     /// A broker registers its sessions: members with a registered session stay, and others of this broker leave.
     pub fn register(&mut self, broker: &BrokerName, registration: Registration, now: Instant) {
         let Registration { sessions, held } = registration;
-        self.awaited.remove(broker);
-        self.settling.remove(broker);
+        self.unregistered_brokers.remove(broker);
+        self.unsettled_brokers.remove(broker);
         let there: BTreeSet<_> = sessions
             .iter()
             .map(|(join_request, _)| (join_request.session, &join_request.tenant, join_request.client.public_key))
@@ -175,7 +175,7 @@ impl Authority {
     /// These sessions do not wait any more.
     fn withdraw(&mut self, is_over: impl Fn(&RemoteJoinRequest) -> bool) {
         let waiting = self.probes.values_mut().map(|probe| &mut probe.waiting);
-        for wishes in waiting.chain([&mut self.early]) {
+        for wishes in waiting.chain([&mut self.queued_joins]) {
             wishes.retain(|join_request| !is_over(join_request));
         }
     }
@@ -194,8 +194,8 @@ impl Authority {
 
     /// A broker is gone, and its members with it.
     pub fn broker_gone(&mut self, broker: &BrokerName, now: Instant) {
-        self.awaited.remove(broker);
-        self.settling.remove(broker);
+        self.unregistered_brokers.remove(broker);
+        self.unsettled_brokers.remove(broker);
         self.withdraw(|join_request| join_request.broker == *broker);
         let of_broker = |(id, member): (&MemberId, &RegisteredMember)| (member.origin.broker == *broker).then_some(*id);
         for id in self.members.iter().filter_map(of_broker).collect::<Vec<_>>() {
@@ -240,7 +240,8 @@ impl Authority {
         for id in silent.collect::<Vec<_>>() {
             self.remove(id, Some(SessionEndReason::Silent), now);
         }
-        let late = self.awaited.iter().filter(|(_, until)| **until <= now).map(|(broker, _)| broker.clone());
+        let late =
+            self.unregistered_brokers.iter().filter(|(_, until)| **until <= now).map(|(broker, _)| broker.clone());
         for broker in late.collect::<Vec<_>>() {
             self.broker_gone(&broker, now);
         }
@@ -249,12 +250,12 @@ impl Authority {
 
     /// Whether it knows the sessions of the other brokers, as far as these are online.
     pub fn is_settled(&self, now: Instant) -> bool {
-        !self.is_paused && (self.settling.is_empty() || self.settled <= now)
+        !self.is_paused && (self.unsettled_brokers.is_empty() || self.settled <= now)
     }
 
     fn join_early(&mut self, now: Instant) {
         if self.is_settled(now) {
-            for join_request in std::mem::take(&mut self.early) {
+            for join_request in std::mem::take(&mut self.queued_joins) {
                 self.join_now(join_request, now);
             }
         }
@@ -264,7 +265,7 @@ impl Authority {
         if self.is_settled(now) {
             self.join_now(join_request, now);
         } else {
-            self.early.push(join_request);
+            self.queued_joins.push(join_request);
         }
     }
 

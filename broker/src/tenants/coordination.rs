@@ -72,7 +72,7 @@ enum TenantRole {
         stream: BrokerStream<CoordinatorRequest>,
         registered: Instant,
         /// Since when it does not answer, which is logged.
-        unheard: Option<Instant>,
+        silent_since: Option<Instant>,
     },
 }
 
@@ -81,7 +81,7 @@ enum TenantRole {
 struct Follower {
     stream: BrokerStream<Update>,
     state: FollowerState,
-    absent: Option<Instant>,
+    absent_since: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -169,10 +169,10 @@ impl Coordination {
             (TenantRole::Coordinator { .. }, FrameContent::Requests(items)) => {
                 self.on_requests(from, Numbered { epoch, number, items }, now);
             }
-            (TenantRole::Follower { coordinator, stream, unheard, .. }, FrameContent::Updates(items))
+            (TenantRole::Follower { coordinator, stream, silent_since, .. }, FrameContent::Updates(items))
                 if *coordinator == from && stream.epoch() == epoch =>
             {
-                *unheard = None;
+                *silent_since = None;
                 if stream.receive(number, now) {
                     self.apply(items);
                 } else {
@@ -240,7 +240,7 @@ impl Coordination {
             authority.tick(now);
             self.settle(now);
         } else if let TenantRole::Follower { stream, .. } = &self.role
-            && now.saturating_duration_since(stream.heard) >= SILENCE_TIMEOUT
+            && now.saturating_duration_since(stream.last_received) >= SILENCE_TIMEOUT
         {
             self.on_silence(now);
             self.register(now);
@@ -365,7 +365,8 @@ impl Coordination {
         let is_known = |follower: &Follower| follower.stream.epoch() == epoch;
         if number == 0 && !followers.get(&from).is_some_and(is_known) {
             let state = FollowerState::Registering(Registration::default());
-            followers.insert(from.clone(), Follower { stream: BrokerStream::new(epoch, now), state, absent: None });
+            followers
+                .insert(from.clone(), Follower { stream: BrokerStream::new(epoch, now), state, absent_since: None });
         }
         let follower = followers.get_mut(&from).filter(|follower| is_known(follower));
         let Some(follower) = follower.and_then(|follower| follower.stream.receive(number, now).then_some(follower))
@@ -402,7 +403,7 @@ impl Coordination {
 
     /// Takes the role that follows from the election.
     pub fn elect(&mut self, now: Instant) {
-        let Some(coordinator) = self.election.first(now).cloned() else { return };
+        let Some(coordinator) = self.election.elected(now).cloned() else { return };
         let is_same = match &self.role {
             TenantRole::Starting => false,
             TenantRole::Coordinator { .. } => coordinator == self.own,
@@ -418,7 +419,7 @@ impl Coordination {
         } else {
             self.sessions.hub().into_iter().for_each(TenantHub::follow);
             let stream = BrokerStream::new(self.last_epoch, now);
-            self.role = TenantRole::Follower { coordinator, stream, registered: now, unheard: None };
+            self.role = TenantRole::Follower { coordinator, stream, registered: now, silent_since: None };
             self.begin_epoch(now);
         }
     }
@@ -464,10 +465,10 @@ impl Coordination {
 
     /// A coordinator that does not answer the next registration either is passed over.
     fn on_silence(&mut self, now: Instant) {
-        let TenantRole::Follower { coordinator, unheard, .. } = &mut self.role else { return };
-        match unheard {
+        let TenantRole::Follower { coordinator, silent_since, .. } = &mut self.role else { return };
+        match silent_since {
             None => {
-                *unheard = Some(now);
+                *silent_since = Some(now);
                 warn!(
                     broker = coordinator.as_str(),
                     "the broker that gives the addresses of tenants does not answer: may this broker's MQTT user publish on \
@@ -503,9 +504,9 @@ impl Coordination {
         let peers: BTreeSet<_> = self.election.peers(now).map(|(name, _)| name).collect();
         let is_over = |since: Instant, timeout| now.saturating_duration_since(since) >= timeout;
         followers.retain(|broker, follower| {
-            follower.absent = if peers.contains(broker) { None } else { follower.absent.or(Some(now)) };
-            let is_gone = follower.absent.is_some_and(|since| is_over(since, ABSENCE_TIMEOUT))
-                || is_over(follower.stream.heard, SILENCE_TIMEOUT);
+            follower.absent_since = if peers.contains(broker) { None } else { follower.absent_since.or(Some(now)) };
+            let is_gone = follower.absent_since.is_some_and(|since| is_over(since, ABSENCE_TIMEOUT))
+                || is_over(follower.stream.last_received, SILENCE_TIMEOUT);
             if is_gone {
                 info!(broker = broker.as_str(), "the members of tenants at this broker are gone with it");
                 authority.broker_gone(broker, now);
@@ -515,15 +516,15 @@ impl Coordination {
     }
 
     fn warn_of_strangers(&mut self, now: Instant) {
-        let strangers: BTreeSet<_> = self.election.strangers(now).cloned().collect();
+        let with_other_rules: BTreeSet<_> = self.election.with_other_rules(now).cloned().collect();
         let mut problems = self.problems.lock();
-        for broker in strangers.difference(&problems.strangers) {
+        for broker in with_other_rules.difference(&problems.with_other_rules) {
             warn!(
                 broker = broker.as_str(),
                 "another broker has other tenants.pool, tenant_length, grace or hub: its members and those here do not see each other"
             );
         }
-        problems.strangers = strangers;
+        problems.with_other_rules = with_other_rules;
     }
 }
 

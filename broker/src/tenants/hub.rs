@@ -19,7 +19,7 @@ use wgkex_common::{PublicKey, WorkerName};
 use crate::tenants::message::HubPeer;
 
 /// The longest time between two messages with the current version, by which the worker notices missed changes.
-const SIGN_INTERVAL: Duration = Duration::from_secs(10);
+const VERSION_INTERVAL: Duration = Duration::from_secs(10);
 /// Messages that are sent at once, at most.
 const BURST: usize = 20;
 /// The most addresses of one key, the oldest ones: a peer takes no more in one message.
@@ -38,7 +38,7 @@ pub struct TenantHub {
     /// None unless this broker publishes them.
     version: Option<LeaseVersion>,
     outgoing: VecDeque<LeaseMessage>,
-    signed: Option<Instant>,
+    version_sent: Option<Instant>,
     problem: Option<HubProblem>,
 }
 
@@ -62,7 +62,7 @@ impl TenantHub {
             changed: BTreeSet::new(),
             version: None,
             outgoing: VecDeque::new(),
-            signed: None,
+            version_sent: None,
             problem: Some(HubProblem::Missing),
         }
     }
@@ -83,7 +83,7 @@ impl TenantHub {
             return false;
         }
         // The worker may have just connected: the version is sent to it at once.
-        self.signed = None;
+        self.version_sent = None;
         let problem = match &announced {
             None => Some(HubProblem::Missing),
             Some(hub) if hub.networks != self.networks => Some(HubProblem::OtherNetworks),
@@ -131,7 +131,7 @@ impl TenantHub {
     pub fn lead(&mut self, id: u64) {
         let id = i64::try_from(id).unwrap_or(i64::MAX);
         self.version = Some(LeaseVersion { id, revision: 0 });
-        (self.signed, self.outgoing) = (None, VecDeque::new());
+        (self.version_sent, self.outgoing) = (None, VecDeque::new());
         self.changed.clear();
     }
 
@@ -151,7 +151,7 @@ impl TenantHub {
         self.note_changes();
         let Some(version) = self.version else { return };
         if known == Some(version) {
-            return self.sign(version);
+            return self.push_version(version);
         }
         self.outgoing.clear();
         let all = self.addresses.iter().map(|(key, addresses)| (*key, leased(addresses)));
@@ -166,15 +166,15 @@ impl TenantHub {
             return Vec::new();
         };
         if self.outgoing.is_empty()
-            && self.signed.is_none_or(|then| now.saturating_duration_since(then) >= SIGN_INTERVAL)
+            && self.version_sent.is_none_or(|then| now.saturating_duration_since(then) >= VERSION_INTERVAL)
         {
-            self.signed = Some(now);
-            self.sign(version);
+            self.version_sent = Some(now);
+            self.push_version(version);
         }
         self.outgoing.drain(..self.outgoing.len().min(BURST)).collect()
     }
 
-    fn sign(&mut self, version: LeaseVersion) {
+    fn push_version(&mut self, version: LeaseVersion) {
         self.outgoing.push_back(message(version, LeaseContent::Current));
     }
 

@@ -14,12 +14,12 @@ pub struct MemberWriter<'a> {
     session: Session,
     connection: &'a UpgradedConnection,
     /// The connection's count of sent bytes when all messages so far are sent.
-    said: u64,
+    queued_bytes: u64,
 }
 
 impl<'a> MemberWriter<'a> {
     pub fn new(session: Session, connection: &'a UpgradedConnection) -> Self {
-        Self { session, connection, said: 0 }
+        Self { session, connection, queued_bytes: 0 }
     }
 
     pub async fn text(&mut self, text: ByteString) -> Result<(), Closed> {
@@ -49,7 +49,7 @@ impl<'a> MemberWriter<'a> {
     }
 
     async fn wait_for_room(&mut self, length: usize) {
-        self.connection.has_sent(self.said.saturating_sub(UNSENT_BYTES_MAX)).await;
-        self.said = self.said.max(self.connection.sent()) + length as u64;
+        self.connection.has_sent(self.queued_bytes.saturating_sub(UNSENT_BYTES_MAX)).await;
+        self.queued_bytes = self.queued_bytes.max(self.connection.sent()) + length as u64;
     }
 }

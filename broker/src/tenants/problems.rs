@@ -11,7 +11,7 @@ use crate::tenants::hub::HubProblem;
 #[derive(Debug, Clone, Default)]
 pub struct TenantProblems {
     /// Brokers that serve tenants by other rules.
-    pub strangers: BTreeSet<BrokerName>,
+    pub with_other_rules: BTreeSet<BrokerName>,
     /// The worker that is to be the hub, and why members do not learn of it.
     pub hub: Option<(WorkerName, HubProblem)>,
 }

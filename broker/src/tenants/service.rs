@@ -13,7 +13,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{MissedTickBehavior, interval};
 use wgkex_common::mqtt::{ConnectionState, Message, MqttHandle};
 use wgkex_common::wire::lease::{AnnouncedHub, LeaseMessage, LeaseRequest};
-use wgkex_common::wire::message::Served;
+use wgkex_common::wire::message::ServiceAnnouncement;
 use wgkex_common::{BrokerName, Topic, WorkerName};
 
 use crate::tenants::close::CloseCause;
@@ -52,7 +52,7 @@ pub enum TenantEvent {
     /// A broker is online, or no longer.
     Status(BrokerName, bool),
     /// The service that a broker announces; none if it withdrew that.
-    Hello(BrokerName, Option<Served>),
+    Hello(BrokerName, Option<ServiceAnnouncement>),
     /// A message to this broker.
     Frame(Frame),
     /// The hub that a worker announces; none if it withdrew that.
@@ -97,7 +97,7 @@ pub struct TenantService {
     tenants: Coordination,
     kept: AddressBuffer,
     metrics: Metrics,
-    served: watch::Sender<Served>,
+    announced: watch::Sender<ServiceAnnouncement>,
     commands: mpsc::Receiver<Command>,
     events: mpsc::Receiver<TenantEvent>,
 }
@@ -146,16 +146,16 @@ impl TenantService {
         kept: AddressBuffer,
         metrics: Metrics,
     ) -> (Self, TenantsHandle, TenantEventSender) {
-        let served = watch::Sender::new(tenants.election().served().clone());
+        let announced = watch::Sender::new(tenants.election().announced().clone());
         let (sender, commands) = mpsc::channel(COMMANDS_MAX);
         let (event_sender, events) = mpsc::channel(EVENTS_MAX);
         let handle = TenantsHandle { commands: sender, last: Arc::default() };
-        (Self { tenants, kept, metrics, served, commands, events }, handle, event_sender)
+        (Self { tenants, kept, metrics, announced, commands, events }, handle, event_sender)
     }
 
     /// The service that this broker announces.
-    pub fn served(&self) -> watch::Receiver<Served> {
-        self.served.subscribe()
+    pub fn announced(&self) -> watch::Receiver<ServiceAnnouncement> {
+        self.announced.subscribe()
     }
 
     /// Serves sessions until `stop` returns, and then ends them. Frames for other brokers go to `bus`.
@@ -215,8 +215,8 @@ impl TenantService {
                 self.tenants.election().on_status(broker, is_online, now);
                 self.tenants.elect(now);
             }
-            TenantEvent::Hello(broker, served) => {
-                self.tenants.election().on_hello(broker, served, now);
+            TenantEvent::Hello(broker, announced) => {
+                self.tenants.election().on_hello(broker, announced, now);
                 self.tenants.elect(now);
             }
             TenantEvent::Frame(frame) if frame.is_bounded() => self.tenants.on_frame(frame, now),
@@ -230,9 +230,9 @@ impl TenantService {
     fn tick(&mut self, is_bus_up: bool, now: Instant) {
         self.tenants.on_bus(is_bus_up, now);
         self.tenants.tick(now);
-        let served = self.tenants.election().served();
-        if *served != *self.served.borrow() {
-            self.served.send_replace(served.clone());
+        let announced = self.tenants.election().announced();
+        if *announced != *self.announced.borrow() {
+            self.announced.send_replace(announced.clone());
         }
         if self.kept.needs_full_write() {
             self.tenants.write_all();

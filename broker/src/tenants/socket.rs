@@ -55,7 +55,7 @@ enum SocketEnd {
 #[derive(Default)]
 struct MemberLiveness {
     /// A message was received since the last ping.
-    is_heard: Cell<bool>,
+    has_received: Cell<bool>,
     probe: PingProbe,
 }
 
@@ -191,7 +191,7 @@ async fn read(
             Ok(AggregatedMessage::Pong(pong)) if liveness.probe.is_answered_by(&pong) => reporter.alive().await,
             Ok(_) => {}
         }
-        liveness.is_heard.set(true);
+        liveness.has_received.set(true);
     }
 }
 
@@ -254,10 +254,10 @@ async fn send_probes(probes: &mut mpsc::Receiver<()>, mut session: Session, prob
 async fn watch(mut session: Session, liveness: &MemberLiveness) -> SocketEnd {
     sleep(PING_INTERVAL).await;
     loop {
-        liveness.is_heard.set(false);
+        liveness.has_received.set(false);
         let is_sent = timeout(PING_INTERVAL, session.ping(b"")).await.is_ok();
         sleep(PING_INTERVAL).await;
-        if !is_sent || !liveness.is_heard.get() {
+        if !is_sent || !liveness.has_received.get() {
             return SocketEnd::Broker(CloseCause::Silent);
         }
     }

@@ -22,7 +22,7 @@ pub struct BrokerStream<T> {
     waiting: VecDeque<T>,
     sent_at: Option<Instant>,
     /// When the last frame was received, or the epoch began.
-    pub heard: Instant,
+    pub last_received: Instant,
 }
 
 /// A frame that is to be sent.
@@ -39,7 +39,7 @@ pub struct Numbered<T> {
 impl<T> BrokerStream<T> {
     /// The stream of an epoch that begins now.
     pub fn new(epoch: u64, now: Instant) -> Self {
-        Self { epoch, sent: 0, received: 0, waiting: VecDeque::new(), sent_at: None, heard: now }
+        Self { epoch, sent: 0, received: 0, waiting: VecDeque::new(), sent_at: None, last_received: now }
     }
 
     /// The epoch.
@@ -57,7 +57,7 @@ impl<T> BrokerStream<T> {
         let is_next = number == self.received;
         if is_next {
             self.received += 1;
-            self.heard = now;
+            self.last_received = now;
         }
         is_next
     }

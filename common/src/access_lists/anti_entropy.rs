@@ -70,7 +70,7 @@ enum BusState {
 struct OtherBroker {
     digest: String,
     names_records: bool,
-    asked: Option<Instant>,
+    requested_at: Option<Instant>,
     tries: u32,
 }
 
@@ -116,7 +116,7 @@ impl AntiEntropy {
             return;
         }
         if self.brokers.len() < BROKERS_MAX || self.brokers.contains_key(name) {
-            self.brokers.insert(name.clone(), OtherBroker { digest, names_records, asked: None, tries: 0 });
+            self.brokers.insert(name.clone(), OtherBroker { digest, names_records, requested_at: None, tries: 0 });
         }
     }
 
@@ -126,7 +126,7 @@ impl AntiEntropy {
     }
 
     /// A program requests all records.
-    pub fn asked(&mut self, requester: Requester, now: Instant) {
+    pub fn on_request(&mut self, requester: Requester, now: Instant) {
         let is_over = |requests: &Requests| now.saturating_duration_since(requests.last) >= REQUESTER_LIFETIME;
         if self.requesters.len() >= REQUESTERS_MAX && !self.requesters.contains_key(&requester) {
             self.requesters.retain(|_, requests| !is_over(requests));
@@ -143,15 +143,15 @@ impl AntiEntropy {
     }
 
     /// The brokers to send a request to now, given the own digest.
-    pub fn ask(&mut self, digest: &str, now: Instant) -> Vec<BrokerName> {
+    pub fn brokers_to_request(&mut self, digest: &str, now: Instant) -> Vec<BrokerName> {
         let mut names = Vec::new();
         for (name, broker) in &mut self.brokers {
             let pause = (REQUEST_RETRY_MIN * 2_u32.pow(broker.tries.min(6))).min(REQUEST_RETRY_MAX);
             if broker.digest == digest {
-                (broker.asked, broker.tries) = (None, 0);
-            } else if broker.asked.is_none_or(|asked| now.saturating_duration_since(asked) >= pause) {
-                broker.tries += u32::from(broker.asked.is_some());
-                broker.asked = Some(now);
+                (broker.requested_at, broker.tries) = (None, 0);
+            } else if broker.requested_at.is_none_or(|asked| now.saturating_duration_since(asked) >= pause) {
+                broker.tries += u32::from(broker.requested_at.is_some());
+                broker.requested_at = Some(now);
                 names.push(name.clone());
             }
         }
@@ -159,7 +159,8 @@ impl AntiEntropy {
     }
 
     /// Whether all records, which have this digest, are to be published now; they count as published then. The same ones are
-    /// published for the same requester with growing pauses, half as long as those of [`AntiEntropy::ask`].
+    /// published for the same requester with growing pauses, half as long as those of
+    /// [`AntiEntropy::brokers_to_request`].
     pub fn should_broadcast(&mut self, digest: &str, now: Instant) -> bool {
         if self.last_digest != digest {
             digest.clone_into(&mut self.last_digest);
@@ -238,17 +239,17 @@ mod tests {
     #[test]
     fn a_broker_with_other_records_is_asked_with_growing_pauses() {
         let (mut anti_entropy, begun) = anti_entropy(None, &[("b1", "x"), ("b2", "y")]);
-        assert_eq!(anti_entropy.ask("y", begun), [name("b1")]);
+        assert_eq!(anti_entropy.brokers_to_request("y", begun), [name("b1")]);
         let mut asked = Vec::new();
         for second in 1..300 {
-            if !anti_entropy.ask("y", begun + second * 1000 * MS).is_empty() {
+            if !anti_entropy.brokers_to_request("y", begun + second * 1000 * MS).is_empty() {
                 asked.push(second);
             }
         }
         assert_eq!(asked, [1, 3, 7, 15, 31, 63, 123, 183, 243]);
-        assert!(anti_entropy.ask("x", begun + 300_000 * MS) == [name("b2")], "b1 agrees now");
+        assert!(anti_entropy.brokers_to_request("x", begun + 300_000 * MS) == [name("b2")], "b1 agrees now");
         anti_entropy.broker(&name("b1"), Some(&hello(Some("z"))));
-        assert_eq!(anti_entropy.ask("y", begun + 300_000 * MS), [name("b1")], "it says another one");
+        assert_eq!(anti_entropy.brokers_to_request("y", begun + 300_000 * MS), [name("b1")], "it says another one");
     }
 
     #[test]
@@ -257,9 +258,9 @@ mod tests {
         anti_entropy.broker(&name("old"), Some(&hello(None)));
         anti_entropy.broker(&name("w"), Some(&Hello::worker(Vec::new())));
         anti_entropy.broker(&name("b2"), None);
-        assert_eq!(anti_entropy.ask("y", now), [name("b1")]);
+        assert_eq!(anti_entropy.brokers_to_request("y", now), [name("b1")]);
         anti_entropy.down();
-        assert!(anti_entropy.ask("z", now).is_empty());
+        assert!(anti_entropy.brokers_to_request("z", now).is_empty());
         for n in 0..5_000 {
             anti_entropy.broker(&name(&n.to_string()), Some(&hello(Some("x"))));
         }
@@ -271,7 +272,7 @@ mod tests {
         let (mut broker, begun) = anti_entropy(Some("own"), &[]);
         let mut said = 0;
         for ms in 0..3_500 {
-            broker.asked(worker(&ms.to_string()), begun + ms * MS);
+            broker.on_request(worker(&ms.to_string()), begun + ms * MS);
             said += u32::from(broker.should_broadcast("x", begun + ms * MS));
         }
         assert_eq!(said, 4);
@@ -280,7 +281,7 @@ mod tests {
             "nobody asked again"
         );
         let (mut gateway, now) = anti_entropy(None, &[]);
-        gateway.asked(Requester::Shared, now);
+        gateway.on_request(Requester::Shared, now);
         assert!(!gateway.should_broadcast("x", now));
     }
 
@@ -295,7 +296,7 @@ mod tests {
             let (mut broker, begun) = anti_entropy(Some("own"), &[]);
             let at = |second: &u32| begun + *second * 1000 * MS;
             let due = |second: &&u32| {
-                broker.asked(requester.clone(), at(second));
+                broker.on_request(requester.clone(), at(second));
                 broker.should_broadcast("x", at(second))
             };
             seconds.iter().filter(due).copied().collect::<Vec<_>>()
@@ -314,7 +315,7 @@ mod tests {
     fn a_requester_that_has_just_started_and_other_records_wait_for_no_pause_of_a_requester() {
         let (mut broker, begun) = anti_entropy(Some("own"), &[]);
         let mut asks = |requester: Requester, digest: &str, second: u32| {
-            broker.asked(requester, begun + second * 1000 * MS);
+            broker.on_request(requester, begun + second * 1000 * MS);
             broker.should_broadcast(digest, begun + second * 1000 * MS)
         };
         let thief = || worker("thief");
@@ -327,9 +328,9 @@ mod tests {
     #[test]
     fn the_requesters_that_are_remembered_are_bounded() {
         let (mut broker, now) = anti_entropy(Some("own"), &[]);
-        (0..2 * REQUESTERS_MAX).for_each(|n| broker.asked(worker(&n.to_string()), now));
+        (0..2 * REQUESTERS_MAX).for_each(|n| broker.on_request(worker(&n.to_string()), now));
         assert_eq!(broker.requesters.len(), REQUESTERS_MAX);
-        broker.asked(worker("later"), now + REQUESTER_LIFETIME);
+        broker.on_request(worker("later"), now + REQUESTER_LIFETIME);
         assert_eq!(broker.requesters.len(), 1);
     }
 

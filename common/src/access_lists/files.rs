@@ -96,7 +96,7 @@ impl Files {
 
     /// The sources that cannot be read now, as named in [`SOURCES`], each with the reason.
     pub fn damages(&self) -> impl Iterator<Item = (&'static str, &str)> {
-        self.sources.iter().filter_map(|source| Some((source.name, source.damage()?)))
+        self.sources.iter().filter_map(|source| Some((source.name, source.error()?)))
     }
 
     /// The sources that cannot be read now, as named in [`SOURCES`].

@@ -118,7 +118,7 @@ impl Record {
     }
 
     /// Whether its time is too far in the future: its maker's clock was wrong, or the one here is.
-    fn is_of_the_future(&self, now: u64) -> bool {
+    fn is_too_far_ahead(&self, now: u64) -> bool {
         self.at / 1000 > now.saturating_add(CLOCK_AHEAD_MAX)
     }
 
@@ -152,7 +152,7 @@ impl Records {
         for record in records {
             if !record.is_valid() {
                 refused.unsound += 1;
-            } else if record.is_of_the_future(now) {
+            } else if record.is_too_far_ahead(now) {
                 refused.future += 1;
             } else if self.take(record.clone(), now) {
                 subjects.insert(record.id());
@@ -178,7 +178,7 @@ impl Records {
     /// programs reject that.
     fn take(&mut self, record: Record, now: u64) -> bool {
         let subject = record.id();
-        let is_newer = |known: &Record| known.is_of_the_future(now) || known.version() < record.version();
+        let is_newer = |known: &Record| known.is_too_far_ahead(now) || known.version() < record.version();
         let takes = !record.is_past(now) && self.newest.get(&subject).is_none_or(is_newer);
         if takes {
             self.newest.insert(subject, record);
@@ -207,7 +207,7 @@ impl Records {
         let now = now_ms / 1000;
         let mut record = Record { entry, at: now_ms, present };
         match self.newest.get(&record.id()) {
-            Some(known) if !known.is_of_the_future(now) => record.at = now_ms.max(known.at + 1).min(AT_MAX),
+            Some(known) if !known.is_too_far_ahead(now) => record.at = now_ms.max(known.at + 1).min(AT_MAX),
             Some(_) => {}
             None => self
                 .make_room(if record.entry.list == List::Deny { RECORDS_WITH_DENIED_MAX } else { RECORDS_MAX }, now)?,
@@ -255,7 +255,7 @@ impl Records {
 
     /// The records that other programs accept, too.
     pub fn shared(&self, now: u64) -> impl Iterator<Item = &Record> {
-        self.newest.values().filter(move |record| !record.is_of_the_future(now))
+        self.newest.values().filter(move |record| !record.is_too_far_ahead(now))
     }
 
     /// The digest: equal in all programs with the same records in effect at `now`.

@@ -189,7 +189,7 @@ impl ListService {
                 self.anti_entropy.set_server_reachable(is_reachable);
             }
             ListCommand::Event(ListEvent::Broker(name, hello)) => self.anti_entropy.broker(&name, hello.as_deref()),
-            ListCommand::Event(ListEvent::Asked(requester)) => self.anti_entropy.asked(requester, Instant::now()),
+            ListCommand::Event(ListEvent::Asked(requester)) => self.anti_entropy.on_request(requester, Instant::now()),
             ListCommand::Event(ListEvent::Records(records)) => self.merge(records),
         }
     }
@@ -284,7 +284,7 @@ impl ListService {
 
     fn share(&mut self, bus: &MqttHandle, now: Instant) {
         let digest = self.snapshot.borrow().digest.clone();
-        for broker in self.anti_entropy.ask(&digest, now) {
+        for broker in self.anti_entropy.brokers_to_request(&digest, now) {
             debug!(broker = broker.as_str(), "asking for list entries");
             let is_named = self.anti_entropy.names_records(&broker);
             let topic =

@@ -57,21 +57,21 @@ struct Published {
 #[derive(Debug, Clone, Copy)]
 struct Observed<T> {
     last: Option<T>,
-    counts: bool,
+    is_effective: bool,
     /// The tick of the last change; none if the value never changed.
     changed: Option<u64>,
 }
 
 impl<T> Default for Observed<T> {
     fn default() -> Self {
-        Self { last: None, counts: false, changed: None }
+        Self { last: None, is_effective: false, changed: None }
     }
 }
 
 impl<T: Copy + PartialEq> Observed<T> {
     fn update(&mut self, value: Option<T>, tick: u64) {
         if value != self.last {
-            (self.last, self.counts) = (value, self.is_stable(tick));
+            (self.last, self.is_effective) = (value, self.is_stable(tick));
             self.changed = Some(tick);
         }
     }
@@ -81,11 +81,11 @@ impl<T: Copy + PartialEq> Observed<T> {
     }
 
     fn settle(&mut self, tick: u64) {
-        self.counts |= self.is_stable(tick);
+        self.is_effective |= self.is_stable(tick);
     }
 
-    fn counted(&self) -> Option<T> {
-        self.last.filter(|_| self.counts)
+    fn effective(&self) -> Option<T> {
+        self.last.filter(|_| self.is_effective)
     }
 }
 
@@ -95,12 +95,12 @@ impl Published {
         self.address.settle(tick);
     }
 
-    fn counts(&self) -> bool {
-        self.key.counts && self.address.counts
+    fn is_effective(&self) -> bool {
+        self.key.is_effective && self.address.is_effective
     }
 
     fn addresses(&self) -> impl Iterator<Item = Ipv6Addr> + use<> {
-        self.key.counted().map(|key| key.link_local()).into_iter().chain(self.address.counted())
+        self.key.effective().map(|key| key.link_local()).into_iter().chain(self.address.effective())
     }
 }
 
@@ -141,14 +141,14 @@ impl Reserved {
         let before = *published;
         change(published);
         let now = *published;
-        if now.counts() {
+        if now.is_effective() {
             self.unstable.remove(&gateway);
         } else {
             self.unstable.insert(gateway);
         }
-        now.key.counted().iter().for_each(|key| *self.keys.entry(*key).or_default() += 1);
+        now.key.effective().iter().for_each(|key| *self.keys.entry(*key).or_default() += 1);
         now.addresses().for_each(|address| *self.addresses.entry(address).or_default() += 1);
-        before.key.counted().iter().for_each(|key| release(&mut self.keys, key));
+        before.key.effective().iter().for_each(|key| release(&mut self.keys, key));
         before.addresses().for_each(|address| release(&mut self.addresses, &address));
     }
 
@@ -172,7 +172,7 @@ impl Reserved {
         let gateways = domains.map(|domain| WorkerDomain { worker: worker.clone(), domain });
         let mut published = gateways.filter_map(|gateway| self.gateways.get(&gateway));
         published.any(|published| {
-            published.key.counted() == Some(*key) || published.addresses().any(|address| address == key.link_local())
+            published.key.effective() == Some(*key) || published.addresses().any(|address| address == key.link_local())
         })
     }
 
@@ -189,11 +189,11 @@ impl Reserved {
     }
 }
 
-fn release<T: Ord>(counted: &mut BTreeMap<T, usize>, one: &T) {
-    if let Some(count) = counted.get_mut(one) {
+fn release<T: Ord>(counts: &mut BTreeMap<T, usize>, one: &T) {
+    if let Some(count) = counts.get_mut(one) {
         *count -= 1;
         if *count == 0 {
-            counted.remove(one);
+            counts.remove(one);
         }
     }
 }
@@ -315,7 +315,7 @@ mod tests {
                 pass(&mut reserved, ticks);
                 let (mut keys, mut addresses) = (BTreeMap::new(), BTreeMap::new());
                 for published in reserved.gateways.values() {
-                    published.key.counted().iter().for_each(|key| *keys.entry(*key).or_default() += 1_usize);
+                    published.key.effective().iter().for_each(|key| *keys.entry(*key).or_default() += 1_usize);
                     published.addresses().for_each(|address| *addresses.entry(address).or_default() += 1_usize);
                 }
                 prop_assert_eq!((&reserved.keys, &reserved.addresses), (&keys, &addresses));

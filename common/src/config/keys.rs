@@ -141,7 +141,7 @@ fn warn_unknown(path: &Path, place: &Path, key: &str, empty: &[String], diagnost
 struct SimilarKey {
     path: Path,
     /// How many letters differ; a part that is left out counts as one.
-    typos: usize,
+    edit_distance: usize,
     is_elsewhere: bool,
     /// Whether it belongs to a block that is present and empty.
     is_in_empty: bool,
@@ -157,17 +157,17 @@ fn nearest(path: &Path, place: &Path, key: &str, empty: &[String]) -> Option<Sim
         let is_elsewhere = parent != place.0;
         // In other blocks, and at the top, a single word is part of too many keys.
         let may_lack_words = key.contains('_') || !(is_elsewhere || parent.is_empty());
-        let typos = typos(&name.to_ascii_lowercase(), &key.to_ascii_lowercase(), may_lack_words)?;
+        let edit_distance = edit_distance(&name.to_ascii_lowercase(), &key.to_ascii_lowercase(), may_lack_words)?;
         let named =
             |steps: &[String]| Path(steps.iter().map(|step| if step == ANY { NAME } else { step }.into()).collect());
-        let parent = (typos == 0 && parent.starts_with(&place.0)).then(|| named(parent));
+        let parent = (edit_distance == 0 && parent.starts_with(&place.0)).then(|| named(parent));
         let path = if is_elsewhere { named(&known.0) } else { path.then(name) };
         let is_in_empty = is_elsewhere && known.0.get(place.0.len()).is_some_and(|block| empty.contains(block));
-        (name != ANY).then_some(SimilarKey { path, typos, is_elsewhere, is_in_empty, parent })
+        (name != ANY).then_some(SimilarKey { path, edit_distance, is_elsewhere, is_in_empty, parent })
     });
     let mut candidates: Vec<_> = candidates.collect();
-    candidates.sort_by_key(|near| (near.is_elsewhere, near.typos, !near.is_in_empty, near.path.0.len()));
-    let rank = |near: &SimilarKey| (near.typos, near.is_in_empty);
+    candidates.sort_by_key(|near| (near.is_elsewhere, near.edit_distance, !near.is_in_empty, near.path.0.len()));
+    let rank = |near: &SimilarKey| (near.edit_distance, near.is_in_empty);
     let is_ambiguous = matches!(&candidates[..], [first, second, ..]
         if first.is_elsewhere && first.parent.is_some() && second.parent.is_some() && rank(first) == rank(second));
     candidates.into_iter().next().filter(|_| !is_ambiguous)
@@ -175,11 +175,11 @@ fn nearest(path: &Path, place: &Path, key: &str, empty: &[String]) -> Option<Sim
 
 /// How many letters differ between `key` and the `known` one; none if too many. A first or last word that is left out,
 /// if that `may_lack_words`, counts as one.
-fn typos(known: &str, key: &str, may_lack_words: bool) -> Option<usize> {
-    let typos = strsim::damerau_levenshtein(known, key);
+fn edit_distance(known: &str, key: &str, may_lack_words: bool) -> Option<usize> {
+    let edit_distance = strsim::damerau_levenshtein(known, key);
     let lacks_a_word = may_lack_words && (known.ends_with(&format!("_{key}")) || known.starts_with(&format!("{key}_")));
-    match typos {
-        _ if typos <= TYPO_MAX.min(known.len() / 3) => Some(typos),
+    match edit_distance {
+        _ if edit_distance <= TYPO_MAX.min(known.len() / 3) => Some(edit_distance),
         _ => lacks_a_word.then_some(1),
     }
 }

@@ -38,7 +38,7 @@ impl ConfigProblem {
 
     /// Whether it may be solved without a change of the config: another program may mount, write or open a file later.
     #[must_use]
-    pub fn may_pass(&self) -> bool {
+    pub fn may_resolve_itself(&self) -> bool {
         [UNREAD, ABSENT, NO_PASSWORD].iter().any(|text| self.problem.contains(text))
     }
 }

@@ -50,7 +50,9 @@ pub(super) fn misspelt(variables: &BTreeMap<String, String>) -> Vec<(&str, &'sta
     let is_known = |name: &str| ALIASES.iter().any(|(known, _)| *known == name);
     let meant = |name: &str| {
         let known = ALIASES.iter().map(|(known, _)| (strsim::damerau_levenshtein(known, name), *known));
-        let is_near = |(typos, known): &(usize, &str)| *typos <= TYPO_MAX || known.starts_with(&format!("{name}_"));
+        let is_near = |(edit_distance, known): &(usize, &str)| {
+            *edit_distance <= TYPO_MAX || known.starts_with(&format!("{name}_"))
+        };
         known.filter(is_near).min().map(|(_, known)| known)
     };
     let is_ours = |name: &&String| name.starts_with("WGKEX_") || name.starts_with("MQTT_");

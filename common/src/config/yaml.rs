@@ -43,7 +43,7 @@ pub(super) fn parse(yaml: &str, diagnostics: &mut Diagnostics) -> Option<Value> 
     let format = BoundedYaml::default();
     let reason = match File::from_str(yaml.trim_start_matches('\u{feff}'), format.clone()).collect() {
         Ok(keys) => {
-            let Findings { duplicates, lines } = format.findings();
+            let ParseExtras { duplicates, lines } = format.extras();
             diagnostics.set_lines(lines.unwrap_or_default());
             for DuplicateKey { path, line } in duplicates {
                 diagnostics.warn(&path, &format!("is given twice in one mapping (line {line}), the last one counts"));
@@ -63,10 +63,10 @@ pub(super) fn parse(yaml: &str, diagnostics: &mut Diagnostics) -> Option<Value> 
 /// Parses `text`, YAML or JSON with any value at its top; the error shows nothing of it.
 pub(super) fn any(text: &str, max: usize) -> Result<Tree, String> {
     let text = text.trim_start_matches('\u{feff}');
-    match read(text, max, Findings::default()) {
-        Ok(Document { top, findings }) => Ok(Tree {
+    match read(text, max, ParseExtras::default()) {
+        Ok(Document { top, extras }) => Ok(Tree {
             value: convert(top),
-            duplicates: findings.duplicates.into_iter().map(|duplicate| duplicate.line).collect(),
+            duplicates: extras.duplicates.into_iter().map(|duplicate| duplicate.line).collect(),
         }),
         // JSON with tabs is not valid YAML.
         Err(mistake @ (Mistake::Yaml { .. } | Mistake::Tab(_))) => match serde_json::from_str(text) {
@@ -83,17 +83,17 @@ pub(super) fn any(text: &str, max: usize) -> Result<Tree, String> {
 
 /// YAML for the `config` crate. Data beside the values are returned by another way, as the trait has none for them.
 #[derive(Debug, Clone, Default)]
-struct BoundedYaml(Arc<Mutex<Findings>>);
+struct BoundedYaml(Arc<Mutex<ParseExtras>>);
 
 /// Data of a text beside its values.
 #[derive(Debug, Default)]
-struct Findings {
+struct ParseExtras {
     duplicates: Vec<DuplicateKey>,
     /// The lines of keys and entries, if they are wanted.
     lines: Option<BTreeMap<Path, usize>>,
 }
 
-impl Findings {
+impl ParseExtras {
     /// With the lines of keys, which only the problems of a config need.
     fn with_lines() -> Self {
         Self { lines: Some(BTreeMap::new()), ..Self::default() }
@@ -101,7 +101,7 @@ impl Findings {
 }
 
 impl BoundedYaml {
-    fn findings(&self) -> Findings {
+    fn extras(&self) -> ParseExtras {
         std::mem::take(&mut *self.0.lock())
     }
 }
@@ -112,8 +112,8 @@ impl Format for BoundedYaml {
         _: Option<&String>,
         text: &str,
     ) -> Result<Map<String, config::Value>, Box<dyn Error + Send + Sync>> {
-        let Document { top, findings } = read(text, CONFIG_SIZE_MAX, Findings::with_lines())?;
-        *self.0.lock() = findings;
+        let Document { top, extras } = read(text, CONFIG_SIZE_MAX, ParseExtras::with_lines())?;
+        *self.0.lock() = extras;
         match top {
             ValueKind::Table(keys) if !keys.is_empty() => Ok(keys),
             ValueKind::Table(_) | ValueKind::Nil => Err(Mistake::Empty.into()),
@@ -258,7 +258,7 @@ impl Mistake {
 /// A text as it was read.
 struct Document {
     top: ValueKind,
-    findings: Findings,
+    extras: ParseExtras,
 }
 
 /// A key that is given once more.
@@ -268,7 +268,7 @@ struct DuplicateKey {
     line: usize,
 }
 
-fn read(text: &str, max: usize, findings: Findings) -> Result<Document, Mistake> {
+fn read(text: &str, max: usize, extras: ParseExtras) -> Result<Document, Mistake> {
     if text.len() > max {
         return Err(Mistake::Long(text.len(), max));
     }
@@ -276,7 +276,7 @@ fn read(text: &str, max: usize, findings: Findings) -> Result<Document, Mistake>
     if let Some(line) = text.lines().position(|line| line.contains('\0')) {
         return Err(Mistake::Nul(line + 1));
     }
-    Reader::new(text, ALIAS_GROWTH_MAX * max, findings).document(text)
+    Reader::new(text, ALIAS_GROWTH_MAX * max, extras).document(text)
 }
 
 /// Builds values from the parser's events.
@@ -289,7 +289,7 @@ struct Reader<'a> {
     anchors: BTreeMap<usize, Finished>,
     copies_max: usize,
     copied: usize,
-    findings: Findings,
+    extras: ParseExtras,
 }
 
 /// An open list or mapping.
@@ -316,9 +316,9 @@ struct Finished {
 }
 
 impl<'a> Reader<'a> {
-    fn new(text: &'a str, copies_max: usize, findings: Findings) -> Self {
+    fn new(text: &'a str, copies_max: usize, extras: ParseExtras) -> Self {
         let (parser, anchors) = (Parser::new_from_str(text), BTreeMap::new());
-        Self { parser, top: ValueKind::Nil, open: Vec::new(), anchors, copies_max, copied: 0, findings }
+        Self { parser, top: ValueKind::Nil, open: Vec::new(), anchors, copies_max, copied: 0, extras }
     }
 
     fn document(mut self, text: &str) -> Result<Document, Mistake> {
@@ -327,7 +327,7 @@ impl<'a> Reader<'a> {
             let (event, mark) = self.parser.next_token().map_err(|error| Mistake::of(&error, text))?;
             let line = mark.line();
             match event {
-                Event::StreamEnd => return Ok(Document { top: self.top, findings: self.findings }),
+                Event::StreamEnd => return Ok(Document { top: self.top, extras: self.extras }),
                 Event::DocumentStart if documents > 0 => return Err(Mistake::Documents(line)),
                 Event::DocumentStart => documents += 1,
                 Event::StreamStart | Event::DocumentEnd | Event::Nothing => {}
@@ -416,9 +416,9 @@ impl<'a> Reader<'a> {
     }
 
     fn note_duplicate(&mut self, name: &str, line: usize) {
-        if self.findings.duplicates.len() < DUPLICATES_MAX {
+        if self.extras.duplicates.len() < DUPLICATES_MAX {
             let path = path(&self.open[..self.open.len() - 1]).then(name);
-            self.findings.duplicates.push(DuplicateKey { path, line });
+            self.extras.duplicates.push(DuplicateKey { path, line });
         }
     }
 
@@ -429,7 +429,7 @@ impl<'a> Reader<'a> {
             Some(Items::List(_)) => line,
             Some(Items::Mapping(_, None)) | None => return,
         };
-        if let Some(lines) = self.findings.lines.as_mut().filter(|_| self.open.len() <= LINES_DEPTH_MAX) {
+        if let Some(lines) = self.extras.lines.as_mut().filter(|_| self.open.len() <= LINES_DEPTH_MAX) {
             lines.insert(path(&self.open), line);
         }
     }

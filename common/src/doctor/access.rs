@@ -30,7 +30,7 @@ pub enum FileAccess {
     /// It is a credential: the access can only be checked while the unit runs.
     OnlyWhileRunning,
     /// The caller cannot check the access, for this reason.
-    Unseen(String),
+    Unknown(String),
 }
 
 /// The needed access to a file.
@@ -54,21 +54,21 @@ pub struct Identity {
     /// The config or the command line names it.
     is_named: bool,
     /// It has the capability to bypass file modes.
-    passes_modes: bool,
+    bypasses_file_modes: bool,
 }
 
 /// The named user does not exist on this system.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Unknown {
+pub struct UnknownUser {
     /// The name.
     pub name: String,
 }
 
 impl Identity {
     /// The user of this name; without a name the caller.
-    pub fn named(user: Option<&str>) -> Result<Self, Unknown> {
+    pub fn named(user: Option<&str>) -> Result<Self, UnknownUser> {
         let Some(name) = user else { return Ok(Self::own()) };
-        let found = User::from_name(name).ok().flatten().ok_or_else(|| Unknown { name: name.to_owned() })?;
+        let found = User::from_name(name).ok().flatten().ok_or_else(|| UnknownUser { name: name.to_owned() })?;
         if found.uid == Uid::effective() {
             return Ok(Self { is_named: true, ..Self::own() });
         }
@@ -77,18 +77,18 @@ impl Identity {
             uid: found.uid.as_raw(),
             groups: vec![found.gid.as_raw()],
             is_named: true,
-            passes_modes: false,
+            bypasses_file_modes: false,
         })
     }
 
     /// The user of this name, with all groups that the service manager gives to a unit of this user.
-    pub fn of_account(name: &str) -> Result<Self, Unknown> {
+    pub fn of_account(name: &str) -> Result<Self, UnknownUser> {
         Self::of_unit(name, None, &[])
     }
 
     /// The user of this name, with all groups that the service manager gives to a unit with this `Group=` and these
     /// `SupplementaryGroups=`.
-    pub fn of_unit(name: &str, group: Option<&str>, supplementary: &[String]) -> Result<Self, Unknown> {
+    pub fn of_unit(name: &str, group: Option<&str>, supplementary: &[String]) -> Result<Self, UnknownUser> {
         let identity = Self::named(Some(name))?;
         let Some(primary) = group.and_then(group_id).or(identity.groups.last().copied()) else { return Ok(identity) };
         let listed = CString::new(name).ok().and_then(|name| getgrouplist(&name, Gid::from_raw(primary)).ok());
@@ -113,8 +113,8 @@ impl Identity {
         let groups = numbers("Groups:")?.into_iter().chain([group]).collect();
         let capabilities = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
         let capabilities = capabilities.and_then(|line| u64::from_str_radix(line.trim(), 16).ok()).unwrap_or(0);
-        let passes_modes = capabilities & DAC_OVERRIDE != 0;
-        Some(Self { name: user_name(uid), uid, groups, is_named: true, passes_modes })
+        let bypasses_file_modes = capabilities & DAC_OVERRIDE != 0;
+        Some(Self { name: user_name(uid), uid, groups, is_named: true, bypasses_file_modes })
     }
 
     /// Whether it is another user than the caller.
@@ -127,7 +127,7 @@ impl Identity {
         let uid = Uid::effective();
         let others = getgroups().unwrap_or_default();
         let groups = others.into_iter().chain([Gid::effective()]).map(Gid::as_raw).collect();
-        Self { name: user_name(uid.as_raw()), uid: uid.as_raw(), groups, is_named: false, passes_modes: false }
+        Self { name: user_name(uid.as_raw()), uid: uid.as_raw(), groups, is_named: false, bypasses_file_modes: false }
     }
 
     /// Whether the file's access control list, or else its mode, grants these of the bits 4 (read), 2 (write), 1
@@ -138,7 +138,7 @@ impl Identity {
             Some(list) => list.grants(self.uid, &self.groups, owner, bits),
             None => self.may(modes(metadata), bits),
         };
-        self.passes_modes || is_given()
+        self.bypasses_file_modes || is_given()
     }
 
     /// Whether the mode grants these of the bits 4 (read), 2 (write), 1 (enter).
@@ -167,10 +167,10 @@ fn group_id(group: &str) -> Option<u32> {
 
 /// The access of `user` to `path`.
 #[must_use]
-pub fn find(path: &Path, user: Result<&Identity, &Unknown>, need: Need) -> FileAccess {
+pub fn find(path: &Path, user: Result<&Identity, &UnknownUser>, need: Need) -> FileAccess {
     let user = match user {
         Ok(user) => user,
-        Err(Unknown { name }) => {
+        Err(UnknownUser { name }) => {
             return FileAccess::Denied(format!("there is no user {name} on this system"));
         }
     };
@@ -186,7 +186,7 @@ pub fn find(path: &Path, user: Result<&Identity, &Unknown>, need: Need) -> FileA
     let metadata = match fs::metadata(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => return missing(path, user, need),
         Err(error) if error.kind() == ErrorKind::PermissionDenied && user.is_another() => {
-            return FileAccess::Unseen(error.to_string());
+            return FileAccess::Unknown(error.to_string());
         }
         Err(error) => return FileAccess::Denied(error.to_string()),
         Ok(metadata) => metadata,
@@ -241,7 +241,7 @@ mod tests {
     use super::*;
 
     fn user(uid: u32, groups: &[u32]) -> Identity {
-        Identity { name: "wgkex".into(), uid, groups: groups.into(), is_named: true, passes_modes: false }
+        Identity { name: "wgkex".into(), uid, groups: groups.into(), is_named: true, bypasses_file_modes: false }
     }
 
     #[test]

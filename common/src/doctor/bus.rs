@@ -98,7 +98,7 @@ fn echo(program: Program, echo: EchoOutcome) -> Finding {
         Program::Broker => "workers hear nothing of revocations, and may miss keys",
     };
     match echo {
-        EchoOutcome::Came => Finding::ok(SUBJECT, "what it publishes below wgkex/ comes back"),
+        EchoOutcome::Received => Finding::ok(SUBJECT, "what it publishes below wgkex/ comes back"),
         EchoOutcome::Lost => Finding::warn(
             SUBJECT,
             format!("what it publishes below wgkex/ does not come back: {follows}"),

@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use super::access::{FileAccess, Identity, Need, Unknown, find};
-use super::{Finding, Level, Program, Trouble};
+use super::access::{FileAccess, Identity, Need, UnknownUser, find};
+use super::{CheckProblem, Finding, Level, Program};
 use crate::Config;
 use crate::access_lists::files::Files;
 use crate::config::{CONFIG_FILE, FileToRead, KeyLists, PASSWORD_FILE, UnreadableFile};
@@ -60,7 +60,7 @@ pub struct FileFacts {
 impl FileFacts {
     /// The facts about all files without which `program` does not start; empty for an unknown user.
     #[must_use]
-    pub fn of(config: &Config, program: Program, user: Result<&Identity, &Unknown>) -> Vec<Self> {
+    pub fn of(config: &Config, program: Program, user: Result<&Identity, &UnknownUser>) -> Vec<Self> {
         let Ok(user) = user else { return Vec::new() };
         let files = read_as_user(config, program).into_iter().filter(|file| program.needs(file.needed_by));
         files
@@ -96,7 +96,7 @@ pub fn denied(config: &Config, program: Program, user: &Identity) -> Vec<Unreada
 impl StateFacts {
     /// The facts about the state file `name` in `dir`.
     #[must_use]
-    pub fn of(dir: &Path, name: &str, user: Result<&Identity, &Unknown>) -> Self {
+    pub fn of(dir: &Path, name: &str, user: Result<&Identity, &UnknownUser>) -> Self {
         let file = dir.join(name);
         let mut access = find(dir, user, Need::Write);
         if access == FileAccess::Granted && file.exists() {
@@ -111,7 +111,7 @@ impl StateFacts {
 impl ListFacts {
     /// The facts about all lists that the config names.
     #[must_use]
-    pub fn of(lists: &KeyLists, user: Result<&Identity, &Unknown>) -> Vec<Self> {
+    pub fn of(lists: &KeyLists, user: Result<&Identity, &UnknownUser>) -> Vec<Self> {
         let KeyLists { deny_file, deny_dir, allow, trusted_dir, .. } = lists;
         let allow = allow.as_ref();
         let paths: [(&'static str, Option<&PathBuf>, Need); 5] = [
@@ -151,7 +151,7 @@ pub fn state(program: Program, facts: &StateFacts, running: Option<&Running>) ->
         ),
         FileAccess::Denied(reason) => Finding::fail("state", format!("{user} cannot write to {dir}: {reason}"), make),
         FileAccess::OnlyWhileRunning => unchecked("state", facts.dir.as_path()),
-        FileAccess::Unseen(reason) => unseen("state", facts.dir.as_path(), reason),
+        FileAccess::Unknown(reason) => unknown_access("state", facts.dir.as_path(), reason),
     };
     [kept].into_iter().chain(holder(program, facts, running)).collect()
 }
@@ -205,7 +205,7 @@ fn read_list(program: Program, list: &ListFacts, is_damaged: bool) -> Finding {
             "correct it: it is read again by itself",
         );
     }
-    let damaged = is_damaged.then(|| Trouble {
+    let damaged = is_damaged.then(|| CheckProblem {
         found: format!("the running {word} cannot read {path}, or it is damaged: what it last read counts"),
         advice: "its log says why, with the line".into(),
     });
@@ -239,7 +239,7 @@ fn readable(program: Program, key: &str, file: &Path, access: &FileAccess, user:
         }
         FileAccess::Denied(reason) => Finding::fail(key, format!("{user} cannot read {path}: {reason}"), advice),
         FileAccess::OnlyWhileRunning => unchecked(key, file),
-        FileAccess::Unseen(reason) => unseen(key, file, reason),
+        FileAccess::Unknown(reason) => unknown_access(key, file, reason),
     }
 }
 
@@ -247,7 +247,7 @@ fn unchecked(key: &str, file: &Path) -> Finding {
     Finding::ok(key, format!("{} is there only while the unit runs: it is not checked", file.display()))
 }
 
-fn unseen(key: &str, file: &Path, reason: &str) -> Finding {
+fn unknown_access(key: &str, file: &Path, reason: &str) -> Finding {
     Finding::warn(key, format!("{} cannot be looked at: {reason}", file.display()), "run the doctor as root")
 }
 

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use super::Program;
-use super::access::{Identity, Unknown};
+use super::access::{Identity, UnknownUser};
 use super::config_files::{assignments, files};
 use nix::unistd::Uid;
 
@@ -24,11 +24,15 @@ pub struct Sources<'a> {
 
 /// The user on the command line; else that of the process; else that in the config; else, if the caller is root, that
 /// of the unit; else the caller.
-pub fn find(program: Program, sources: Sources<'_>) -> Result<Identity, Unknown> {
+pub fn find(program: Program, sources: Sources<'_>) -> Result<Identity, UnknownUser> {
     find_in(Path::new("/"), program, sources)
 }
 
-fn find_in(root: &Path, program: Program, Sources { named, pid, config }: Sources<'_>) -> Result<Identity, Unknown> {
+fn find_in(
+    root: &Path,
+    program: Program,
+    Sources { named, pid, config }: Sources<'_>,
+) -> Result<Identity, UnknownUser> {
     if let Some(name) = named {
         return Identity::of_account(name);
     }
@@ -56,7 +60,7 @@ impl UnitUser {
         Some(Self { name: last(&texts, "User")?, group: last(&texts, "Group"), supplementary: groups(&texts) })
     }
 
-    fn identity(&self) -> Result<Identity, Unknown> {
+    fn identity(&self) -> Result<Identity, UnknownUser> {
         Identity::of_unit(&self.name, self.group.as_deref(), &self.supplementary)
     }
 }

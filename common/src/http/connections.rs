@@ -1,9 +1,9 @@
 //! The open connections, whose number, time and memory are bounded. [`ConnectionTable`] decides which are closed; it
-//! has neither sockets nor a clock. [`Flow`] is the state that an entry of the table, the stream and the request of a
-//! connection share.
+//! has neither sockets nor a clock. [`ConnectionActivity`] is the state that an entry of the table, the stream and the
+//! request of a connection share.
 
+mod activity;
 mod capacity;
-mod flow;
 mod table;
 
 use std::future::poll_fn;
@@ -20,9 +20,9 @@ use nix::sys::socket::{self, setsockopt, shutdown};
 use parking_lot::{Mutex, MutexGuard};
 use tokio::net::TcpStream;
 
+use self::activity::since;
+pub(super) use self::activity::{ActiveRequest, ConnectionActivity};
 pub use self::capacity::Capacity;
-use self::flow::since;
-pub(super) use self::flow::{ActiveRequest, Flow};
 use self::table::{AdmittedConnection, ConnectionTable};
 
 /// How long a connection may be open between two requests.
@@ -78,7 +78,7 @@ struct ConnectionsState {
     table: Mutex<ConnectionTable<ConnectionSocket>>,
     capacity: Capacity,
     /// The memory held by all, including those that are about to end.
-    held: AtomicUsize,
+    buffered: AtomicUsize,
     began: Instant,
     peer_kind: Box<dyn Fn(IpAddr) -> PeerKind + Send + Sync>,
     closed: Box<dyn Fn(Closed) + Send + Sync>,
@@ -91,14 +91,14 @@ struct ConnectionSocket(std::net::TcpStream);
 /// connection ends when the client closes its side, or a few seconds later.
 pub struct UpgradedConnection {
     connections: Connections,
-    flow: Arc<Flow>,
+    activity: Arc<ConnectionActivity>,
     id: u64,
 }
 
 /// A connection's entry in the table, for as long as it is open.
 pub(super) struct ConnectionGuard {
     connections: Connections,
-    flow: Arc<Flow>,
+    activity: Arc<ConnectionActivity>,
     /// None if it has no entry in the table, and is about to end.
     id: Option<u64>,
 }
@@ -112,9 +112,9 @@ impl Connections {
         peer_kind: impl Fn(IpAddr) -> PeerKind + Send + Sync + 'static,
         closed: impl Fn(Closed) + Send + Sync + 'static,
     ) -> Self {
-        let (table, held) = (Mutex::new(ConnectionTable::new(capacity)), AtomicUsize::new(0));
+        let (table, buffered) = (Mutex::new(ConnectionTable::new(capacity)), AtomicUsize::new(0));
         let (peer_kind, closed) = (Box::new(peer_kind), Box::new(closed));
-        Self(Arc::new(ConnectionsState { table, capacity, held, began: Instant::now(), peer_kind, closed }))
+        Self(Arc::new(ConnectionsState { table, capacity, buffered, began: Instant::now(), peer_kind, closed }))
     }
 
     /// The connections of a listener for a few clients: they need no [`Self::tidy`], since each new one evicts others.
@@ -139,11 +139,11 @@ impl Connections {
     /// others until it is settled.
     #[must_use]
     pub fn upgrade(&self, request: &HttpRequest) -> Option<UpgradedConnection> {
-        let flow = request.conn_data::<Arc<Flow>>()?.clone();
-        let id = flow.id()?;
+        let activity = request.conn_data::<Arc<ConnectionActivity>>()?.clone();
+        let id = activity.id()?;
         let evicted = self.table().upgrade(id)?;
         self.evict(evicted, Closed::Full);
-        Some(UpgradedConnection { connections: self.clone(), flow, id })
+        Some(UpgradedConnection { connections: self.clone(), activity, id })
     }
 
     /// The limits of the table.
@@ -160,22 +160,22 @@ impl Connections {
 
     /// Registers a connection after it was accepted, or after its TLS handshake.
     pub(super) fn opened(&self, stream: &TcpStream) -> ConnectionGuard {
-        let flow = Flow::new(self.0.began);
+        let activity = ConnectionActivity::new(self.0.began);
         let address = stream.peer_addr().map(|address| address.ip());
         let socket = stream.as_fd().try_clone_to_owned().map(|socket| ConnectionSocket(socket.into()));
         let id = match (address, socket) {
-            (Ok(address), Ok(socket)) => self.admit((self.0.peer_kind)(address), socket, flow.clone()),
+            (Ok(address), Ok(socket)) => self.admit((self.0.peer_kind)(address), socket, activity.clone()),
             (Err(_), _) | (_, Err(_)) => {
                 // It has ended already, or there is no free file descriptor.
                 let _ = shutdown(stream.as_raw_fd(), socket::Shutdown::Both);
                 None
             }
         };
-        ConnectionGuard { connections: self.clone(), flow, id }
+        ConnectionGuard { connections: self.clone(), activity, id }
     }
 
-    fn admit(&self, peer: PeerKind, socket: ConnectionSocket, flow: Arc<Flow>) -> Option<u64> {
-        let admitted = self.table().admit(peer, socket, flow);
+    fn admit(&self, peer: PeerKind, socket: ConnectionSocket, activity: Arc<ConnectionActivity>) -> Option<u64> {
+        let admitted = self.table().admit(peer, socket, activity);
         match admitted {
             Ok(AdmittedConnection { id, evicted }) => {
                 self.evict(evicted, Closed::Full);
@@ -211,24 +211,24 @@ impl Connections {
 impl UpgradedConnection {
     /// The session is accepted: the connection is no longer evicted for others.
     pub fn pin(&self) {
-        self.flow.pin();
+        self.activity.pin();
     }
 
     /// Returns when the client has begun a message that is larger than [`super::MESSAGE_MAX`]. Nothing is received from
     /// it any more.
     pub async fn too_large(&self) {
-        poll_fn(|cx| self.flow.poll_too_large(cx)).await;
+        poll_fn(|cx| self.activity.poll_too_large(cx)).await;
     }
 
     /// Bytes sent since the upgrade: passed to the kernel, or to TLS.
     #[must_use]
     pub fn sent(&self) -> u64 {
-        self.flow.sent()
+        self.activity.sent()
     }
 
     /// Returns when so many bytes were sent.
     pub async fn has_sent(&self, bytes: u64) {
-        poll_fn(|cx| self.flow.poll_sent(bytes, cx)).await;
+        poll_fn(|cx| self.activity.poll_sent(bytes, cx)).await;
     }
 
     /// Closes it at once and drops the unsent data.
@@ -241,7 +241,7 @@ impl UpgradedConnection {
 
 impl Drop for UpgradedConnection {
     fn drop(&mut self) {
-        self.flow.end();
+        self.activity.end();
     }
 }
 
@@ -255,18 +255,18 @@ impl ConnectionSocket {
 }
 
 impl ConnectionGuard {
-    pub(super) fn flow(&self) -> &Arc<Flow> {
-        &self.flow
+    pub(super) fn activity(&self) -> &Arc<ConnectionActivity> {
+        &self.activity
     }
 
     /// Updates the memory that the connection holds.
-    pub(super) fn hold(&self, bytes: usize) {
-        let before = self.flow.hold(bytes);
-        let all = &self.connections.0.held;
+    pub(super) fn set_buffered(&self, bytes: usize) {
+        let before = self.activity.set_buffered(bytes);
+        let all = &self.connections.0.buffered;
         if bytes < before {
             all.fetch_sub(before - bytes, Ordering::Relaxed);
         } else if bytes > before
-            && all.fetch_add(bytes - before, Ordering::Relaxed) + bytes - before > self.connections.0.capacity.held
+            && all.fetch_add(bytes - before, Ordering::Relaxed) + bytes - before > self.connections.0.capacity.buffered
         {
             let evicted = self.connections.table().free_memory();
             self.connections.evict(evicted, Closed::Unread);
@@ -276,7 +276,7 @@ impl ConnectionGuard {
 
 impl Drop for ConnectionGuard {
     fn drop(&mut self) {
-        self.hold(0);
+        self.set_buffered(0);
         if let Some(id) = self.id {
             self.connections.table().remove(id);
         }
@@ -287,7 +287,7 @@ impl Drop for ConnectionGuard {
 impl Connections {
     /// The guard of a connection without an entry in the table.
     pub(super) fn guard(&self) -> ConnectionGuard {
-        ConnectionGuard { connections: self.clone(), flow: Flow::new(self.0.began), id: None }
+        ConnectionGuard { connections: self.clone(), activity: ConnectionActivity::new(self.0.began), id: None }
     }
 }
 

@@ -38,7 +38,7 @@ pub(super) struct SessionEcho {
     /// None was received on this connection.
     is_first: bool,
     /// One was received on some connection.
-    has_come: bool,
+    was_received: bool,
     /// When the last message was received on this connection, apart from retained ones.
     silent: Option<Instant>,
     /// Connections in a row without an echo in time.
@@ -86,7 +86,7 @@ impl SessionEcho {
     /// An echo was received. True if an earlier one was lost, so that other messages may be lost, too.
     pub(super) fn received(&mut self, now: Instant) -> bool {
         let has_gap = self.unanswered.is_some_and(|since| now.saturating_duration_since(since) >= ECHO_INTERVAL);
-        (self.unanswered, self.is_first, self.has_come) = (None, false, true);
+        (self.unanswered, self.is_first, self.was_received) = (None, false, true);
         (self.losses, self.closed) = (0, 0);
         self.message(now);
         has_gap
@@ -110,7 +110,7 @@ impl SessionEcho {
         if self.losses < TRIES_MAX {
             return unanswered;
         }
-        let silence = if self.has_come { ECHO_TIMEOUT } else { SILENCE_TIMEOUT };
+        let silence = if self.was_received { ECHO_TIMEOUT } else { SILENCE_TIMEOUT };
         unanswered.max(self.silent.map(|since| since + silence)).filter(|_| unanswered.is_some())
     }
 

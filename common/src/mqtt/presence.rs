@@ -42,7 +42,7 @@ pub enum Announcement {
 impl Announcement {
     /// The message of a state, for this kind of announcement.
     #[must_use]
-    pub fn of(self, state: Message) -> Message {
+    pub fn apply_to(self, state: Message) -> Message {
         match self {
             Self::Retained => state,
             Self::Transient => state.not_retained(),
@@ -141,7 +141,7 @@ impl Presence {
     }
 
     /// A message under this program's name differs from the published state.
-    pub fn contradicted(&mut self, now: Instant) {
+    pub fn on_wrong_retained(&mut self, now: Instant) {
         if self.is_connected {
             let earliest =
                 self.corrected.map_or(now, |corrected| corrected + CORRECTION_PAUSE).max(now + CORRECTION_DELAY);
@@ -227,10 +227,10 @@ mod tests {
     fn a_contradiction_is_corrected_at_once_and_two_programs_of_one_name_do_not_race() {
         let now = Instant::now();
         let mut presence = connected(now);
-        presence.contradicted(now);
-        presence.contradicted(now);
+        presence.on_wrong_retained(now);
+        presence.on_wrong_retained(now);
         assert_eq!(presence.next(now + CORRECTION_DELAY), Some(Announcement::Retained));
-        presence.contradicted(now + CORRECTION_DELAY);
+        presence.on_wrong_retained(now + CORRECTION_DELAY);
         assert_eq!(presence.due(), Some(now + CORRECTION_DELAY + CORRECTION_PAUSE));
     }
 
@@ -267,7 +267,7 @@ mod tests {
             let mut presence = connected(now);
             for (kind, name, online, retained, pause) in events {
                 match kind {
-                    0 => presence.contradicted(now),
+                    0 => presence.on_wrong_retained(now),
                     1 => presence.status(broker(&name.to_string()), online, retained, now, 0.3),
                     _ => presence.status(worker(&name.to_string()), online, retained, now, 0.9),
                 }

@@ -10,15 +10,15 @@ const PAUSE_MIN: Duration = Duration::from_millis(100);
 /// The longest pause between two attempts to connect.
 const PAUSE_MAX: Duration = Duration::from_secs(1);
 /// The longest pause if the server closes each connection soon after it is established.
-const PAUSE_THROWN_OUT: Duration = Duration::from_secs(30);
+const PAUSE_CLOSED_SOON: Duration = Duration::from_secs(30);
 /// After so many connections in a row that the server closed before it had granted every subscription, a name in a
 /// filter may be the cause.
 const CLOSED_EARLY: u32 = 3;
 /// After so many connections in a row that the server closed soon the likely cause is logged.
-const THROWN_OUT: u32 = 5;
-/// A program whose connection is closed for another of the same name reconnects within [`PAUSE_THROWN_OUT`]: a
+const CLOSED_SOON_LIMIT: u32 = 5;
+/// A program whose connection is closed for another of the same name reconnects within [`PAUSE_CLOSED_SOON`]: a
 /// connection that stayed up twice as long has no such rival.
-const UNDISPUTED_AFTER: Duration = Duration::from_secs(60);
+const RIVAL_EXCLUDED_AFTER: Duration = Duration::from_secs(60);
 /// A connection that stayed up this long was good: the next attempt follows soon.
 const STABLE_AFTER: Duration = Duration::from_secs(5);
 
@@ -30,10 +30,10 @@ pub(super) struct Reconnect {
     /// When the current connection, or the one just lost, was established.
     since: Option<Instant>,
     /// Connections in a row that the server closed soon after they were established.
-    thrown_out: u32,
+    closed_soon: u32,
     /// Connections in a row that the server closed within the time in which another program of the same name
     /// reconnects.
-    disputed: u32,
+    closed_by_rival: u32,
     /// Connections in a row that the server closed before it had granted every subscription.
     closed_early: u32,
     /// Another program may use this client id.
@@ -42,7 +42,14 @@ pub(super) struct Reconnect {
 
 impl Default for Reconnect {
     fn default() -> Self {
-        Self { pause: PAUSE_MIN, since: None, thrown_out: 0, disputed: 0, closed_early: 0, is_name_suspect: false }
+        Self {
+            pause: PAUSE_MIN,
+            since: None,
+            closed_soon: 0,
+            closed_by_rival: 0,
+            closed_early: 0,
+            is_name_suspect: false,
+        }
     }
 }
 
@@ -56,10 +63,10 @@ impl Reconnect {
     pub(super) fn lost(&mut self, error: &ConnectionError, was_up: bool) -> bool {
         // MQTT 3.1.1 has no error for an invalid name: the server closes the connection.
         self.closed_early = if is_closed(error) && !was_up { self.closed_early.saturating_add(1) } else { 0 };
-        self.thrown_out = self.closed_within(STABLE_AFTER, self.thrown_out, error);
-        self.disputed = self.closed_within(PAUSE_THROWN_OUT, self.disputed, error);
-        self.is_name_suspect |= self.disputed >= THROWN_OUT;
-        self.thrown_out == THROWN_OUT
+        self.closed_soon = self.closed_within(STABLE_AFTER, self.closed_soon, error);
+        self.closed_by_rival = self.closed_within(PAUSE_CLOSED_SOON, self.closed_by_rival, error);
+        self.is_name_suspect |= self.closed_by_rival >= CLOSED_SOON_LIMIT;
+        self.closed_soon == CLOSED_SOON_LIMIT
     }
 
     /// Whether another program may use this client id.
@@ -75,14 +82,14 @@ impl Reconnect {
 
     /// When the current connection will have shown that no other program uses this client id; none if there is no
     /// suspicion.
-    pub(super) fn undisputed_at(&self) -> Option<Instant> {
-        self.since.filter(|_| self.is_name_suspect).map(|since| since + UNDISPUTED_AFTER)
+    pub(super) fn rival_excluded_at(&self) -> Option<Instant> {
+        self.since.filter(|_| self.is_name_suspect).map(|since| since + RIVAL_EXCLUDED_AFTER)
     }
 
     /// The connection is still up at this time.
-    pub(super) fn on_standing(&mut self, now: Instant) {
-        if self.undisputed_at().is_some_and(|at| at <= now) {
-            (self.is_name_suspect, self.thrown_out, self.disputed) = (false, 0, 0);
+    pub(super) fn on_still_up(&mut self, now: Instant) {
+        if self.rival_excluded_at().is_some_and(|at| at <= now) {
+            (self.is_name_suspect, self.closed_soon, self.closed_by_rival) = (false, 0, 0);
         }
     }
 
@@ -117,7 +124,7 @@ impl Reconnect {
             self.pause = PAUSE_MIN;
         }
         let pause = self.pause.mul_f64(0.5 + fastrand::f64() / 2.0);
-        let longest = if self.thrown_out > THROWN_OUT { PAUSE_THROWN_OUT } else { PAUSE_MAX };
+        let longest = if self.closed_soon > CLOSED_SOON_LIMIT { PAUSE_CLOSED_SOON } else { PAUSE_MAX };
         self.pause = (self.pause * 2).min(longest);
         pause
     }
@@ -139,22 +146,22 @@ mod tests {
     async fn a_client_id_is_suspect_until_a_connection_stands_undisputed() {
         let mut reconnect = Reconnect::default();
         let closed = ConnectionError::MqttState(StateError::ConnectionAborted);
-        for n in 0..THROWN_OUT {
+        for n in 0..CLOSED_SOON_LIMIT {
             assert!(!reconnect.is_name_suspect(), "{n}");
             reconnect.connected(Instant::now());
             reconnect.lost(&closed, true);
         }
         assert!(reconnect.is_name_suspect());
-        let stands = |reconnect: &mut Reconnect, after| reconnect.on_standing(Instant::now() + after);
+        let stands = |reconnect: &mut Reconnect, after| reconnect.on_still_up(Instant::now() + after);
         let _ = reconnect.pause();
-        stands(&mut reconnect, UNDISPUTED_AFTER);
+        stands(&mut reconnect, RIVAL_EXCLUDED_AFTER);
         assert!(reconnect.is_name_suspect(), "there is no connection");
         reconnect.connected(Instant::now());
-        stands(&mut reconnect, PAUSE_THROWN_OUT);
+        stands(&mut reconnect, PAUSE_CLOSED_SOON);
         assert!(reconnect.is_name_suspect());
-        assert_eq!(reconnect.undisputed_at(), Some(Instant::now() + UNDISPUTED_AFTER));
-        stands(&mut reconnect, UNDISPUTED_AFTER);
-        assert!(!reconnect.is_name_suspect() && reconnect.undisputed_at().is_none());
+        assert_eq!(reconnect.rival_excluded_at(), Some(Instant::now() + RIVAL_EXCLUDED_AFTER));
+        stands(&mut reconnect, RIVAL_EXCLUDED_AFTER);
+        assert!(!reconnect.is_name_suspect() && reconnect.rival_excluded_at().is_none());
     }
 
     /// Failed when a program whose rival waits longer and longer was never closed soon, and did not report it.
@@ -183,7 +190,7 @@ mod tests {
             let _ = reconnect.pause();
             is_thrown_out
         };
-        for _ in 1..THROWN_OUT {
+        for _ in 1..CLOSED_SOON_LIMIT {
             assert!(!lose(&mut reconnect, ConnectionError::MqttState(StateError::ConnectionAborted)));
         }
         for _ in 0..3 {
@@ -201,7 +208,7 @@ mod tests {
         let closed = ConnectionError::MqttState(StateError::ConnectionAborted);
         let refused = ConnectionError::Io(std::io::ErrorKind::ConnectionRefused.into());
         let mut longest = |is_restarted: bool| {
-            let pauses = (0..2 * THROWN_OUT).map(|_| {
+            let pauses = (0..2 * CLOSED_SOON_LIMIT).map(|_| {
                 reconnect.connected(Instant::now());
                 reconnect.lost(&closed, true);
                 let pause = reconnect.pause();

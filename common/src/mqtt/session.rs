@@ -44,7 +44,7 @@ pub struct MqttSession {
     echo: SessionEcho,
     is_connected: bool,
     /// The reasons without a connection that were logged since the last one.
-    said: BTreeSet<String>,
+    logged_reasons: BTreeSet<String>,
     id: String,
     attempt: Attempt,
     is_secondary: bool,
@@ -92,7 +92,7 @@ pub fn open(config: &Mqtt, client: SessionConfig) -> Result<(MqttHandle, MqttSes
         echo_topic: client.echo.map(|topic| (topic.clone(), topic.to_string())),
         echo: SessionEcho::default(),
         is_connected: false,
-        said: BTreeSet::new(),
+        logged_reasons: BTreeSet::new(),
         attempt: Attempt::new(config, &client.id),
         id: client.id,
         is_secondary: client.is_secondary,
@@ -157,7 +157,7 @@ impl MqttSession {
         loop {
             let now = Instant::now();
             if self.is_connected {
-                self.reconnect.on_standing(now);
+                self.reconnect.on_still_up(now);
                 set(&self.name_suspect, self.reconnect.is_name_suspect());
             }
             let is_overdue = self.subscriptions.is_overdue(now) || self.outbox.is_overdue(now);
@@ -183,7 +183,7 @@ impl MqttSession {
                 continue;
             }
             let due = self.subscriptions.due().into_iter().chain(self.echo.next(now)).chain(self.outbox.due());
-            let due = due.chain(self.reconnect.undisputed_at()).min();
+            let due = due.chain(self.reconnect.rival_excluded_at()).min();
             tokio::select! {
                 event = &mut poll => return Some(event),
                 Some(publish) = self.queue.recv(), if room => {

@@ -59,7 +59,7 @@ pub struct Allowed {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum EchoOutcome {
     /// It was received.
-    Came,
+    Received,
     /// It was not received.
     #[default]
     Lost,
@@ -164,7 +164,7 @@ impl<W: Fn(&str) -> bool> TrialConnection<W> {
             if let Incoming::Publish(publish) = incoming { is_echo(publish).then_some(()) } else { None }
         });
         match came.await {
-            Ok(()) => EchoOutcome::Came,
+            Ok(()) => EchoOutcome::Received,
             Err(ConnectionError::NetworkTimeout) => EchoOutcome::Lost,
             Err(_) => EchoOutcome::Closed,
         }

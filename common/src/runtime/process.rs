@@ -48,7 +48,7 @@ const EXIT_CONFIG: u8 = 78;
 pub fn serve(file: Option<&Path>, serve: impl FnOnce(Config) -> anyhow::Result<()>) -> ExitCode {
     match load(file) {
         Ok(config) => exit(serve(config)),
-        Err(wrong) if wrong.mistakes.iter().any(ConfigProblem::may_pass) => ExitCode::FAILURE,
+        Err(wrong) if wrong.mistakes.iter().any(ConfigProblem::may_resolve_itself) => ExitCode::FAILURE,
         Err(_) => EXIT_CONFIG.into(),
     }
 }

@@ -140,8 +140,8 @@ fn drain(value: &Value) -> Result<Drain, Malformed> {
     drain.filter(is_short).ok_or(Malformed::Field("drain", "a time and a short text"))
 }
 
-fn served(field: &'static str, value: &Value) -> Result<Served, Malformed> {
-    let served = Served::deserialize(value).ok().filter(|served| served.rules.len() <= WORD_MAX);
+fn served(field: &'static str, value: &Value) -> Result<ServiceAnnouncement, Malformed> {
+    let served = ServiceAnnouncement::deserialize(value).ok().filter(|served| served.rules.len() <= WORD_MAX);
     served.ok_or(Malformed::Field(field, "a time and a short text"))
 }
 
@@ -173,11 +173,11 @@ pub struct Hello {
     pub name_in_use: bool,
     /// The tenants that this broker serves. None if it serves none.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub tenants: Option<Served>,
+    pub tenants: Option<ServiceAnnouncement>,
     /// The registry that only this broker has, as no other broker has access to its database. None if it has none like
     /// that.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub registry: Option<Served>,
+    pub registry: Option<ServiceAnnouncement>,
 }
 
 /// A hello as it is published.
@@ -191,7 +191,7 @@ struct SentHello<'a> {
 
 /// The tenants or the registry of a broker: shared by brokers with the same rules, or exclusive to one.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Served {
+pub struct ServiceAnnouncement {
     /// When it was started, in milliseconds since 1970 by its own clock: the earliest one takes precedence.
     pub since: u64,
     /// A digest of the settings that have to be equal.
@@ -209,7 +209,7 @@ impl Hello {
     pub const ANSWER: &str = "answer";
 
     /// A broker's ability to receive requests on topics of the requesting program; it sends its own there, too.
-    pub const NAMED_REQUESTS: &str = "named questions";
+    pub const OWN_TOPIC_REQUESTS: &str = "named questions";
 
     /// A broker's ability to receive requests for records there, too.
     pub const NAMED_RECORDS: &str = "named records";
@@ -262,7 +262,7 @@ impl Hello {
     /// The hello of this broker, for the domains with these names; `instance` identifies this run of it.
     #[must_use]
     pub fn broker(domains: Vec<String>, instance: u64) -> Self {
-        Self::new(&[Self::ANSWER, Self::NAMED_REQUESTS, Self::NAMED_RECORDS], domains, Some(instance))
+        Self::new(&[Self::ANSWER, Self::OWN_TOPIC_REQUESTS, Self::NAMED_RECORDS], domains, Some(instance))
     }
 
     fn new(abilities: &[&str], domains: Vec<String>, instance: Option<u64>) -> Self {
@@ -308,7 +308,7 @@ impl Hello {
     /// Whether the broker receives requests on topics of the requesting program.
     #[must_use]
     pub fn names_requests(&self) -> bool {
-        self.can(Self::NAMED_REQUESTS)
+        self.can(Self::OWN_TOPIC_REQUESTS)
     }
 
     /// Whether the broker receives requests for records on topics of the requesting program.

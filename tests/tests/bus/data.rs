@@ -1,15 +1,15 @@
 //! Data and hellos of gateways, in forms that other programs may write, and in forms that cannot be used.
 
 use wgkex_tests::key;
-use wgkex_tests::probe::{Role, said};
-use wgkex_tests::scripted::{Manner, Worker, data, endpoint, peers_of, status};
+use wgkex_tests::probe::{Role, message};
+use wgkex_tests::scripted::{Worker, WorkerBehaviour, data, endpoint, peers_of, status};
 use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack};
 
 use super::on_both;
 
 on_both!(
     a_port_may_be_a_text,
-    what_cannot_be_used_is_said_once_with_the_gateway_and_the_cause,
+    invalid_payloads_are_logged_once_with_gateway_and_cause,
     what_the_page_shows_of_a_gateway_is_bounded,
 );
 
@@ -26,7 +26,7 @@ fn a_port_may_be_a_text(bus: Bus) {
 }
 
 /// Regression: none of them was logged, except at level DEBUG.
-fn what_cannot_be_used_is_said_once_with_the_gateway_and_the_cause(bus: Bus) {
+fn invalid_payloads_are_logged_once_with_gateway_and_cause(bus: Bus) {
     let mut stack = Stack::start(Plan::new(bus));
     let gateway = stack.probe(Role::new("gw2", &[]));
     let of_data = |from: &str, to: &str| data("gw2", DOMAIN).text().replace(from, to);
@@ -45,7 +45,7 @@ fn what_cannot_be_used_is_said_once_with_the_gateway_and_the_cause(bus: Bus) {
     ];
     for (topic, payload, ..) in &cases {
         for _ in 0..3 {
-            gateway.say(said(topic.as_str(), payload.as_str(), 1, false));
+            gateway.publish(message(topic.as_str(), payload.as_str(), 1, false));
         }
     }
     let ignored = "wgkex_broker_mqtt_messages_ignored_total{reason=\"payload\"}";
@@ -62,7 +62,7 @@ fn what_cannot_be_used_is_said_once_with_the_gateway_and_the_cause(bus: Bus) {
         }
     }
     // A payload that is wrong again after a right one is logged again.
-    gateway.say_all([data("gw2", DOMAIN), said(of_domain.as_str(), "x", 1, false)]);
+    gateway.publish_all([data("gw2", DOMAIN), message(of_domain.as_str(), "x", 1, false)]);
     stack.wait_for_metric(ignored, 25.0);
     assert_eq!(lines_about(&mut stack, "is not a JSON object").len(), 2);
 }
@@ -70,12 +70,12 @@ fn what_cannot_be_used_is_said_once_with_the_gateway_and_the_cause(bus: Bus) {
 /// Regression: both hellos were accepted, and the page showed the whole version.
 fn what_the_page_shows_of_a_gateway_is_bounded(bus: Bus) {
     let stack = Stack::start(Plan::new(bus));
-    let worker = Worker::start(&stack, "gw1", Manner::Confirms, 0);
+    let worker = Worker::start(&stack, "gw1", WorkerBehaviour::Confirms, 0);
     stack.wait_for_gateways(1);
     for length in [10_000, 100_000] {
         let hello = format!(r#"{{"version":"{}","can":["confirm"]}}"#, "v".repeat(length));
-        worker.probe.say(said("wgkex/worker/gw1/hello", hello, 1, true));
-        worker.probe.say(said(
+        worker.probe.publish(message("wgkex/worker/gw1/hello", hello, 1, true));
+        worker.probe.publish(message(
             format!("wgkex/worker/{}/hello", "n".repeat(300)),
             r#"{"version":"9","can":[]}"#,
             1,

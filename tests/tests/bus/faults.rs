@@ -7,8 +7,8 @@ use std::thread;
 use std::time::Duration;
 
 use wgkex_tests::http::{Http, ask};
-use wgkex_tests::probe::{Role, Said, said};
-use wgkex_tests::scripted::{Manner, Worker, endpoint};
+use wgkex_tests::probe::{Message, Role, message};
+use wgkex_tests::scripted::{Worker, WorkerBehaviour, endpoint};
 use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack, V1, V2};
 use wgkex_tests::{host_name, key, wait_until};
 
@@ -76,12 +76,12 @@ fn payloads() -> Vec<Vec<u8>> {
 
 fn a_broker_survives_any_payload(bus: Bus) {
     let mut stack = Stack::start(Plan::new(bus));
-    let _worker = Worker::start(&stack, "gw1", Manner::Confirms, 0);
+    let _worker = Worker::start(&stack, "gw1", WorkerBehaviour::Confirms, 0);
     stack.wait_for_gateways(1);
     let stranger = stack.probe(Role::new("stranger", &[]));
     for topic in topics() {
         for payload in payloads() {
-            stranger.say_all([said(&topic, payload.clone(), 0, false), said(&topic, payload, 1, true)]);
+            stranger.publish_all([message(&topic, payload.clone(), 0, false), message(&topic, payload, 1, true)]);
         }
         let response = stack.v2(DOMAIN, &key(1));
         assert_eq!((response.status, response.json()), (200, endpoint("gw1")), "after {topic}");
@@ -107,7 +107,7 @@ fn lock(answers: &Answers) -> MutexGuard<'_, Vec<(String, u16)>> {
 /// Routers request without a pause while the bus is killed and restarted. The key of each 200 is at the gateway.
 fn no_answer_is_wrong_when_the_mqtt_server_is_killed(bus: Bus) {
     let mut stack = Stack::start(Plan::new(bus));
-    let gateway = Worker::start(&stack, "gw1", Manner::Confirms, 0);
+    let gateway = Worker::start(&stack, "gw1", WorkerBehaviour::Confirms, 0);
     stack.wait_for_gateways(1);
     let (stop, answered) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(Vec::new())));
     let routers: Vec<_> = (0..4)
@@ -127,7 +127,7 @@ fn no_answer_is_wrong_when_the_mqtt_server_is_killed(bus: Bus) {
     for router in routers {
         router.join().expect("a router that always gets an answer");
     }
-    let at_gateway: BTreeSet<_> = gateway.probe.received().iter().map(Said::text).collect();
+    let at_gateway: BTreeSet<_> = gateway.probe.received().iter().map(Message::text).collect();
     for (key, status) in &*lock(&answered) {
         assert!([200, 503].contains(status), "{status}");
         assert!(*status != 200 || at_gateway.contains(key), "{key} got a 200 and is not there");

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use wgkex_tests::http::{Http, ask};
 use wgkex_tests::key;
-use wgkex_tests::probe::{Role, Said};
-use wgkex_tests::scripted::{Manner, Worker, data, endpoint, hello, peers_of, status};
+use wgkex_tests::probe::{Message, Role};
+use wgkex_tests::scripted::{Worker, WorkerBehaviour, data, endpoint, hello, peers_of, status};
 use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack, V2};
 use wgkex_tests::{DEADLINE, wait_until};
 
@@ -45,7 +45,7 @@ fn a_thousand_answers_follow_the_formula(bus: Bus) {
     let stack = Stack::start(Plan::new(bus).config(weights));
     let workers = SHARES.map(|share| {
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a small whole number")]
-        Worker::start(&stack, share.name, Manner::Original, share.peers as u64)
+        Worker::start(&stack, share.name, WorkerBehaviour::Original, share.peers as u64)
     });
     stack.wait_for_gateways(4);
     let mut shares = SHARES;
@@ -71,10 +71,10 @@ fn say_states(stack: &Stack) {
     for n in 0..WORKERS {
         let name = name(n);
         let domains = || stack.plan.domains.iter();
-        let said = [hello(&name).with_no_abilities()].into_iter();
-        let said = said.chain(domains().map(|domain| data(&name, domain)));
-        let said = said.chain(domains().map(|domain| peers_of(&name, domain, &(WORKERS - n).to_string())));
-        probe.say_all(said.chain([status(&name, "1")]));
+        let messages = [hello(&name).with_no_abilities()].into_iter();
+        let messages = messages.chain(domains().map(|domain| data(&name, domain)));
+        let messages = messages.chain(domains().map(|domain| peers_of(&name, domain, &(WORKERS - n).to_string())));
+        probe.publish_all(messages.chain([status(&name, "1")]));
     }
 }
 
@@ -82,7 +82,7 @@ trait WithNoAbilities {
     fn with_no_abilities(self) -> Self;
 }
 
-impl WithNoAbilities for Said {
+impl WithNoAbilities for Message {
     /// So that no confirmation is needed.
     fn with_no_abilities(self) -> Self {
         Self { payload: br#"{"version":"0.1.0","can":[]}"#.into(), ..self }
@@ -114,7 +114,8 @@ fn all_states_of_fifty_workers_in_ten_domains_arrive(bus: Bus) {
     let late = stack.probe(Role::new("late", &["#"]).at_most_once());
     let expected = WORKERS as usize * (2 + 2 * stack.plan.domains.len());
     wait_until("everything retained", || {
-        let retained = late.received().iter().filter(|said| said.retain && said.topic.contains("example.org")).count();
+        let retained =
+            late.received().iter().filter(|message| message.retain && message.topic.contains("example.org")).count();
         (retained == expected).then_some(())
     });
     let _ = stack.stop_broker();

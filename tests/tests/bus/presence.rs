@@ -6,7 +6,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use wgkex_tests::http::Http;
 use wgkex_tests::in_memory::InMemory;
-use wgkex_tests::probe::{Probe, Role, Said, said};
+use wgkex_tests::probe::{Message, Probe, Role, message};
 use wgkex_tests::scripted::{applied, data, hello, key_topic, peers_of, status};
 use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack};
 use wgkex_tests::{host_name, key, wait_until, wait_within};
@@ -21,7 +21,7 @@ on_both!(
     cleared_retained_messages_change_no_state,
     a_retained_confirmation_is_no_sign_of_life,
     a_domain_whose_only_data_is_removed_is_served_as_before,
-    a_gateway_that_comes_and_goes_all_the_time_has_few_lines_in_the_log,
+    a_flapping_gateway_is_logged_rarely,
     states_are_published_again_for_a_program_that_starts_where_the_server_retains_nothing,
 );
 
@@ -36,18 +36,18 @@ fn within_a_minute(what: &str, mut is_so: impl FnMut() -> bool) -> Duration {
 }
 
 /// The retained message on `topic`, as a new client receives it, without its time.
-fn retained(stack: &Stack, topic: &str) -> Option<Said> {
+fn retained(stack: &Stack, topic: &str) -> Option<Message> {
     let newcomer = stack.probe(Role::new("newcomer", &[topic]));
-    newcomer.say(said("test/end", "", 1, false));
-    newcomer.received().into_iter().find(|said| said.retain).map(Said::undated)
+    newcomer.publish(message("test/end", "", 1, false));
+    newcomer.received().into_iter().find(|message| message.retain).map(Message::undated)
 }
 
-fn empty(said: Said) -> Said {
-    Said { payload: Vec::new(), ..said }
+fn empty(message: Message) -> Message {
+    Message { payload: Vec::new(), ..message }
 }
 
-fn with(said: Said, payload: &str) -> Said {
-    Said { payload: payload.into(), ..said }
+fn with(message: Message, payload: &str) -> Message {
+    Message { payload: payload.into(), ..message }
 }
 
 /// Fails with a broker for which any message counts: the dead gateway was online for 65 s after each start of the
@@ -56,8 +56,8 @@ fn a_retained_confirmation_is_no_sign_of_life(bus: Bus) {
     let mut stack = Stack::start(Plan::new(bus));
     let stranger = stack.probe(Role::new("stranger", &[]));
     let states = [hello("dead"), data("dead", DOMAIN), peers_of("dead", DOMAIN, "0"), status("dead", "0")];
-    let confirmation = Said { retain: true, ..applied("dead", DOMAIN, &key(1)) };
-    stranger.say_all(states.into_iter().chain([confirmation]));
+    let confirmation = Message { retain: true, ..applied("dead", DOMAIN, &key(1)) };
+    stranger.publish_all(states.into_iter().chain([confirmation]));
     let _ = stack.stop_broker();
     stack.start_broker();
     stack.wait_until_ready();
@@ -72,18 +72,18 @@ fn a_domain_whose_only_data_is_removed_is_served_as_before(bus: Bus) {
     let stranger = stack.probe(Role::new("stranger", &[]));
     let wait_for = |status: u16| within_a_minute("v1 answers", || stack.v1(DOMAIN, &key(1)).status == status);
     wait_for(200);
-    stranger.say(data("gw1", DOMAIN));
+    stranger.publish(data("gw1", DOMAIN));
     wait_for(503);
-    stranger.say(empty(data("gw1", DOMAIN)));
+    stranger.publish(empty(data("gw1", DOMAIN)));
     wait_for(200);
 }
 
 /// Fails with a broker that logs each change.
-fn a_gateway_that_comes_and_goes_all_the_time_has_few_lines_in_the_log(bus: Bus) {
+fn a_flapping_gateway_is_logged_rarely(bus: Bus) {
     let mut stack = Stack::start(Plan::new(bus));
     let stranger = stack.probe(Role::new("stranger", &[]));
-    stranger.say_all((0..501).map(|n| status("gw1", if n % 2 == 0 { "1" } else { "0" })));
-    stranger.say(with(status("gw1", ""), "all of them are received"));
+    stranger.publish_all((0..501).map(|n| status("gw1", if n % 2 == 0 { "1" } else { "0" })));
+    stranger.publish(with(status("gw1", ""), "all of them are received"));
     stack.wait_for_metric("wgkex_broker_mqtt_messages_ignored_total{reason=\"payload\"}", 1.0);
     stack.wait_for_gateways(1);
     let log = stack.broker().log();
@@ -112,7 +112,7 @@ fn an_online_gateway_republishes_states_that_somebody_overwrote(bus: Bus) {
     let before: Vec<_> = disturbances.iter().map(|disturbance| retained(&stack, &disturbance.topic)).collect();
     assert!(before.iter().all(Option::is_some), "{before:?}");
     for disturbance in &disturbances {
-        stranger.say(disturbance.clone());
+        stranger.publish(disturbance.clone());
     }
     for (disturbance, before) in disturbances.iter().zip(&before) {
         within_a_minute(&format!("{disturbance:?} heals"), || retained(&stack, &disturbance.topic) == *before);
@@ -131,7 +131,7 @@ fn an_online_broker_republishes_states_that_somebody_overwrote(bus: Bus) {
     let before = topics.each_ref().map(|topic| retained(&stack, topic));
     assert!(before.iter().all(Option::is_some), "{before:?}");
     for (topic, payload) in topics.iter().zip(["0", ""]) {
-        stranger.say(said(topic.clone(), payload, 1, true));
+        stranger.publish(message(topic.clone(), payload, 1, true));
     }
     for (topic, before) in topics.iter().zip(&before) {
         within_a_minute(&format!("{topic} heals"), || retained(&stack, topic) == *before);
@@ -142,19 +142,19 @@ fn an_online_broker_republishes_states_that_somebody_overwrote(bus: Bus) {
 fn an_original_worker_is_online_while_it_publishes_peer_counts(bus: Bus) {
     let stack = Stack::start(Plan::new(bus));
     let original = stack.probe(Role::new("gw1", &[]));
-    original.say_all([data("gw1", DOMAIN), status("gw1", "1"), peers_of("gw1", DOMAIN, "3")]);
+    original.publish_all([data("gw1", DOMAIN), status("gw1", "1"), peers_of("gw1", DOMAIN, "3")]);
     stack.wait_for_gateways(1);
-    original.say(status("gw1", "0"));
+    original.publish(status("gw1", "0"));
     stack.wait_for_gateways(0);
-    original.say(peers_of("gw1", DOMAIN, "4"));
+    original.publish(peers_of("gw1", DOMAIN, "4"));
     stack.wait_for_gateways(1);
     assert_eq!((stack.v1(DOMAIN, &key(1)).status, stack.v2(DOMAIN, &key(2)).status), (200, 200));
 }
 
 /// Regression for the hellos, and for removed data. Each gateway is an original, the only one of its domain.
 fn an_original_workers_overwritten_states_are_corrected_although_published_once(bus: Bus) {
-    type Disturb<'a> = &'a dyn Fn(&str, &str) -> Said;
-    let transient = |said: Said| Said { retain: false, ..said };
+    type Disturb<'a> = &'a dyn Fn(&str, &str) -> Message;
+    let transient = |message: Message| Message { retain: false, ..message };
     let serves = |domain: &str| format!(r#"{{"version":"9","can":["confirm"],"domains":[{domain}]}}"#);
     let disturbances: &[(&str, Disturb)] = &[
         ("ffx_a", &|gateway, domain| with(hello(gateway), &serves(&format!("{domain:?}")))),
@@ -174,17 +174,17 @@ fn an_original_workers_overwritten_states_are_corrected_although_published_once(
     let originals = stack.probe(Role::new("originals", &[]));
     for domain in &domains {
         let gateway = gateway(domain);
-        originals.say_all([data(&gateway, domain), status(&gateway, "1"), peers_of(&gateway, domain, "3")]);
+        originals.publish_all([data(&gateway, domain), status(&gateway, "1"), peers_of(&gateway, domain, "3")]);
     }
     stack.wait_for_gateways(10);
     let stranger = stack.probe(Role::new("stranger", &[]));
     for (domain, disturb) in disturbances {
-        stranger.say(disturb(&gateway(domain), domain));
+        stranger.publish(disturb(&gateway(domain), domain));
     }
     let mut counted = Instant::now();
     let mut ask = |domain: &str| {
         if counted.elapsed() > Duration::from_secs(30) {
-            originals.say_all(domains.iter().map(|domain| peers_of(&gateway(domain), domain, "4")));
+            originals.publish_all(domains.iter().map(|domain| peers_of(&gateway(domain), domain, "4")));
             counted = Instant::now();
         }
         (stack.v1(domain, &key(1)).status, stack.v2(domain, &key(2)).status)
@@ -206,17 +206,17 @@ fn an_original_worker_whose_status_was_lost_is_online_at_its_next_peer_count() {
     let originals = stack.probe(Role::new("originals", &[]));
     let gateways = [("gw1", "ffx_a"), ("gw2", "ffx_b"), ("gw3", "ffx_c")];
     for (gateway, domain) in gateways {
-        originals.say_all([data(gateway, domain), status(gateway, "1"), peers_of(gateway, domain, "3")]);
+        originals.publish_all([data(gateway, domain), status(gateway, "1"), peers_of(gateway, domain, "3")]);
     }
     stack.wait_for_gateways(3);
     assert!(stack.stop_broker().success());
-    originals.say_all([status("gw1", "garbage"), empty(status("gw2", ""))]);
+    originals.publish_all([status("gw1", "garbage"), empty(status("gw2", ""))]);
     stack.start_broker();
     stack.wait_until_ready();
     stack.wait_for_gateways(1);
     for (gateway, domain) in &gateways[..2] {
         assert_eq!(stack.v2(domain, &key(1)).status, 503);
-        originals.say(peers_of(gateway, domain, "3"));
+        originals.publish(peers_of(gateway, domain, "3"));
     }
     stack.wait_for_gateways(3);
     for (_, domain) in gateways {
@@ -229,9 +229,9 @@ fn cleared_retained_messages_change_no_state(bus: Bus) {
     let stack = Stack::start(Plan::new(bus));
     let operator = stack.probe(Role::new("operator", &[]));
     let left = [data("gone", DOMAIN), peers_of("gone", DOMAIN, ""), status("gone", ""), hello("gone")];
-    operator.say_all(left.map(empty));
+    operator.publish_all(left.map(empty));
     // This gateway serves no domain; once it is online the broker has received all earlier messages.
-    operator.say(status("marker", "1"));
+    operator.publish(status("marker", "1"));
     stack.wait_for_gateways(1);
     assert_eq!(stack.v1(DOMAIN, &key(1)).status, 200);
     let ready = stack.get("/readyz").body;
@@ -247,13 +247,13 @@ fn a_stopped_gateway_with_a_forged_online_status_is_offline_again_within_a_minut
     let dead = ["dead1", "dead2"];
     let stranger = stack.probe(Role::new("stranger", &[]));
     for dead in dead {
-        stranger.say_all([data(dead, DOMAIN), peers_of(dead, DOMAIN, "3"), status(dead, "1"), status(dead, "0")]);
+        stranger.publish_all([data(dead, DOMAIN), peers_of(dead, DOMAIN, "3"), status(dead, "1"), status(dead, "0")]);
     }
     stack.wait_for_gateways(0);
-    stranger.say(status("dead1", "1"));
-    stranger.say(peers_of("dead2", DOMAIN, "0"));
+    stranger.publish(status("dead1", "1"));
+    stranger.publish(peers_of("dead2", DOMAIN, "0"));
     // No status of this gateway was ever received.
-    stranger.say(peers_of("dead3", DOMAIN, "0"));
+    stranger.publish(peers_of("dead3", DOMAIN, "0"));
     stack.wait_for_gateways(3);
     let online = "wgkex_broker_gateways{state=\"online\"}";
     let took = within_a_minute("they are taken for offline", || stack.metric(online) == Some(0.0));
@@ -266,10 +266,10 @@ fn states_are_published_again_for_a_program_that_starts_where_the_server_retains
     let _worker = InMemory::start(&stack, "gw1");
     stack.wait_for_gateways(1);
     // The newcomer receives only live messages, not retained ones.
-    let live = |role: &Probe, topic: &str| role.next(topic, |said| said.topic == topic && !said.retain);
+    let live = |role: &Probe, topic: &str| role.next(topic, |message| message.topic == topic && !message.retain);
     for (n, name) in ["wireguard-worker/gw2/status", "wireguard-broker/b2/status"].into_iter().enumerate() {
         let newcomer = stack.probe(Role::new(&format!("newcomer{n}"), &["#"]));
-        newcomer.say(said(name, "1", 1, true));
+        newcomer.publish(message(name, "1", 1, true));
         for topic in [
             "wgkex/worker/gw1/hello".to_owned(),
             format!("wireguard-worker/gw1/{DOMAIN}/data"),
@@ -293,7 +293,7 @@ fn a_worker_names_a_broker_whose_clock_is_off() {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
     for sent in [now - 3_600, now - 3_540] {
         let hello = format!(r#"{{"version":"9","can":[],"time":{sent}}}"#);
-        broker.say(said("wgkex/broker/b9/hello", hello, 1, true));
+        broker.publish(message("wgkex/broker/b9/hello", hello, 1, true));
     }
     wait_until("it is named", || {
         let status = Http::connect(worker.http).get("/status.json").json();
@@ -309,9 +309,9 @@ fn a_worker_names_a_broker_whose_clock_is_off() {
 fn a_confirmation_makes_a_gateway_responsive_again() {
     let stack = Stack::start(Plan::new(Bus::Mosquitto));
     let gateway = stack.probe(Role::new("gw1", &[&key_topic(DOMAIN)]));
-    gateway.say_all([hello("gw1"), data("gw1", DOMAIN), peers_of("gw1", DOMAIN, "3"), status("gw1", "0")]);
+    gateway.publish_all([hello("gw1"), data("gw1", DOMAIN), peers_of("gw1", DOMAIN, "3"), status("gw1", "0")]);
     assert_eq!(stack.v1(DOMAIN, &key(1)).status, 503);
     assert_eq!(gateway.next_on(&key_topic(DOMAIN)).text(), key(1));
-    gateway.say(applied("gw1", DOMAIN, &key(1)));
+    gateway.publish(applied("gw1", DOMAIN, &key(1)));
     stack.wait_for_gateways(1);
 }

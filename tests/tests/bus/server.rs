@@ -59,7 +59,7 @@ fn a_subscription_that_is_not_answered_is_asked_for_on_a_new_connection() {
 
 /// Regression for the first: a server may have lost the subscriptions although it answers pings.
 #[test]
-fn a_session_to_which_nothing_comes_back_connects_anew_and_one_that_may_not_echo_is_left_alone() {
+fn a_session_without_echoes_reconnects_and_one_with_a_refused_echo_does_not() {
     let server = ScriptedServer::start(Behaviour { swallows: Some("/echo".into()), ..Behaviour::default() });
     let no_echo = ScriptedServer::start(refusing("/echo"));
     let (mut stack, mut other) = (broker_on(&server), broker_on(&no_echo));
@@ -82,7 +82,7 @@ fn a_session_to_which_nothing_comes_back_connects_anew_and_one_that_may_not_echo
 
 /// Regression: it was ready two seconds after it had reconnected, and received nothing.
 #[test]
-fn a_broker_to_which_nothing_comes_any_more_is_not_ready_until_something_does() {
+fn a_broker_is_unready_while_it_receives_no_messages() {
     let server = ScriptedServer::start(Behaviour::default());
     let mut stack = broker_on(&server);
     stack.wait_until_ready();
@@ -119,7 +119,7 @@ fn a_session_that_missed_messages_for_a_while_subscribes_again() {
 
 /// Regression: the broker was ready on receiving its own status, and answered 503 although a gateway was online.
 #[test]
-fn a_broker_is_ready_when_all_that_is_retained_has_come_although_its_own_status_was_sooner() {
+fn a_broker_is_ready_only_after_all_retained_messages() {
     let retained = vec![data("gw1", DOMAIN), peers_of("gw1", DOMAIN, "3"), status("gw1", "1")];
     let late = Behaviour { retained: (Duration::from_millis(150), retained), ..Behaviour::default() };
     let server = ScriptedServer::start(late);
@@ -179,9 +179,9 @@ fn a_client_id_in_use_by_two_programs_is_logged() {
     twin.mqtt = stack.mqtt;
     twin.write_config();
     twin.start_broker();
-    let said = "another program may use this name";
+    let message = "another program may use this name";
     wait_until("one of them says it", || {
-        (stack.broker().log().contains(said) || twin.broker().log().contains(said)).then_some(())
+        (stack.broker().log().contains(message) || twin.broker().log().contains(message)).then_some(())
     });
     drop(first);
 }

@@ -7,7 +7,7 @@ use nix::sys::signal::Signal;
 use wgkex_tests::gateway::{Host, Lane};
 use wgkex_tests::{key, wait_until};
 
-use crate::lab::{CAUGHT_UP, Fleet, Pace, Routers, caught_up, pass, within};
+use crate::lab::{CAUGHT_UP, Fleet, Pace, Routers, caught_up, sleep, within};
 
 /// After this time an accepted key is on disk: half a second until it is written, and more for a slow machine.
 const WRITTEN: Duration = Duration::from_millis(1_500);
@@ -15,13 +15,13 @@ const WRITTEN: Duration = Duration::from_millis(1_500);
 pub fn a_broker_killed_between_publish_and_answer_leaves_nothing_half_done(lane: Lane) {
     let mut fleet = Fleet::new(lane, 1, 1, "confirm_timeout: 20\nconfirm_budget: 20");
     let routers = Routers::new();
-    routers.ask(&fleet.doors(), 20);
+    routers.ask(&fleet.broker_hosts(), 20);
     let witness = fleet.witness();
     let pace = Pace { every: Duration::ZERO, at_most: 4 };
     fleet.gateways[0].process.signal(Signal::SIGSTOP);
-    routers.ask_during(&fleet.doors(), pace, || {
+    routers.ask_during(&fleet.broker_hosts(), pace, || {
         for n in 21..25 {
-            witness.next("the key is published", |said| said.text() == key(n));
+            witness.next("the key is published", |message| message.text() == key(n));
         }
         fleet.brokers[0].kill();
     });
@@ -33,7 +33,7 @@ pub fn a_broker_killed_between_publish_and_answer_leaves_nothing_half_done(lane:
     fleet.caught_up(&routers);
     fleet.brokers[0].start_again();
     fleet.is_complete();
-    routers.ask(&fleet.doors(), 20);
+    routers.ask(&fleet.broker_hosts(), 20);
     assert_eq!(routers.answers().accepted.len(), 44);
     fleet.caught_up(&routers);
 }
@@ -43,11 +43,11 @@ pub fn a_broker_killed_while_writing_still_has_keys_accepted_a_second_before(lan
     let routers = Routers::new();
     let mut certain = BTreeSet::new();
     for round in 0..8 {
-        let doors = fleet.doors();
+        let broker_hosts = fleet.broker_hosts();
         let broker = &mut fleet.brokers[0];
         let begun = Instant::now();
-        routers.ask_during(&doors, Pace::per_second(400), || {
-            pass(Duration::from_millis(2_200 + 137 * round));
+        routers.ask_during(&broker_hosts, Pace::per_second(400), || {
+            sleep(Duration::from_millis(2_200 + 137 * round));
             within("routers were served", CAUGHT_UP, || {
                 let answers = routers.answers();
                 let written = answers.accepted.values().filter(|at| **at > begun && at.elapsed() > WRITTEN);
@@ -81,10 +81,10 @@ pub fn a_broker_killed_while_writing_still_has_keys_accepted_a_second_before(lan
 pub fn either_of_two_brokers_may_die(lane: Lane) {
     let mut fleet = Fleet::new(lane, 2, 1, "");
     let routers = Routers::new();
-    routers.ask_during(&fleet.doors(), Pace::per_second(100), || {
-        pass(Duration::from_secs(8));
+    routers.ask_during(&fleet.broker_hosts(), Pace::per_second(100), || {
+        sleep(Duration::from_secs(8));
         fleet.brokers[0].kill();
-        pass(Duration::from_secs(4));
+        sleep(Duration::from_secs(4));
     });
     // A new gateway gets all keys from the remaining broker.
     let gone = fleet.brokers.remove(0);
@@ -100,7 +100,7 @@ pub fn either_of_two_brokers_may_die(lane: Lane) {
     fleet.is_complete();
     // Then the other broker is killed.
     fleet.brokers.remove(1).kill();
-    routers.ask(&fleet.doors(), 100);
+    routers.ask(&fleet.broker_hosts(), 100);
     fleet.add_gateway("");
     fleet.caught_up(&routers);
 }
@@ -109,7 +109,7 @@ pub fn either_of_two_brokers_may_die(lane: Lane) {
 pub fn brokers_that_forgot_everything_know_again_what_routers_send(lane: Lane) {
     let mut fleet = Fleet::new(lane, 1, 1, "");
     let routers = Routers::new();
-    routers.ask(&fleet.doors(), 50);
+    routers.ask(&fleet.broker_hosts(), 50);
     let witness = fleet.witness();
     let (router, talking) = router(&fleet, lane);
     routers.note([talking.clone()]);

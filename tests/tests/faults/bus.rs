@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use wgkex_tests::gateway::Lane;
-use wgkex_tests::proxy::{Manner, Proxy};
+use wgkex_tests::proxy::{Proxy, ProxyMode};
 
-use crate::lab::{Fleet, Node, Pace, Role, Routers, pass};
+use crate::lab::{Fleet, Node, Pace, Role, Routers, sleep};
 
 /// Long enough for a test to observe a fault, and for a slow machine not to look like one.
 const BUDGET: &str = "confirm_timeout: 0.5\nconfirm_budget: 1";
@@ -36,13 +36,13 @@ pub fn an_mqtt_server_stopped_for_half_a_minute_causes_no_wrong_answer(lane: Lan
 fn without_mqtt(lane: Lane, fault: impl FnOnce(&mut Fleet, &dyn Fn())) {
     let mut fleet = Fleet::new(lane, 1, 2, BUDGET);
     let routers = Routers::new();
-    routers.ask_during(&fleet.doors(), ROUTERS, || {
-        pass(Duration::from_secs(5));
+    routers.ask_during(&fleet.broker_hosts(), ROUTERS, || {
+        sleep(Duration::from_secs(5));
         fault(&mut fleet, &|| {
             // Requests in flight end.
-            pass(ANSWER);
+            sleep(ANSWER);
             let before = routers.answers().accepted.len();
-            pass(HALF_A_MINUTE.saturating_sub(ANSWER));
+            sleep(HALF_A_MINUTE.saturating_sub(ANSWER));
             assert_eq!(routers.answers().accepted.len(), before, "accepted while nobody could hear of it");
         });
     });
@@ -57,9 +57,9 @@ fn without_mqtt(lane: Lane, fault: impl FnOnce(&mut Fleet, &dyn Fn())) {
 pub fn an_mqtt_server_killed_without_persistence_loses_no_key(lane: Lane) {
     let mut fleet = Fleet::new(lane, 1, 2, "");
     let routers = Routers::new();
-    routers.ask_during(&fleet.doors(), Pace::per_second(100), || {
+    routers.ask_during(&fleet.broker_hosts(), Pace::per_second(100), || {
         for up in [3_000, 1_500, 4_000] {
-            pass(Duration::from_millis(up));
+            sleep(Duration::from_millis(up));
             let _ = fleet.mosquitto.end_by(Signal::SIGKILL);
             fleet.mosquitto = fleet.hub.start_mosquitto();
         }
@@ -72,10 +72,10 @@ pub fn an_mqtt_server_killed_without_persistence_loses_no_key(lane: Lane) {
 }
 
 pub fn a_slow_connection_delivers_every_key(lane: Lane) {
-    let manner = Manner::Slow { delay: Duration::from_millis(100), rate: 20_000 };
-    let (mut fleet, _proxy) = behind(lane, manner);
+    let mode = ProxyMode::Slow { delay: Duration::from_millis(100), rate: 20_000 };
+    let (mut fleet, _proxy) = behind(lane, mode);
     let routers = Routers::new();
-    routers.ask_during(&fleet.doors(), Pace { every: Duration::from_millis(10), at_most: 2_500 }, || {});
+    routers.ask_during(&fleet.broker_hosts(), Pace { every: Duration::from_millis(10), at_most: 2_500 }, || {});
     fleet.caught_up(&routers);
     // All keys at once, over the slow connection.
     let far = &mut fleet.gateways[1];
@@ -88,9 +88,9 @@ pub fn a_slow_connection_delivers_every_key(lane: Lane) {
 }
 
 pub fn a_connection_that_drops_messages_silently_delivers_keys_late(lane: Lane) {
-    let (fleet, proxy) = behind(lane, Manner::Dropping(10));
+    let (fleet, proxy) = behind(lane, ProxyMode::Dropping(10));
     let routers = Routers::new();
-    routers.ask_during(&fleet.doors(), Pace { every: Duration::from_millis(5), at_most: 2_000 }, || {});
+    routers.ask_during(&fleet.broker_hosts(), Pace { every: Duration::from_millis(5), at_most: 2_000 }, || {});
     assert!(proxy.dropped() >= 190, "{} keys are dropped", proxy.dropped());
     fleet.caught_up(&routers);
     let learnt = fleet.gateways[1].figure(r#"wgkex_worker_keys_learnt_total{domain="test_a"} "#).unwrap();
@@ -98,11 +98,11 @@ pub fn a_connection_that_drops_messages_silently_delivers_keys_late(lane: Lane) 
 }
 
 /// A gateway with a good connection, and one behind such a proxy.
-fn behind(lane: Lane, manner: Manner) -> (Fleet, Proxy) {
+fn behind(lane: Lane, mode: ProxyMode) -> (Fleet, Proxy) {
     let mut fleet = Fleet::new(lane, 1, 1, "");
     let (host, server) = fleet.host("gw2");
     let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 1884));
-    let proxy = host.inside(|| Proxy::start(listen, vec![SocketAddr::from((server, 1883))], manner));
+    let proxy = host.inside(|| Proxy::start(listen, vec![SocketAddr::from((server, 1883))], mode));
     host.configure("mqtt: {broker_url: 127.0.0.1, broker_port: 1884}\n");
     host.setup();
     fleet.gateways.push(Node::start(host, Role::Gateway));

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use wgkex_tests::gateway::Lane;
 
 use crate::brokers::router;
-use crate::lab::{CAUGHT_UP, Fleet, Routers, pass, within};
+use crate::lab::{CAUGHT_UP, Fleet, Routers, sleep, within};
 
 const HOUR: i64 = 3_600;
 const YEAR: i64 = 365 * 24 * HOUR;
@@ -20,7 +20,7 @@ pub fn a_clock_that_is_stepped_costs_no_peer_and_no_key(lane: Lane) {
     let routers = Routers::new();
     let (_router, talking) = router(&fleet, lane);
     routers.note([talking]);
-    routers.ask(&fleet.doors(), 50);
+    routers.ask(&fleet.broker_hosts(), 50);
     fleet.caught_up(&routers);
     let live = fleet.brokers[0].live().unwrap();
     assert_eq!(live, 51);
@@ -31,7 +31,7 @@ pub fn a_clock_that_is_stepped_costs_no_peer_and_no_key(lane: Lane) {
         let sweeps = |fleet: &Fleet| fleet.gateways[0].figure(r#"wgkex_worker_sweeps_total{domain="test_a"} "#);
         if restarts {
             // The state is written with the new time.
-            pass(Duration::from_secs(2));
+            sleep(Duration::from_secs(2));
             fleet.brokers[0].kill();
             fleet.gateways[0].kill();
             fleet.brokers[0].start_again();
@@ -41,11 +41,11 @@ pub fn a_clock_that_is_stepped_costs_no_peer_and_no_key(lane: Lane) {
         let before = sweeps(&fleet).unwrap_or_default();
         within("it looked for stale peers", CAUGHT_UP, || (sweeps(&fleet)? >= before + 3).then_some(()));
         // The broker checks every 10 s for expired keys.
-        pass(Duration::from_secs(2));
+        sleep(Duration::from_secs(2));
         fleet.caught_up(&routers);
         assert_eq!(fleet.brokers[0].live(), Some(live), "{offset} s off");
     }
-    routers.ask(&fleet.doors(), 20);
+    routers.ask(&fleet.broker_hosts(), 20);
     fleet.caught_up(&routers);
 }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use wgkex_tests::gateway::{Host, Lane};
 
-use crate::lab::{CAUGHT_UP, Fleet, Node, Pace, Routers, caught_up, pass, within};
+use crate::lab::{CAUGHT_UP, Fleet, Node, Pace, Routers, caught_up, sleep, within};
 
 const STATE: &str = "/run/wgkex/state";
 
@@ -20,14 +20,14 @@ pub fn with_a_full_disk_both_serve_and_they_write_when_there_is_room(lane: Lane)
         node.start_again();
     });
     fleet.is_complete();
-    routers.ask(&fleet.doors(), 100);
+    routers.ask(&fleet.broker_hosts(), 100);
     for_each(&mut fleet, |node| {
         is_kept(node, true);
         // Fills the last blocks, too.
         let _ = node.host.try_run(&format!("dd if=/dev/zero of={STATE}/filler bs=4k; cat /dev/zero >> {STATE}/filler"));
     });
     let keys_after = 5_000;
-    routers.ask_during(&fleet.doors(), Pace { every: Duration::from_millis(3), at_most: keys_after }, || {});
+    routers.ask_during(&fleet.broker_hosts(), Pace { every: Duration::from_millis(3), at_most: keys_after }, || {});
     assert!(routers.answers().accepted.len() > 5_000, "{} accepted", routers.answers().accepted.len());
     for_each(&mut fleet, |node| {
         is_kept(node, false);
@@ -47,7 +47,7 @@ pub fn with_a_read_only_disk_both_serve_and_they_write_when_they_may(lane: Lane)
         node.start_again();
     });
     fleet.is_complete();
-    routers.ask(&fleet.doors(), 200);
+    routers.ask(&fleet.broker_hosts(), 200);
     assert_eq!(routers.answers().accepted.len(), 200);
     for_each(&mut fleet, |node| {
         is_kept(node, false);
@@ -79,7 +79,7 @@ pub fn with_a_read_only_disk_both_serve_and_they_write_when_they_may(lane: Lane)
 pub fn damaged_state_is_quarantined_and_stops_no_start(lane: Lane) {
     let mut fleet = Fleet::new(lane, 1, 1, "");
     let routers = Routers::new();
-    routers.ask(&fleet.doors(), 200);
+    routers.ask(&fleet.broker_hosts(), 200);
     // A written file is truncated or overwritten.
     let damages: [fn(Vec<u8>) -> Vec<u8>; 4] = [
         |_| b"this is no database, but it is longer than a header of one, which has a hundred bytes: ".repeat(3),
@@ -94,7 +94,7 @@ pub fn damaged_state_is_quarantined_and_stops_no_start(lane: Lane) {
     for (n, damage) in damages.into_iter().enumerate() {
         // No damaged file is overwritten.
         let suffix = if n == 0 { String::new() } else { format!("-{}", n + 1) };
-        pass(Duration::from_secs(2));
+        sleep(Duration::from_secs(2));
         for_each(&mut fleet, |node| {
             // At its end the program moves the log into the database file.
             let _ = node.process.end_by(Signal::SIGTERM);
@@ -109,7 +109,7 @@ pub fn damaged_state_is_quarantined_and_stops_no_start(lane: Lane) {
             is_kept(node, true);
         });
         fleet.is_complete();
-        routers.ask(&fleet.doors(), 50);
+        routers.ask(&fleet.broker_hosts(), 50);
         fleet.caught_up(&routers);
     }
 }
@@ -126,7 +126,7 @@ pub fn an_unfinished_last_write_is_logged(lane: Lane) {
     fleet.is_complete();
     let frozen: Vec<_> = fleet.brokers.iter().chain(&fleet.gateways).map(|node| Frozen::new(&node.host)).collect();
     let routers = Routers::new();
-    routers.ask(&fleet.doors(), 20);
+    routers.ask(&fleet.broker_hosts(), 20);
     assert_eq!(routers.answers().accepted.len(), 20);
     for_each(&mut fleet, |node| {
         node.process.signal(Signal::SIGTERM);
@@ -175,7 +175,7 @@ fn warnings(node: &Node) -> usize {
 /// Both have all keys after a restart without any other source: the gateway's interfaces are new, its broker is down.
 fn knows_all(fleet: &mut Fleet, routers: &Routers) {
     let accepted = routers.answers().accepted.len() as u64;
-    pass(Duration::from_secs(2));
+    sleep(Duration::from_secs(2));
     let (broker, gateway) = (&mut fleet.brokers[0], &mut fleet.gateways[0]);
     broker.kill();
     gateway.kill();

@@ -7,7 +7,7 @@ use nix::sys::signal::Signal;
 use wgkex_tests::gateway::{Host, Lane, link_local};
 use wgkex_tests::{key, wait_until};
 
-use crate::lab::{CAUGHT_UP, Fleet, Pace, Routers, pass, within};
+use crate::lab::{CAUGHT_UP, Fleet, Pace, Routers, sleep, within};
 
 /// Numbers of keys that no router requests.
 const FOREIGN: u32 = 900_000;
@@ -15,7 +15,7 @@ const FOREIGN: u32 = 900_000;
 pub fn a_worker_that_missed_netlink_events_notices_and_catches_up(lane: Lane) {
     let fleet = Fleet::new(lane, 1, 1, "");
     let routers = Routers::new();
-    routers.ask(&fleet.doors(), 300);
+    routers.ask(&fleet.broker_hosts(), 300);
     let gateway = &fleet.gateways[0];
     let host = &gateway.host;
     gateway.process.signal(Signal::SIGSTOP);
@@ -29,7 +29,7 @@ pub fn a_worker_that_missed_netlink_events_notices_and_catches_up(lane: Lane) {
     gateway.process.signal(Signal::SIGCONT);
     fleet.caught_up(&routers);
     fleet.is_complete();
-    routers.ask(&fleet.doors(), 100);
+    routers.ask(&fleet.broker_hosts(), 100);
     fleet.caught_up(&routers);
 }
 
@@ -56,12 +56,12 @@ pub fn interfaces_deleted_and_made_again_in_the_middle_of_a_storm_lose_no_key(la
     let rate = if lane == Lane::Userspace { 150 } else { 15 };
     let fleet = Fleet::new(lane, 1, 2, "");
     let routers = Routers::new();
-    routers.ask_during(&fleet.doors(), Pace::per_second(rate), || {
+    routers.ask_during(&fleet.broker_hosts(), Pace::per_second(rate), || {
         for gateway in [0, 1, 0] {
-            pass(Duration::from_secs(3));
+            sleep(Duration::from_secs(3));
             make_anew(&fleet.gateways[gateway].host);
         }
-        pass(Duration::from_secs(3));
+        sleep(Duration::from_secs(3));
     });
     assert!(routers.answers().accepted.len() > 100, "routers are served meanwhile");
     fleet.is_complete();
@@ -71,7 +71,7 @@ pub fn interfaces_deleted_and_made_again_in_the_middle_of_a_storm_lose_no_key(la
 pub fn lost_objects_are_restored_orphans_removed_and_foreign_ones_kept(lane: Lane) {
     let fleet = Fleet::new(lane, 1, 1, "");
     let routers = Routers::new();
-    routers.ask(&fleet.doors(), 20);
+    routers.ask(&fleet.broker_hosts(), 20);
     let gateway = &fleet.gateways[0];
     let host = &gateway.host;
     fleet.caught_up(&routers);
@@ -83,7 +83,7 @@ pub fn lost_objects_are_restored_orphans_removed_and_foreign_ones_kept(lane: Lan
     // Orphans, as left by a crash.
     host.run(&format!("ip -6 route add {orphan}/128 dev wg-a proto static"));
     host.run(&format!("bridge fdb append 00:00:00:00:00:00 dst {orphan} via wg-a dev vx-a"));
-    lose_something(host);
+    delete_objects(host);
 
     // No event informs the worker of lost objects: it reads the tables every minute, and a read may be due.
     let repaired = || {
@@ -93,8 +93,8 @@ pub fn lost_objects_are_restored_orphans_removed_and_foreign_ones_kept(lane: Lan
     within("what was lost is back", 2 * CAUGHT_UP, repaired);
     within("and counted", CAUGHT_UP, || (gateway.figure(RESTORED)? == 3).then_some(()));
     // Orphans are kept for a while, as their peer may follow. Then any change of the links triggers a read.
-    pass(Duration::from_secs(32));
-    lose_something(host);
+    sleep(Duration::from_secs(32));
+    delete_objects(host);
     host.run("ip link add other type veth peer name another");
     within("what was lost is back again", CAUGHT_UP / 2, repaired);
     within("what was left over goes", CAUGHT_UP / 2, || (host.tables("a") == with_foreign.0).then_some(()));
@@ -107,7 +107,7 @@ pub fn lost_objects_are_restored_orphans_removed_and_foreign_ones_kept(lane: Lan
 const RESTORED: &str = r#"wgkex_worker_keys_restored_total{domain="test_a"} "#;
 
 /// Deletes a route, an entry of the flood list, and an allowed-ip.
-fn lose_something(host: &Host) {
+fn delete_objects(host: &Host) {
     let node = |n| link_local(&key(n));
     host.run(&format!("ip -6 route del {}/128 dev wg-a", node(1)));
     host.run(&format!("bridge fdb del 00:00:00:00:00:00 dst {} via wg-a dev vx-a", node(2)));

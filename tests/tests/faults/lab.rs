@@ -136,7 +136,7 @@ impl Fleet {
     }
 
     /// The brokers' hosts, to which routers send requests.
-    pub fn doors(&self) -> Vec<Arc<Host>> {
+    pub fn broker_hosts(&self) -> Vec<Arc<Host>> {
         self.brokers.iter().map(|broker| broker.host.clone()).collect()
     }
 
@@ -177,11 +177,11 @@ impl Fleet {
 }
 
 /// Requests to a host whose program may not run.
-pub trait Patience {
+pub trait TryGet {
     fn get_if_any(&self, port: u16, path: &str) -> Option<Response>;
 }
 
-impl Patience for Host {
+impl TryGet for Host {
     fn get_if_any(&self, port: u16, path: &str) -> Option<Response> {
         let said = self.try_run(&format!("curl -s -m 10 -w '\\n%{{http_code}}' http://127.0.0.1:{port}{path}"));
         let said = String::from_utf8(said.stdout).ok()?;
@@ -264,7 +264,7 @@ impl Routers {
                     scope.spawn(move || broker.inside(|| asking.run()));
                 }
             }
-            let over = Over(&self.is_over);
+            let over = StopOnDrop(&self.is_over);
             let result = fault();
             drop(over);
             result
@@ -278,9 +278,9 @@ impl Routers {
 }
 
 /// Stops the requests, also if the test fails meanwhile.
-struct Over<'a>(&'a AtomicBool);
+struct StopOnDrop<'a>(&'a AtomicBool);
 
-impl Drop for Over<'_> {
+impl Drop for StopOnDrop<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::SeqCst);
     }
@@ -402,6 +402,6 @@ pub fn within<T>(what: &str, limit: Duration, mut found: impl FnMut() -> Option<
 }
 
 /// Sleeps for that long: for events that must not occur meanwhile, or for a program's own timer.
-pub fn pass(time: Duration) {
+pub fn sleep(time: Duration) {
     thread::sleep(time);
 }

@@ -9,10 +9,10 @@ use nix::sys::signal::Signal;
 use wgkex_tests::admin::{printed, token};
 use wgkex_tests::gateway::{Host, Lane, link_local};
 use wgkex_tests::key;
-use wgkex_tests::probe::said;
+use wgkex_tests::probe::message;
 use wgkex_tests::process::binary;
 
-use crate::lab::{CAUGHT_UP, Fleet, Node, Routers, pass, within};
+use crate::lab::{CAUGHT_UP, Fleet, Node, Routers, sleep, within};
 
 /// The limit for a revocation on every gateway, from the start of the operator's command to its end.
 const REVOKED: Duration = Duration::from_secs(2);
@@ -26,7 +26,7 @@ fn scene(lane: Lane, brokers: usize, gateways: usize) -> (Fleet, String) {
     let (token, hash) = token();
     let fleet = Fleet::new(lane, brokers, gateways, &format!("admin_token_hash: \"{hash}\""));
     let routers = Routers::new();
-    routers.ask(&fleet.doors(), 20);
+    routers.ask(&fleet.broker_hosts(), 20);
     fleet.caught_up(&routers);
     (fleet, token)
 }
@@ -71,7 +71,7 @@ pub fn a_revoked_key_is_gone_from_every_gateway_in_two_seconds_and_stays_away(la
     refuses(&fleet.brokers[1], 1);
     let probe = fleet.witness();
     for n in [1, 101] {
-        probe.say(said("wireguard/test_a/all", key(n), 1, false));
+        probe.publish(message("wireguard/test_a/all", key(n), 1, false));
     }
     for gateway in &fleet.gateways {
         within("a later key is there", CAUGHT_UP, || is_whole(&gateway.host, 101).then_some(()));
@@ -81,7 +81,7 @@ pub fn a_revoked_key_is_gone_from_every_gateway_in_two_seconds_and_stays_away(la
     }
 
     // After a restart of each program.
-    pass(WRITTEN);
+    sleep(WRITTEN);
     for broker in &mut fleet.brokers {
         broker.kill();
         broker.start_again();
@@ -94,7 +94,7 @@ pub fn a_revoked_key_is_gone_from_every_gateway_in_two_seconds_and_stays_away(la
     for broker in &fleet.brokers {
         refuses(broker, 1);
     }
-    pass(Duration::from_secs(3));
+    sleep(Duration::from_secs(3));
     assert!(fleet.gateways.iter().all(|gateway| is_gone(&gateway.host, 1) && is_whole(&gateway.host, 2)));
 
     let lifted = operator(&fleet.brokers[1], &token, &format!("unrevoke {}", key(1)));
@@ -109,7 +109,7 @@ pub fn a_revoked_key_is_gone_from_every_gateway_in_two_seconds_and_stays_away(la
 
 pub fn a_gateway_that_was_away_removes_keys_revoked_meanwhile(lane: Lane) {
     let (mut fleet, token) = scene(lane, 1, 2);
-    pass(WRITTEN);
+    sleep(WRITTEN);
     fleet.gateways[1].kill();
     let revoked = operator(&fleet.brokers[0], &token, &format!("revoke {}", key(1)));
     assert_eq!(revoked.status.code(), Some(2), "{}", printed(&revoked));
@@ -121,7 +121,7 @@ pub fn a_gateway_that_was_away_removes_keys_revoked_meanwhile(lane: Lane) {
 
     // After a reboot it restores its keys from its own disk, where the revoked one still is, without that one; nor does
     // it install the revoked key when it receives it on connecting.
-    pass(WRITTEN);
+    sleep(WRITTEN);
     fleet.gateways[1].kill();
     let revoked = operator(&fleet.brokers[0], &token, &format!("revoke {} --for 10m", key(2)));
     assert_eq!(revoked.status.code(), Some(2), "{}", printed(&revoked));
@@ -133,8 +133,8 @@ pub fn a_gateway_that_was_away_removes_keys_revoked_meanwhile(lane: Lane) {
     let probe = fleet.witness();
     let joined = Instant::now();
     while joined.elapsed() < Duration::from_secs(3) {
-        probe.say(said("wireguard/test_a/all", key(2), 1, false));
-        pass(Duration::from_millis(20));
+        probe.publish(message("wireguard/test_a/all", key(2), 1, false));
+        sleep(Duration::from_millis(20));
     }
     let host = &fleet.gateways[1].host;
     within("the others are back", CAUGHT_UP, || (3..20).all(|n| is_whole(host, n)).then_some(()));
@@ -149,7 +149,7 @@ pub fn a_gateway_that_was_away_removes_keys_revoked_meanwhile(lane: Lane) {
 
 pub fn separated_brokers_converge_on_the_same_revocations(lane: Lane) {
     let (mut fleet, token) = scene(lane, 2, 1);
-    pass(WRITTEN);
+    sleep(WRITTEN);
     let revoke = |broker: &Node, n| drop(operator(broker, &token, &format!("revoke {}", key(n))));
     fleet.brokers[1].kill();
     revoke(&fleet.brokers[0], 1);

@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use wgkex_tests::key;
-use wgkex_tests::probe::said;
+use wgkex_tests::probe::message;
 use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack};
 
-use crate::lab::{CAUGHT_UP, pass, within};
+use crate::lab::{CAUGHT_UP, sleep, within};
 
 const MAX: f64 = 320.0;
 
@@ -20,11 +20,11 @@ fn live_keys_are_bounded_and_forgotten_after_their_time_and_a_restart_changes_ne
     };
     let topic = format!("wireguard/{DOMAIN}/all");
     for n in 0..20 {
-        witness.say_all((n * 100..n * 100 + 100).map(|n| said(&topic, key(n), 1, false)));
+        witness.publish_all((n * 100..n * 100 + 100).map(|n| message(&topic, key(n), 1, false)));
         assert!(live(&stack).unwrap() <= MAX);
     }
     within("they are heard", CAUGHT_UP, || (live(&stack)? > MAX * 0.9).then_some(()));
-    pass(Duration::from_secs(2));
+    sleep(Duration::from_secs(2));
     let _ = stack.broker().end_by(nix::sys::signal::Signal::SIGKILL);
     stack.start_broker();
     stack.wait_until_ready();

@@ -8,7 +8,7 @@ use nix::sys::signal::Signal;
 use wgkex_tests::gateway::Lane;
 use wgkex_tests::process::Process;
 
-use crate::lab::{CAUGHT_UP, Fleet, Pace, Routers, pass, within};
+use crate::lab::{CAUGHT_UP, Fleet, Pace, Routers, sleep, within};
 
 /// After so many rounds the second broker and the second gateway are only frozen, and not ended: they must not grow.
 const WARM_UP: u32 = 50;
@@ -25,7 +25,7 @@ pub fn a_hundred_random_faults_lose_no_key_and_leak_nothing(lane: Lane) {
     let mut fleet = Fleet::new(lane, 2, 2, "");
     let routers = Routers::new();
     let mut warm = Vec::new();
-    routers.ask_during(&fleet.doors(), Pace::per_second(30), || {
+    routers.ask_during(&fleet.broker_hosts(), Pace::per_second(30), || {
         for round in 0..ROUNDS {
             if round == WARM_UP {
                 // One of them may be just starting.
@@ -33,9 +33,9 @@ pub fn a_hundred_random_faults_lose_no_key_and_leak_nothing(lane: Lane) {
                 warm = survivors(&fleet);
             }
             fault(&mut fleet, &mut random, round >= WARM_UP);
-            pass(Duration::from_millis(random.below(900).into()));
+            sleep(Duration::from_millis(random.below(900).into()));
         }
-        pass(Duration::from_secs(3));
+        sleep(Duration::from_secs(3));
     });
     fleet.is_complete();
     fleet.caught_up(&routers);
@@ -68,11 +68,11 @@ fn fault(fleet: &mut Fleet, random: &mut Random, spares: bool) {
     };
     if signal == Signal::SIGSTOP {
         process.signal(signal);
-        pass(2 * time);
+        sleep(2 * time);
         return process.signal(Signal::SIGCONT);
     }
     let _ = process.end_by(signal);
-    pass(time);
+    sleep(time);
     match part {
         n @ 0..2 => brokers[n as usize].start_again(),
         n @ 2..4 => gateways[n as usize - 2].start_again(),

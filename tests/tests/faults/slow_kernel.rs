@@ -63,9 +63,12 @@ fn a_kernel_slower_than_the_keep_alive_costs_no_connection_and_no_confirmation()
     assert!(kernel.reads() >= 3, "{} dumps", kernel.reads());
     let peers = kernel.device(&domains[0]).unwrap().peers;
     assert_eq!(peers.keys().map(ToString::to_string).collect::<BTreeSet<_>>(), asked);
-    let said: Vec<_> =
-        witness.received().into_iter().filter(|said| said.topic == "wireguard-worker/slow/status").collect();
-    assert!(said.len() == 1 && said[0].text() == "1", "it connected once, and no will was published: {said:?}");
+    let messages: Vec<_> =
+        witness.received().into_iter().filter(|message| message.topic == "wireguard-worker/slow/status").collect();
+    assert!(
+        messages.len() == 1 && messages[0].text() == "1",
+        "it connected once, and no will was published: {messages:?}"
+    );
     let connected = Http::connect(SocketAddr::from((Ipv4Addr::LOCALHOST, metrics.port()))).get("/metrics").body;
     assert!(connected.contains("wgkex_worker_mqtt_connected 1"), "{connected}");
     drop(stop);

@@ -7,7 +7,7 @@ use wgkex_tests::gateway::Lane;
 use wgkex_tests::process::Process;
 use wgkex_tests::{key, probe};
 
-use crate::lab::{CAUGHT_UP, Fleet, Node, Role, Routers, caught_up, pass, within};
+use crate::lab::{CAUGHT_UP, Fleet, Node, Role, Routers, caught_up, sleep, within};
 
 pub fn a_worker_killed_in_the_middle_of_a_batch_goes_on(lane: Lane) {
     const KEYS: u32 = 5_000;
@@ -31,15 +31,15 @@ pub fn a_worker_that_finds_an_intact_kernel_touches_nothing(lane: Lane) {
     let mut fleet = Fleet::new(lane, 1, 1, "");
     let routers = Routers::new();
     // With more keys than its neighbour table has room for, the kernel's neighbour events would drown all others.
-    routers.ask(&fleet.doors(), 500);
+    routers.ask(&fleet.broker_hosts(), 500);
     fleet.caught_up(&routers);
     for signal in [Signal::SIGTERM, Signal::SIGKILL] {
         // The latest state is written.
-        pass(Duration::from_secs(2));
+        sleep(Duration::from_secs(2));
         unchanged(&mut fleet.gateways[0], signal);
     }
     fleet.is_complete();
-    routers.ask(&fleet.doors(), 10);
+    routers.ask(&fleet.broker_hosts(), 10);
     fleet.caught_up(&routers);
 }
 
@@ -56,7 +56,7 @@ fn unchanged(gateway: &mut Node, signal: Signal) {
         host.run(&format!("ip -6 route del fe80::77/128 dev wg-a && bridge fdb del {flood}"));
         monitors.iter().all(|monitor| monitor.log().contains("Deleted")).then_some(())
     });
-    pass(Duration::from_secs(1));
+    sleep(Duration::from_secs(1));
     let lines = |monitor: &Process| monitor.log().lines().count();
     let before = (monitors.each_ref().map(lines), host.wireguard("wg-a"), host.tables("a"));
     let _ = gateway.process.end_by(signal);
@@ -66,7 +66,7 @@ fn unchanged(gateway: &mut Node, signal: Signal) {
     let peers = before.2.peers.len() as u64;
     within("the worker has read the tables", CAUGHT_UP, || (gateway.figure(counted)? == peers).then_some(()));
     // The worker receives all pages, and processes their keys.
-    pass(Duration::from_secs(5));
+    sleep(Duration::from_secs(5));
     let host = &gateway.host;
     let after = (monitors.each_ref().map(lines), host.wireguard("wg-a"), host.tables("a"));
     assert!(before == after, "{signal}: the restart changed the kernel: {}, {}", monitors[0].log(), monitors[1].log());
@@ -82,14 +82,14 @@ pub fn a_rebooted_gateway_is_full_again_from_the_broker_or_from_its_own_disk(lan
     // A gateway without state, as after a reboot with a new disk. It serves before it has all keys.
     fleet.add_gateway("");
     fleet.is_complete();
-    routers.ask(&fleet.doors(), 20);
+    routers.ask(&fleet.broker_hosts(), 20);
     let so_far = fleet.gateways[0].host.tables("a").peers.len();
     assert!(routers.answers().accepted.len() == keys as usize + 20, "all are served at once");
     let is_seen = so_far < keys as usize || lane == Lane::Kernel;
     assert!(is_seen, "it was faster than the routers: nothing can be seen");
     fleet.caught_up(&routers);
     // The rest is written.
-    pass(Duration::from_secs(2));
+    sleep(Duration::from_secs(2));
 
     // A gateway with state, and without broker and bus.
     let mut old = fleet.gateways.remove(0);
@@ -121,7 +121,7 @@ fn announce(fleet: &Fleet, routers: &Routers, count: u32) {
     let any_broker = fleet.probe(probe::Role::new("any-broker", &[]));
     let keys: Vec<_> = routers.take(count).map(key).collect();
     for chunk in keys.chunks(500) {
-        any_broker.say_all(chunk.iter().map(|key| probe::said("wireguard/test_a/all", key.as_str(), 1, false)));
+        any_broker.publish_all(chunk.iter().map(|key| probe::message("wireguard/test_a/all", key.as_str(), 1, false)));
         routers.note(chunk.iter().cloned());
         let known = routers.answers().accepted.len() as u64;
         within("the broker knows them", CAUGHT_UP, || (fleet.brokers[0].live()? >= known).then_some(()));

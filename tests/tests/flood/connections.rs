@@ -20,11 +20,11 @@ const MANY: u32 = 10_000;
 /// Files that a test has open beside its connections.
 const FILES: u64 = 500;
 /// The number of connections that a broker with a limit of 1,024 open files takes.
-const FEW: u32 = 224;
+const CONNECTIONS_MAX: u32 = 224;
 /// The memory limit of an open connection, in bytes.
-const EACH: u32 = 24 * 1024;
+const MEMORY_PER_CONNECTION: u32 = 24 * 1024;
 
-/// A plan whose broker may have so few open files that it takes only [`FEW`] connections.
+/// A plan whose broker may have so few open files that it takes only [`CONNECTIONS_MAX`] connections.
 fn few_files() -> Plan {
     let mut plan = plan("");
     plan.wrapper = ["sh", "-c", "ulimit -n 1024 && exec \"$@\"", "sh"].map(str::to_owned).to_vec();
@@ -121,7 +121,7 @@ fn a_full_connection_table_evicts_connections_without_a_whole_request() {
         let wrote = stream.write_all(drop);
         wrote.is_err() || matches!(stream.read(&mut [0; 1024]), Ok(0))
     };
-    while open.len() > FEW as usize / 2 {
+    while open.len() > CONNECTIONS_MAX as usize / 2 {
         let mut n = 0;
         open.retain_mut(|stream| {
             n += 1;
@@ -147,7 +147,7 @@ fn excess_connections_make_room_for_routers() {
         }
     }
     assert_serves(&stack, 600);
-    assert!(stack.metric("wgkex_broker_http_connections").unwrap() <= f64::from(FEW));
+    assert!(stack.metric("wgkex_broker_http_connections").unwrap() <= f64::from(CONNECTIONS_MAX));
     assert!(stack.metric(r#"wgkex_broker_http_connections_closed_total{reason="full"}"#).unwrap() >= 300.0);
 }
 
@@ -204,7 +204,7 @@ fn ten_thousand_idle_connections_take_bounded_memory_and_routers_are_served() {
     let (took, full) = (begun.elapsed(), memory(&mut stack));
     println!("{many} connections in {took:.1?}, {most} open at once: {before} KiB before, {full} KiB with them");
     assert!(most <= 8_192.0);
-    assert!(full < before + MANY * EACH / 1024, "{before} {full}");
+    assert!(full < before + MANY * MEMORY_PER_CONNECTION / 1024, "{before} {full}");
     // None of them has sent any data.
     let gone = Instant::now();
     wgkex_tests::wait_until("all are closed", || {

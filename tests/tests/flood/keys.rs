@@ -13,7 +13,7 @@ use tokio::task::JoinSet;
 use tokio::time::sleep_until;
 use wgkex_tests::http::{Http, Response, ask};
 use wgkex_tests::many_routers::{address, connect_from, post};
-use wgkex_tests::probe::said;
+use wgkex_tests::probe::message;
 use wgkex_tests::scripted::key_topic;
 use wgkex_tests::stack::{DOMAIN, Stack, V1, V2};
 use wgkex_tests::{key, wait_until};
@@ -63,9 +63,12 @@ fn unknown_keys_over_a_limit_get_429_and_known_ones_never() {
         // An invalid request is answered as such, and does not count for the limits.
         assert_eq!(stack.v2("ffx_none", &key(3)).status, 400);
         assert!((refused(&stack, reason) - 2.0).abs() < 0.1, "{reason}");
-        assert!(worker.probe.received().iter().all(|said| said.text() != key(3)), "what is refused is not published");
+        assert!(
+            worker.probe.received().iter().all(|message| message.text() != key(3)),
+            "what is refused is not published"
+        );
         // A key from another broker, or from a gateway, is known, too.
-        worker.probe.say(said(key_topic(DOMAIN), key(4), 1, false));
+        worker.probe.publish(message(key_topic(DOMAIN), key(4), 1, false));
         wait_until("the key is known", || (stack.v2(DOMAIN, &key(4)).status == 200).then_some(()));
     }
 }
@@ -82,7 +85,7 @@ fn a_key_that_comes_without_end_is_answered_always_and_published_seldom() {
         assert_eq!(response.status, 200, "{response:?}");
         assert!(path == V1 || response.body == first.body, "{response:?}");
     }
-    let published = worker.probe.received().iter().filter(|said| said.text() == key(1)).count();
+    let published = worker.probe.received().iter().filter(|message| message.text() == key(1)).count();
     // Three by the limit; then once for each version in 3 s.
     let allowed = 3 + 2 * (1 + begun.elapsed().as_secs() / 3);
     assert!(published as u64 <= allowed, "{published} in {:?}", begun.elapsed());
@@ -193,7 +196,7 @@ fn under_flood(config: &str, sender: fn(u32) -> (Ipv4Addr, String), reason: &str
     // Half of them have had a handshake, too.
     let seen: Vec<_> = known.iter().step_by(2).map(|key| format!("\"{key}\"")).collect();
     let seen = format!(r#"{{"domain":"{DOMAIN}","keys":[{}]}}"#, seen.join(","));
-    worker.probe.say(said("wgkex/worker/gw1/seen", seen, 1, false));
+    worker.probe.publish(message("wgkex/worker/gw1/seen", seen, 1, false));
     let proven = format!(r#"wgkex_broker_live_keys{{domain="{DOMAIN}",state="proven"}}"#);
     stack.wait_for_metric(&proven, f64::from(KNOWN / 2));
     // The machine's speed, with other programs running.
@@ -303,7 +306,7 @@ fn known_keys_do_not_queue_behind_new_ones_on_their_way_to_the_bus() {
     let (mut stack, worker) = stack_with(plan("limits: {}"));
     assert_eq!(stack.v1(DOMAIN, &key(1)).status, 200);
     let seen = format!(r#"{{"domain":"{DOMAIN}","keys":["{}"]}}"#, key(1));
-    worker.probe.say(said("wgkex/worker/gw1/seen", seen, 1, false));
+    worker.probe.publish(message("wgkex/worker/gw1/seen", seen, 1, false));
     stack.wait_for_metric(&format!(r#"wgkex_broker_live_keys{{domain="{DOMAIN}",state="proven"}}"#), 1.0);
     let send = |mut http: Http, n| {
         let body = ask(DOMAIN, &key(n));
@@ -326,7 +329,7 @@ fn known_keys_do_not_queue_behind_new_ones_on_their_way_to_the_bus() {
     let statuses: Vec<_> = routers.iter_mut().map(|http| http.response("POST").status).collect();
     assert_eq!(statuses.last(), Some(&200));
     // The first occurrence is from the first request.
-    let heard = worker.probe.received();
-    let place = heard.iter().skip(1).position(|said| said.text() == key(1));
-    assert!(place.is_some_and(|place| place < 100), "{place:?} of {}", heard.len());
+    let received = worker.probe.received();
+    let place = received.iter().skip(1).position(|message| message.text() == key(1));
+    assert!(place.is_some_and(|place| place < 100), "{place:?} of {}", received.len());
 }

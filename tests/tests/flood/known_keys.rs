@@ -12,7 +12,7 @@ use tokio::task::JoinSet;
 use tokio::time::sleep;
 use wgkex_tests::http::ask;
 use wgkex_tests::many_routers::{address, connect_from, post};
-use wgkex_tests::probe::said;
+use wgkex_tests::probe::message;
 use wgkex_tests::scripted::Worker;
 use wgkex_tests::stack::{DOMAIN, Stack, V1, V2};
 use wgkex_tests::{key, wait_until};
@@ -34,7 +34,7 @@ const ATTACKERS: u32 = 16;
 fn shakes_hands(stack: &Stack, worker: &Worker, keys: &[String]) {
     let keys: Vec<_> = keys.iter().map(|key| format!("\"{key}\"")).collect();
     let seen = format!(r#"{{"domain":"{DOMAIN}","keys":[{}]}}"#, keys.join(","));
-    worker.probe.say(said("wgkex/worker/gw1/seen", seen, 1, false));
+    worker.probe.publish(message("wgkex/worker/gw1/seen", seen, 1, false));
     let proven = format!(r#"wgkex_broker_live_keys{{domain="{DOMAIN}",state="proven"}}"#);
     #[expect(clippy::cast_precision_loss, reason = "a few keys")]
     stack.wait_for_metric(&proven, keys.len() as f64);

@@ -14,7 +14,7 @@ mod unread_answers;
 
 use std::fs::File;
 
-use wgkex_tests::scripted::{Manner, Worker};
+use wgkex_tests::scripted::{Worker, WorkerBehaviour};
 use wgkex_tests::stack::{Bus, Plan, Stack};
 
 /// A lock for tests that measure times, or need most of the allowed open files: only one of them runs at a time, also
@@ -29,7 +29,7 @@ fn alone() -> File {
 /// A broker with this plan, and a gateway that confirms.
 fn stack_with(plan: Plan) -> (Stack, Worker) {
     let stack = Stack::start(plan);
-    let worker = Worker::start(&stack, "gw1", Manner::Confirms, 0);
+    let worker = Worker::start(&stack, "gw1", WorkerBehaviour::Confirms, 0);
     stack.wait_for_gateways(1);
     (stack, worker)
 }

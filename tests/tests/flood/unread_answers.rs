@@ -12,7 +12,7 @@ use wgkex_common::Config;
 use wgkex_kernel::memory::MemoryKernel;
 use wgkex_tests::admin::Operator;
 use wgkex_tests::http::Http;
-use wgkex_tests::probe::{Role, Said};
+use wgkex_tests::probe::{Message, Role};
 use wgkex_tests::process;
 use wgkex_tests::scripted::{data, peers_of, status};
 use wgkex_tests::stack::{DOMAIN, free_address};
@@ -109,11 +109,11 @@ fn unread_large_pages_take_bounded_memory_and_a_slow_reader_gets_all() {
     let (mut stack, _worker) = stack_with(plan(""));
     let names = (0..GATEWAYS).map(|n| format!("gw-{n:0>250}"));
     let domain = [DOMAIN];
-    let said = |name: String| {
+    let messages = |name: String| {
         let data = domain.map(|domain| data(&name, domain));
-        data.into_iter().chain([peers_of(&name, DOMAIN, "1"), status(&name, "1")]).collect::<Vec<Said>>()
+        data.into_iter().chain([peers_of(&name, DOMAIN, "1"), status(&name, "1")]).collect::<Vec<Message>>()
     };
-    stack.probe(Role::new("many", &[])).say_all(names.flat_map(said));
+    stack.probe(Role::new("many", &[])).publish_all(names.flat_map(messages));
     stack.wait_for_gateways(u32::try_from(GATEWAYS).unwrap() + 1);
     let page = stack.get("/").body.len();
     let before = memory(&mut stack);

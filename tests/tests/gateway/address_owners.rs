@@ -11,7 +11,7 @@ use wgkex_tests::{key, wait_until};
 
 use crate::peers::ping;
 use crate::several_gateways::Fleet;
-use crate::{SPARE, Single};
+use crate::{READINESS_KEY, Single};
 
 /// A router's private key, its public key, and another key that derives the same address. For one of many routers such
 /// a key is found in seconds, without its private half.
@@ -103,7 +103,7 @@ pub fn an_address_stays_with_the_router_that_has_it_until_that_is_gone(lane: Lan
     // The other key has no handshake: it is swept after its grace.
     let comes = || (host.post(2, other).status == 200 && host.tables("a").missing(other).is_empty()).then_some(());
     wait_until("the other may come", comes);
-    assert_eq!(host.post(2, SPARE).status, 200);
+    assert_eq!(host.post(2, READINESS_KEY).status, 200);
 }
 
 /// Fails with a broker that reserves any key that a worker names: the router got 403, and its peer belonged to nobody.

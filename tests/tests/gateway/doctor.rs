@@ -12,9 +12,9 @@ use wgkex_tests::gateway::{Host, Lane, link_local};
 use wgkex_tests::process::hash;
 use wgkex_tests::{key, wait_until};
 
-use crate::looks::worker;
 use crate::own_server::certify;
 use crate::peers::router;
+use crate::read_only_commands::worker;
 use crate::{Single, serves};
 
 /// Runs it; returns its exit code and output.
@@ -23,7 +23,7 @@ fn doctor(host: &Host) -> (i32, String) {
 }
 
 /// It fails, with a line that begins like this and has this advice.
-fn names(host: &Host, trouble: &str, advice: &str) {
+fn assert_reports(host: &Host, trouble: &str, advice: &str) {
     let (code, said) = doctor(host);
     let line = said.lines().find(|line| line.starts_with(trouble));
     assert!(line.is_some_and(|line| line.contains(advice)), "{trouble} ... {advice} is not in {said}");
@@ -37,12 +37,12 @@ pub fn a_gateway_on_which_all_is_well_passes_and_one_without_its_worker_says_so(
     let before = (host.tables("a"), host.wireguard("wg-a"));
     let losses = || process.log().matches("MQTT not connected").count();
     let lost = losses();
-    passes(&host, "", &[]);
+    assert_no_other_problem(&host, "", &[]);
     assert_eq!(losses(), lost, "it kept its connections: {}", process.log());
     assert_eq!(host.metric(9586, "wgkex_worker_mqtt_connected").as_deref(), Some("1"));
     assert!(process.end_by(Signal::SIGTERM).success());
     // No unit is installed here, so the user is an option.
-    passes(
+    assert_no_other_problem(
         &host,
         &format!("--user {}", host.run("stat -c %U /run/wgkex/state")),
         &["warn worker: no worker runs here"],
@@ -51,7 +51,7 @@ pub fn a_gateway_on_which_all_is_well_passes_and_one_without_its_worker_says_so(
 }
 
 /// It reports nothing but `allowed`, and the machine's own clock.
-fn passes(host: &Host, options: &str, allowed: &[&str]) {
+fn assert_no_other_problem(host: &Host, options: &str, allowed: &[&str]) {
     let command = format!("doctor --broker-url http://127.0.0.1:5000 {options}");
     let (code, said) = worker(host, &command);
     let troubles: Vec<_> =
@@ -83,9 +83,9 @@ pub fn each_fault_of_interfaces_is_named(lane: Lane) {
         let bind = || host.inside(|| UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 51820)));
         wait_until("the port is free", || bind().ok())
     };
-    names(&host, "fail wg-a: it is missing", "run `wgkex-worker setup`");
+    assert_reports(&host, "fail wg-a: it is missing", "run `wgkex-worker setup`");
     let taken = take();
-    names(&host, "fail wg-a: UDP port 51820, which it is to have, is taken by process ", "setup.listen_port");
+    assert_reports(&host, "fail wg-a: UDP port 51820, which it is to have, is taken by process ", "setup.listen_port");
     drop(taken);
 
     host.setup();
@@ -104,7 +104,7 @@ pub fn each_fault_of_interfaces_is_named(lane: Lane) {
     };
     let taken = take();
     let _ = host.try_run(open);
-    names(&host, trouble, "then `wg set wg-a listen-port 51820`");
+    assert_reports(&host, trouble, "then `wg set wg-a listen-port 51820`");
     drop(taken);
     host.run(open);
     host.setup();
@@ -117,9 +117,9 @@ pub fn each_fault_of_interfaces_is_named(lane: Lane) {
     whole();
 
     host.run("ip link set wg-a mtu 1300");
-    names(&host, "fail vx-a: the MTU 1300 of wg-a is too small", "`ip link set wg-a mtu 1420`");
+    assert_reports(&host, "fail vx-a: the MTU 1300 of wg-a is too small", "`ip link set wg-a mtu 1420`");
     host.run("ip link set wg-a mtu 1400");
-    names(&host, "fail vx-a: its MTU 1350 is too large", "`ip link set vx-a mtu 1330`");
+    assert_reports(&host, "fail vx-a: its MTU 1350 is too large", "`ip link set vx-a mtu 1330`");
     host.run("ip link set vx-a mtu 1330");
     assert!(doctor(&host).0 < 3, "{}", doctor(&host).1);
     host.run("ip link set wg-a mtu 1420 && ip link add other type veth peer name another");
@@ -147,15 +147,15 @@ pub fn each_fault_of_interfaces_is_named(lane: Lane) {
         ),
     ] {
         host.run(&format!("ip link del vx-a; ip link add vx-a type {made} && ip link set vx-a up"));
-        names(&host, trouble, advice);
+        assert_reports(&host, trouble, advice);
     }
     host.run("ip link del vx-a");
-    names(&host, "fail vx-a: it is missing", "run `wgkex-worker setup`");
+    assert_reports(&host, "fail vx-a: it is missing", "run `wgkex-worker setup`");
     whole();
     host.run("ip link set wg-b down");
-    names(&host, "fail wg-b: it is down", "`ip link set wg-b up`");
+    assert_reports(&host, "fail wg-b: it is down", "`ip link set wg-b up`");
     host.run("ip link del wg-b; ip link add wg-b type veth peer name wg-c");
-    names(&host, "fail wg-b: it is of kind veth, and not a WireGuard interface", "`ip link del wg-b`");
+    assert_reports(&host, "fail wg-b: it is of kind veth, and not a WireGuard interface", "`ip link del wg-b`");
 }
 
 pub fn each_fault_of_files_clock_and_other_managers_is_named(lane: Lane) {
@@ -163,21 +163,25 @@ pub fn each_fault_of_files_clock_and_other_managers_is_named(lane: Lane) {
     host.configure("blacklist_file: /run/denied\n");
     host.setup();
     let _broker = host.start_broker();
-    names(&host, "fail blacklist_file: /run/denied is missing", "write it");
+    assert_reports(&host, "fail blacklist_file: /run/denied is missing", "write it");
     host.run("echo '[]' > /run/denied; mkdir -p /run/wgkex/state; chmod 500 /run/wgkex/state");
-    names(&host, "fail state: root cannot write to /run/wgkex/state", "install -d -m 700 -o root /run/wgkex/state");
+    assert_reports(
+        &host,
+        "fail state: root cannot write to /run/wgkex/state",
+        "install -d -m 700 -o root /run/wgkex/state",
+    );
     host.run("chmod 700 /run/wgkex/state");
     assert!(doctor(&host).0 < 3, "{}", doctor(&host).1);
 
     // Root checks for the user of the unit, unless an option names another one.
     let unit = "/run/systemd/system/wgkex-worker.service";
     host.run(&format!("mkdir -p /run/systemd/system && printf '[Service]\\nUser=nobody\\n' >{unit}"));
-    names(&host, "fail state: nobody cannot write to /run/wgkex/state", "install -d -m 700 -o nobody");
+    assert_reports(&host, "fail state: nobody cannot write to /run/wgkex/state", "install -d -m 700 -o nobody");
     host.run("chmod 600 /run/denied");
     let (code, said) = worker(&host, "check-config --strict");
     let warning = "blacklist_file: /run/denied: nobody, as whom the worker serves, cannot read it: ";
     assert!(code == 1 && said.contains(warning), "{code}: {said}");
-    names(&host, "fail blacklist_file: nobody cannot read /run/denied: ", "let nobody read it");
+    assert_reports(&host, "fail blacklist_file: nobody cannot read /run/denied: ", "let nobody read it");
     assert!(worker(&host, "doctor --user root").0 < 3, "{}", worker(&host, "doctor --user root").1);
     host.run(&format!("rm {unit}; chmod 644 /run/denied"));
 
@@ -192,16 +196,16 @@ pub fn each_fault_of_files_clock_and_other_managers_is_named(lane: Lane) {
     host.run("mkdir -p /run/systemd/network && cp \"$(command -v sleep)\" /run/systemd-networkd");
     fs::write(host.path("/run/systemd/network/10-vpn.network"), "[Match]\nName=wg-*\n[Network]\nDHCP=yes\n").unwrap();
     let _networkd = host.start("networkd", Path::new("/run/systemd-networkd"), &["infinity"], &[]);
-    names(
+    assert_reports(
         &host,
         "fail wg-a: systemd-networkd manages it, too, by /run/systemd/network/10-vpn.network",
         "Unmanaged=yes",
     );
     fs::remove_file(host.path("/run/systemd/network/10-vpn.network")).unwrap();
-    names(&host, "warn managers: systemd-networkd runs, and removes routes", "ManageForeignRoutes=no");
+    assert_reports(&host, "warn managers: systemd-networkd runs, and removes routes", "ManageForeignRoutes=no");
     let wants = "/run/systemd/system/multi-user.target.wants";
     host.run(&format!("mkdir -p {wants} && touch {wants}/wg-quick@wg-b.service"));
-    names(&host, "fail wg-b: wg-quick manages it, too", "`systemctl disable --now wg-quick@wg-b`");
+    assert_reports(&host, "fail wg-b: wg-quick manages it, too", "`systemctl disable --now wg-quick@wg-b`");
 }
 
 /// Root can open the control socket of a userspace WireGuard, and the worker's user cannot. The kernel's WireGuard is
@@ -240,7 +244,7 @@ pub fn a_vxlan_whose_routers_have_another_id_is_named(lane: Lane) {
     };
     // Errors that are sent to the router: the gateway also counts others of its own.
     let errors = || router.run("awk '$1 == \"Icmp6InDestUnreachs\" { print $2 }' /proc/net/snmp6");
-    let is_named = || names(host, "warn vx-a: it has never received anything, although ", "setup.vxlan_id");
+    let is_named = || assert_reports(host, "warn vx-a: it has never received anything, although ", "setup.vxlan_id");
     let before = errors();
     send_by(7, 8472);
     is_named();
@@ -283,7 +287,7 @@ pub fn each_fault_of_the_connection_and_a_second_machine_of_one_name_is_named(la
     let right = "password: gw1, tls: true, ca_file: /run/ca.crt";
     gateway.configure(&mqtt(server, right));
     gateway.setup();
-    names(&gateway, &format!("fail MQTT: {server}:1883: "), "start the MQTT server");
+    assert_reports(&gateway, &format!("fail MQTT: {server}:1883: "), "start the MQTT server");
 
     hub.configure(&format!(
         "mqtt_listen: {{host: 0.0.0.0, tls: {{cert_file: /run/server.crt, key_file: /run/server.key}}, \
@@ -312,7 +316,7 @@ pub fn each_fault_of_the_connection_and_a_second_machine_of_one_name_is_named(la
         ("password: gw1", "the server speaks TLS on this port", "set mqtt.tls to true"),
     ] {
         gateway.configure(&mqtt(server, rest));
-        names(&gateway, &format!("fail MQTT: {server}:1883: {trouble}"), advice);
+        assert_reports(&gateway, &format!("fail MQTT: {server}:1883: {trouble}"), advice);
     }
 
     // A worker that started before the certificate was corrected.
@@ -324,20 +328,24 @@ pub fn each_fault_of_the_connection_and_a_second_machine_of_one_name_is_named(la
     wait_until("it is told", || doctor(&gateway).1.contains(&told).then_some(()));
     // A worker that is stopped.
     refused.signal(Signal::SIGSTOP);
-    names(&gateway, "fail worker: process ", "(wgkex-worker) has 127.0.0.1:9586, and does not answer there");
+    assert_reports(&gateway, "fail worker: process ", "(wgkex-worker) has 127.0.0.1:9586, and does not answer there");
     refused.signal(Signal::SIGCONT);
     assert!(refused.end_by(Signal::SIGTERM).success());
 
     gateway.configure(&mqtt(server, right).replace("username: gw1", "username: other"));
     let trouble = format!("fail MQTT: {server}:1883: the server refuses the client id gw1-doctor of user other");
-    names(&gateway, &trouble, "set mqtt.username to the host name of this machine");
+    assert_reports(&gateway, &trouble, "set mqtt.username to the host name of this machine");
 
     twin.configure(&mqtt(for_twin, right));
     twin.setup();
     let _twins = twin.start_worker();
     serves(&hub);
     gateway.configure(&mqtt(server, right));
-    names(&gateway, "fail MQTT: a worker on another machine, or with other interfaces, publishes as gw1", "host name");
+    assert_reports(
+        &gateway,
+        "fail MQTT: a worker on another machine, or with other interfaces, publishes as gw1",
+        "host name",
+    );
     gateway.run("ip link del wg-a; ip link del wg-b");
-    names(&gateway, "fail MQTT: a worker gw1 is online, and none runs here", "another machine has this name");
+    assert_reports(&gateway, "fail MQTT: a worker gw1 is online, and none runs here", "another machine has this name");
 }

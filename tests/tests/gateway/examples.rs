@@ -101,7 +101,7 @@ fn mosquitto(broker: &Host) -> Process {
 }
 
 /// With the broker's MQTT server and nginx, then behind another proxy, then with Mosquitto.
-pub fn a_router_comes_into_the_mesh_by_the_examples_alone(lane: Lane) {
+pub fn a_router_joins_the_mesh_with_the_example_configs(lane: Lane) {
     let [broker, gateway, router] = fleet(lane);
     broker.run(&format!("{} {DIR} {BROKER} 2>&1", script("make-ca")));
     let certificate = fs::read(broker.path(&format!("{DIR}/ca.pem"))).unwrap();

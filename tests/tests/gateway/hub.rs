@@ -12,7 +12,7 @@ use wgkex_tests::process::Process;
 use wgkex_tests::websocket::WebSocket;
 use wgkex_tests::{wait_until, wait_within};
 
-use crate::looks::worker;
+use crate::read_only_commands::worker;
 
 /// The pool of the tenants and an address of the gateway: all that a member could try to reach.
 const EVERYWHERE: &str = "10.64.0.0/10,192.0.2.1/32";
@@ -174,14 +174,14 @@ pub fn os21_members_behind_nat_reach_each_other_through_the_hub_and_other_tenant
     }
     assert_eq!(leaked(), "0");
     // Deleted rules are restored soon: the interface changes, which triggers a read by the worker.
-    let look_again = || gateway.run("ip link add other type veth peer name another && ip link del other");
+    let trigger_read = || gateway.run("ip link add other type veth peer name another && ip link del other");
     for damage in [
         "ip rule del pref 5183 iif wg-hub",
         "ip route flush table 51830",
         "tc qdisc del dev wg-hub ingress && ip rule del pref 5184 iif wg-hub",
     ] {
         gateway.run(damage);
-        look_again();
+        trigger_read();
         a.wait_until_it_reaches(&b.address);
         wait_until("the filter is there", || {
             gateway.run("tc filter show dev wg-hub ingress").contains("direct-action").then_some(())

@@ -70,13 +70,13 @@ pub fn each_key_is_in_the_kernel_at_the_instant_of_its_200(lane: Lane) {
     let (keys, clients) = if lane == Lane::Kernel { (100, 1) } else { (1_000, 4) };
     let single = Single::new(lane, "");
     let host = &single.host;
-    let instant = Instant { worker: &single.worker, looking: Mutex::new(0) };
+    let frozen = FrozenKernel { worker: &single.worker, inspecting: Mutex::new(0) };
     let next = AtomicU32::new(0);
     let never_posted = key(keys);
     let lacking = |n: u32| {
         let key = key(n);
         let answer = host.post(1 + u8::from(n.is_multiple_of(2)), &key);
-        let tables = instant.look(|| host.tables("a"));
+        let tables = frozen.inspect(|| host.tables("a"));
         assert_eq!(answer.status, 200, "{answer:?}");
         assert_eq!(tables.missing(&never_posted).len(), 3, "what was not POSTed is not there");
         (!tables.missing(&key).is_empty()).then(|| (n, tables.missing(&key)))
@@ -94,23 +94,23 @@ pub fn each_key_is_in_the_kernel_at_the_instant_of_its_200(lane: Lane) {
 }
 
 /// Keeps the kernel unchanged while a client inspects it, by stopping the worker.
-struct Instant<'a> {
+struct FrozenKernel<'a> {
     worker: &'a Process,
-    looking: Mutex<u32>,
+    inspecting: Mutex<u32>,
 }
 
-impl Instant<'_> {
-    fn look<T>(&self, look: impl FnOnce() -> T) -> T {
-        let mut looking = self.looking.lock().unwrap();
-        if *looking == 0 {
+impl FrozenKernel<'_> {
+    fn inspect<T>(&self, inspect: impl FnOnce() -> T) -> T {
+        let mut inspecting = self.inspecting.lock().unwrap();
+        if *inspecting == 0 {
             self.worker.signal(Signal::SIGSTOP);
         }
-        *looking += 1;
-        drop(looking);
-        let seen = look();
-        let mut looking = self.looking.lock().unwrap();
-        *looking -= 1;
-        if *looking == 0 {
+        *inspecting += 1;
+        drop(inspecting);
+        let seen = inspect();
+        let mut inspecting = self.inspecting.lock().unwrap();
+        *inspecting -= 1;
+        if *inspecting == 0 {
             self.worker.signal(Signal::SIGCONT);
         }
         seen

@@ -3,13 +3,13 @@
 use std::net::{Ipv4Addr, SocketAddr};
 
 use wgkex_tests::gateway::{Host, Lane};
-use wgkex_tests::probe::{Probe, said};
+use wgkex_tests::probe::{Probe, message};
 use wgkex_tests::process::Process;
 use wgkex_tests::{key, wait_until};
 
 use crate::serves;
 
-pub fn interfaces_may_be_missing_and_come_and_go(lane: Lane) {
+pub fn interfaces_may_be_missing_deleted_and_recreated(lane: Lane) {
     let host = Host::new("gateway", lane);
     let _broker = host.start_broker();
     let mut worker = host.start_worker();
@@ -27,7 +27,7 @@ pub fn interfaces_may_be_missing_and_come_and_go(lane: Lane) {
     announce(&witness, &keys[1..]);
     let received = || host.metric(9586, r#"wgkex_worker_keys_received_total{domain="test_a"}"#);
     wait_until("all keys are received", || (received()? == "3").then_some(()));
-    look_again(&host);
+    trigger_read(&host);
     assert_eq!(downs(&worker, "a"), 1, "{}", worker.log());
 
     host.setup();
@@ -46,7 +46,7 @@ pub fn interfaces_may_be_missing_and_come_and_go(lane: Lane) {
         assert_eq!(host.metric(9586, r#"wgkex_worker_domain_up{domain="test_b"}"#).as_deref(), Some("1"));
         announce(&witness, &[key(n)]);
         wait_until("the key fails", || (failed()? != *failed_before.as_ref()?).then_some(()));
-        look_again(&host);
+        trigger_read(&host);
         assert_eq!(downs(&worker, "a"), downs_before + 1, "after {command}: {}", worker.log());
         keys.push(key(n));
 
@@ -67,13 +67,13 @@ fn is_down(host: &Host, witness: &Probe, rest: &str) {
     let up = || host.metric(9586, &format!(r#"wgkex_worker_domain_up{{domain="test_{rest}"}}"#));
     wait_until("the metric says it", || (up()? == "0").then_some(()));
     let peers = format!("wireguard-metrics/test_{rest}/gateway/connected_peers");
-    witness.next("the domain is offline", |said| said.topic == peers && said.text() == "-1");
+    witness.next("the domain is offline", |message| message.topic == peers && message.text() == "-1");
     let unready = host.get(9586, "/readyz").unwrap();
     assert!(unready.status == 503 && unready.body.contains(&format!("domain test_{rest}: ")), "{unready:?}");
 }
 
 /// Changes another link, so that the worker searches for its own again.
-fn look_again(host: &Host) {
+fn trigger_read(host: &Host) {
     let failures = || host.metric(9586, r#"wgkex_worker_read_failures_total{domain="test_a"}"#);
     let before = failures();
     host.run("ip link add other type veth peer name another && ip link del other");
@@ -87,7 +87,7 @@ fn downs(worker: &Process, rest: &str) -> usize {
 
 /// Publishes keys as any broker of the fleet does.
 fn announce(witness: &Probe, keys: &[String]) {
-    witness.say_all(keys.iter().map(|key| said("wireguard/test_a/all", key.as_str(), 0, false)));
+    witness.publish_all(keys.iter().map(|key| message("wireguard/test_a/all", key.as_str(), 0, false)));
 }
 
 fn all_are_there(host: &Host, keys: &[String]) {

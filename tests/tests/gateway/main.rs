@@ -10,11 +10,11 @@ mod examples;
 mod hub;
 mod keys;
 mod links;
-mod looks;
 mod own_server;
 mod peers;
 mod privacy;
 mod reach;
+mod read_only_commands;
 mod servers;
 mod several_gateways;
 mod start_and_stop;
@@ -68,19 +68,19 @@ lanes! {
     servers: a_client_reaches_the_server_by_the_config_that_the_command_prints;
     hub: os21_members_behind_nat_reach_each_other_through_the_hub_and_other_tenants_do_not;
     hub: members_learn_of_a_hub_that_changes;
-    examples: a_router_comes_into_the_mesh_by_the_examples_alone;
+    examples: a_router_joins_the_mesh_with_the_example_configs;
     start_and_stop: a_second_worker_does_not_start_and_a_killed_ones_successor_does;
     start_and_stop: sighup_applies_the_log_level_of_a_worker_and_names_what_the_rest_needs;
-    looks: status_shows_what_is_served_and_what_is_wrong;
-    looks: dry_run_shows_what_the_worker_would_change_and_changes_nothing;
+    read_only_commands: status_shows_what_is_served_and_what_is_wrong;
+    read_only_commands: dry_run_shows_what_the_worker_would_change_and_changes_nothing;
     doctor: a_gateway_on_which_all_is_well_passes_and_one_without_its_worker_says_so;
     doctor: each_fault_of_interfaces_is_named;
     doctor: each_fault_of_files_clock_and_other_managers_is_named;
     doctor: a_domain_that_the_workers_user_cannot_use_is_named;
     doctor: a_vxlan_whose_routers_have_another_id_is_named;
     doctor: each_fault_of_the_connection_and_a_second_machine_of_one_name_is_named;
-    links: interfaces_may_be_missing_and_come_and_go;
-    peers: a_key_that_comes_again_keeps_its_handshake;
+    links: interfaces_may_be_missing_deleted_and_recreated;
+    peers: a_repeated_key_keeps_its_handshake;
     peers: a_silent_peer_is_swept_and_a_foreign_one_stays;
     peers: a_flood_of_keys_evicts_only_unestablished_peers;
     peers: an_idle_routers_endpoint_is_forgotten_and_it_gets_through_again;
@@ -119,14 +119,14 @@ fn serves(host: &Host) {
     for domain in ["test_a", "test_b"] {
         wait_until(&format!("{domain} is served"), || {
             let url = "http://127.0.0.1:5000/api/v1/wg/key/exchange";
-            let answer = host.try_run(&format!("curl -sf -d '{}' {url}", ask(domain, SPARE)));
+            let answer = host.try_run(&format!("curl -sf -d '{}' {url}", ask(domain, READINESS_KEY)));
             answer.status.success().then_some(())
         });
     }
 }
 
 /// The key of the readiness check.
-const SPARE: &str = "o52Ge+Rpj4CUSitVag9mS7pSXUesNM0ESnvj/wwehkg=";
+const READINESS_KEY: &str = "o52Ge+Rpj4CUSitVag9mS7pSXUesNM0ESnvj/wwehkg=";
 
 /// Ends a program as an init system does, and checks that it ends in time and with success.
 fn end(process: &mut Process, signal: Signal) {

@@ -8,7 +8,7 @@ use wgkex_tests::{key, wait_until};
 
 use crate::Single;
 
-pub fn a_key_that_comes_again_keeps_its_handshake(lane: Lane) {
+pub fn a_repeated_key_keeps_its_handshake(lane: Lane) {
     let single = Single::new(lane, "");
     let host = &single.host;
     let (router, key) = router(host, lane);

@@ -13,7 +13,7 @@ use wgkex_tests::http::Http;
 use wgkex_tests::process::{Process, binary};
 use wgkex_tests::{key, wait_until, wait_within};
 
-use crate::looks::worker;
+use crate::read_only_commands::worker;
 
 /// The time in which a change reaches the interface.
 const SOON: Duration = Duration::from_secs(2);

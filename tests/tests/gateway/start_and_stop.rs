@@ -6,7 +6,7 @@ use std::path::Path;
 
 use nix::sys::signal::Signal;
 use wgkex_tests::gateway::{Host, Lane, link_local};
-use wgkex_tests::probe::{Probe, Role, said};
+use wgkex_tests::probe::{Probe, Role, message};
 use wgkex_tests::process::{Process, binary};
 use wgkex_tests::{key, wait_until};
 
@@ -21,27 +21,27 @@ pub fn a_stopped_worker_announces_it_and_leaves_the_kernel_unchanged(lane: Lane)
         let (peers, tables) = (host.wireguard("wg-a"), host.tables("a"));
 
         let witness = probe(&host, Role::new("witness", &["#"]));
-        witness.next("the worker is online", |said| said.topic == STATUS && said.text() == "1");
+        witness.next("the worker is online", |message| message.topic == STATUS && message.text() == "1");
         let before = witness.received().len();
         end(&mut worker, signal);
-        witness.next("the worker is offline", |said| said.topic == STATUS && said.text() == "0");
+        witness.next("the worker is offline", |message| message.topic == STATUS && message.text() == "0");
         assert_eq!((host.wireguard("wg-a"), host.tables("a")), (peers, tables), "{signal} changed the kernel");
 
         // A new client, with another name, receives it as a retained message.
         let kept = probe(&host, Role::new("late", &["#"]));
-        let state = |topic: &str| kept.next(topic, |said| said.topic == topic && said.retain).text();
+        let state = |topic: &str| kept.next(topic, |message| message.topic == topic && message.retain).text();
         assert_eq!(state(STATUS), "0");
         for rest in ["a", "b"] {
             assert_eq!(state(&peers_topic(rest)), "-1");
         }
-        let heard = witness.received().split_off(before);
-        let said: Vec<_> = heard.iter().map(|said| (said.topic.as_str(), said.text())).collect();
-        let place = |topic: &str| said.iter().position(|(heard, text)| *heard == topic && *text == "-1");
-        let offline = said.iter().position(|(topic, text)| *topic == STATUS && text == "0");
+        let received = witness.received().split_off(before);
+        let messages: Vec<_> = received.iter().map(|message| (message.topic.as_str(), message.text())).collect();
+        let place = |topic: &str| messages.iter().position(|(of, text)| *of == topic && *text == "-1");
+        let offline = messages.iter().position(|(topic, text)| *topic == STATUS && text == "0");
         for rest in ["a", "b"] {
-            assert!(place(&peers_topic(rest)).is_some() && place(&peers_topic(rest)) < offline, "{said:?}");
+            assert!(place(&peers_topic(rest)).is_some() && place(&peers_topic(rest)) < offline, "{messages:?}");
         }
-        assert_eq!(said.iter().filter(|(topic, _)| *topic == STATUS).count(), 1, "and no last will: {said:?}");
+        assert_eq!(messages.iter().filter(|(topic, _)| *topic == STATUS).count(), 1, "and no last will: {messages:?}");
     }
 }
 
@@ -203,7 +203,7 @@ fn fill(host: &Host, keys: u32) {
 pub fn sighup_applies_the_log_level_of_a_worker_and_names_what_the_rest_needs(lane: Lane) {
     let Single { broker: _broker, worker, host } = Single::new(lane, "");
     let stranger = probe(&host, Role::new("stranger", &[]));
-    let nonsense = || stranger.say(said("wireguard/test_a/all", "no key", 1, false));
+    let nonsense = || stranger.publish(message("wireguard/test_a/all", "no key", 1, false));
     nonsense();
     assert_eq!(host.post(2, &key(0)).status, 200);
     assert!(!worker.log().contains("DEBUG"), "{}", worker.log());

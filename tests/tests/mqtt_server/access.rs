@@ -6,10 +6,10 @@ use std::process::Command;
 
 use rumqttc::{Connect, ConnectReturnCode, Login, Packet, QoS, SubscribeReasonCode};
 use serde_json::Value;
-use wgkex_tests::probe::{Probe, Role, said};
+use wgkex_tests::probe::{Probe, Role, message};
 use wgkex_tests::process::{Process, binary, hash};
 use wgkex_tests::raw_client::{RawClient, connect, connect_with_will};
-use wgkex_tests::scripted::{Manner, Worker, endpoint, key_for, peers_of, status};
+use wgkex_tests::scripted::{Worker, WorkerBehaviour, endpoint, key_for, peers_of, status};
 use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack};
 use wgkex_tests::{key, wait_until};
 
@@ -148,7 +148,7 @@ fn wrong_passwords_keep_no_client_out_that_logged_in_before() {
 #[test]
 fn a_worker_may_do_its_own_work_and_nothing_else() {
     let mut stack = stack(&TWO);
-    let worker = Worker::start(&stack, "gw1", Manner::Confirms, 3);
+    let worker = Worker::start(&stack, "gw1", WorkerBehaviour::Confirms, 3);
     stack.wait_for_gateways(1);
     assert_eq!(stack.v2(DOMAIN, &key(1)).json(), endpoint("gw1"));
     assert_eq!(worker.probe.next_on(&key_for(DOMAIN, "").topic).text(), key(1));
@@ -160,11 +160,11 @@ fn a_worker_may_do_its_own_work_and_nothing_else() {
     }
     witness.subscribe(&[("wireguard/#", QoS::AtMostOnce), ("wireguard-metrics/#", QoS::AtMostOnce)]);
     while witness.receive().topic != peers_of("gw1", DOMAIN, "").topic {}
-    for said in
-        [key_for(DOMAIN, &key(2)), peers_of("gw1", DOMAIN, "999"), status("gw1", "0"), said("other", "x", 1, true)]
+    for message in
+        [key_for(DOMAIN, &key(2)), peers_of("gw1", DOMAIN, "999"), status("gw1", "0"), message("other", "x", 1, true)]
     {
-        rogue.publish(&said.topic, said.payload, 1, said.retain);
-        assert!(matches!(rogue.read(), Some(Packet::PubAck(_))), "{}", said.topic);
+        rogue.publish(&message.topic, message.payload, 1, message.retain);
+        assert!(matches!(rogue.read(), Some(Packet::PubAck(_))), "{}", message.topic);
     }
     let own = peers_of("gw2", DOMAIN, "7");
     rogue.publish(&own.topic, own.payload, 1, true);
@@ -275,19 +275,19 @@ fn the_printed_access_list_does_the_same_in_mosquitto() {
     stack.start_broker();
     stack.wait_until_ready();
     stack.plan.credentials = Some(("gw1".into(), "gw1".into()));
-    let worker = Worker::start(&stack, "gw1", Manner::Confirms, 3);
+    let worker = Worker::start(&stack, "gw1", WorkerBehaviour::Confirms, 3);
     stack.wait_for_gateways(1);
     assert_eq!(stack.v2(DOMAIN, &key(1)).json(), endpoint("gw1"), "it can do its job");
 
     let user = |name: &str, role: Role| Probe::connect(stack.mqtt, role.credentials(name, name));
     let rogue = user("gw2", Role::new("gw2", &["#"]));
     let witness = user("wgkex-broker", Role::new("witness", &["wireguard/#", "wireguard-metrics/#", "wgkex/#"]));
-    rogue.say_all([key_for(DOMAIN, &key(2)), peers_of("gw1", DOMAIN, "999"), status("gw1", "0")]);
-    rogue.say(peers_of("gw2", DOMAIN, "7"));
+    rogue.publish_all([key_for(DOMAIN, &key(2)), peers_of("gw1", DOMAIN, "999"), status("gw1", "0")]);
+    rogue.publish(peers_of("gw2", DOMAIN, "7"));
     assert_eq!(witness.next_on(&peers_of("gw2", DOMAIN, "7").topic).text(), "7");
-    let heard = witness.received();
-    assert!(!heard.iter().any(|said| said.payload == b"999" || said.text() == key(2)), "{heard:?}");
+    let received = witness.received();
+    assert!(!received.iter().any(|message| message.payload == b"999" || message.text() == key(2)), "{received:?}");
     // gw2 by its own count, and gw1 still.
     stack.wait_for_gateways(2);
-    assert!(!worker.probe.received().iter().any(|said| said.text() == key(2)));
+    assert!(!worker.probe.received().iter().any(|message| message.text() == key(2)));
 }

@@ -8,7 +8,7 @@ use wgkex_tests::raw_client::{RawClient, connect};
 use wgkex_tests::stack::{Bus, Plan, Stack};
 use wgkex_tests::wait_until;
 
-use crate::{assert_stands, pair, stack};
+use crate::{assert_serving, pair, stack};
 
 #[test]
 fn a_topic_whose_first_character_is_not_ascii_is_a_topic() {
@@ -16,15 +16,15 @@ fn a_topic_whose_first_character_is_not_ascii_is_a_topic() {
     let (mut subscriber, mut publisher) = pair(stack.mqtt, "#");
     for topic in ["ü/x", "ü", "😀", "/", "a//b"] {
         publisher.publish(topic, "1", 1, false);
-        let heard = loop {
-            let heard = subscriber.receive();
-            if !heard.topic.starts_with('w') {
-                break heard;
+        let received = loop {
+            let received = subscriber.receive();
+            if !received.topic.starts_with('w') {
+                break received;
             }
         };
-        assert_eq!(heard.topic, topic);
+        assert_eq!(received.topic, topic);
     }
-    assert_stands(&mut stack);
+    assert_serving(&mut stack);
 }
 
 #[test]
@@ -48,7 +48,7 @@ fn any_client_id_may_connect_twice() {
         let (_, code) = RawClient::try_connect(stack.mqtt, &connect(id));
         assert!(matches!(code, None | Some(ConnectReturnCode::BadClientId)), "{id:?}: {code:?}");
     }
-    assert_stands(&mut stack);
+    assert_serving(&mut stack);
 }
 
 #[test]
@@ -65,7 +65,7 @@ fn a_full_server_refuses_every_new_client_and_admits_one_when_there_is_room() {
         let (_, code) = RawClient::try_connect(stack.mqtt, &connect("one more"));
         (code == Some(ConnectReturnCode::Success)).then_some(())
     });
-    assert_stands(&mut stack);
+    assert_serving(&mut stack);
 }
 
 #[test]
@@ -79,7 +79,7 @@ fn another_version_of_mqtt_is_refused_with_the_reason() {
     raw.send_bytes(b"\x10\x15\0\x04MQTT\x05\x02\0\x3c\x05\x11\0\0\0\x0a\0\x03abc\x30\x0a\0\x01a\x05\x02\0\0\0\x01x");
     assert!(matches!(raw.read(), Some(Packet::ConnAck(ack)) if ack.code == ConnectReturnCode::RefusedProtocolVersion));
     raw.wait_for_end();
-    assert_stands(&mut stack);
+    assert_serving(&mut stack);
 }
 
 /// Subscribers that read nothing connect and end in all ways, while two publishers publish as fast as they can.
@@ -105,7 +105,7 @@ fn slow_subscribers_that_leave_during_a_flood_disturb_no_other_client() {
     }
     let rounds: u32 = churns.into_iter().map(|churn| churn.join().unwrap()).sum();
     assert!(rounds > 50, "only {rounds} subscribers came and went");
-    assert_stands(&mut stack);
+    assert_serving(&mut stack);
 }
 
 fn churn(server: std::net::SocketAddr, n: u32, end: Instant) -> u32 {
@@ -137,7 +137,7 @@ fn an_invalid_filter_is_refused_and_valid_ones_of_the_same_packet_are_granted() 
     }
     raw.publish("x", "1", 0, false);
     assert_eq!(raw.receive().topic, "x");
-    assert_stands(&mut stack);
+    assert_serving(&mut stack);
 }
 
 #[test]
@@ -157,7 +157,7 @@ fn acknowledgements_may_come_in_any_order_and_without_a_message() {
         publisher.publish("a", "2", 1, false);
         assert_eq!(&subscriber.receive().payload[..], b"2");
     }
-    assert_stands(&mut stack);
+    assert_serving(&mut stack);
 }
 
 #[test]
@@ -170,9 +170,9 @@ fn an_empty_message_without_the_retain_flag_clears_nothing() {
         let _ = publisher.read();
     }
     publisher.subscribe(&[("kept", QoS::AtMostOnce)]);
-    let heard = publisher.receive();
-    assert!(heard.retain && &heard.payload[..] == b"1", "{heard:?}");
-    assert_stands(&mut stack);
+    let received = publisher.receive();
+    assert!(received.retain && &received.payload[..] == b"1", "{received:?}");
+    assert_serving(&mut stack);
 }
 
 #[test]
@@ -205,7 +205,7 @@ fn invalid_packets_end_their_own_connection_only() {
         raw.send_bytes(first);
         raw.wait_for_end();
     }
-    assert_stands(&mut stack);
+    assert_serving(&mut stack);
 }
 
 #[test]
@@ -222,5 +222,5 @@ fn unsubscribing_from_an_unknown_filter_is_acknowledged() {
     subscriber.subscribe(&[("c", QoS::AtMostOnce)]);
     publisher.publish("c", "3", 0, false);
     assert_eq!(subscriber.receive().topic, "c");
-    assert_stands(&mut stack);
+    assert_serving(&mut stack);
 }

@@ -6,7 +6,7 @@ use rumqttc::QoS;
 use wgkex_tests::raw_client::RawClient;
 use wgkex_tests::stack::Stack;
 
-use crate::{assert_stands, stack};
+use crate::{assert_serving, stack};
 
 fn client(stack: &Stack, name: &str, arguments: &[&str]) -> Output {
     let mut command = Command::new(name);
@@ -51,7 +51,7 @@ fn mosquittos_clients_publish_subscribe_keep_and_clear() {
         assert_eq!(raw.receive().payload, line);
     }
     assert!(child.wait().unwrap().success());
-    assert_stands(&mut stack);
+    assert_serving(&mut stack);
 }
 
 /// Runs the checks of `with_paho.py` with both generations of the library; it names the failing one.
@@ -65,5 +65,5 @@ fn the_originals_library_does_all_that_it_can() {
         output.status.success() && said.ends_with("all is well\n"),
         "{said}{wrong}(apt-get install python3-paho-mqtt)"
     );
-    assert_stands(&mut stack);
+    assert_serving(&mut stack);
 }

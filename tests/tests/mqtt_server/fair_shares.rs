@@ -8,11 +8,11 @@ use bytes::BytesMut;
 use rumqttc::{Connect, Login, Packet, Publish, QoS, Subscribe, SubscribeFilter, Unsubscribe};
 use wgkex_tests::key;
 use wgkex_tests::raw_client::{RawClient, connect_with_will};
-use wgkex_tests::scripted::{Manner, Worker, applied, endpoint, key_for};
+use wgkex_tests::scripted::{Worker, WorkerBehaviour, applied, endpoint, key_for};
 use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack};
 
 use crate::access::{TWO, join, plan, stack};
-use crate::{assert_stands, memory};
+use crate::{assert_serving, memory};
 
 /// The log line for a lost connection of a program, also of the broker's own.
 const LOST: &str = "MQTT not connected";
@@ -113,9 +113,9 @@ fn a_packet_of_too_many_topics_ends_the_connection() {
 }
 
 /// Ends the background work, also when a test fails.
-struct End<'a>(&'a AtomicBool);
+struct StopOnDrop<'a>(&'a AtomicBool);
 
-impl Drop for End<'_> {
+impl Drop for StopOnDrop<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
     }
@@ -165,11 +165,11 @@ fn a_flooding_worker_slows_down_only_itself() {
     let plan = plan(&TWO, "").config("confirm_timeout: 20\nconfirm_budget: 20");
     let mut stack = Stack::start(plan);
     stack.plan.credentials = Some(("gw2".into(), "gw2".into()));
-    let worker = Worker::start(&stack, "gw2", Manner::Confirms, 3);
+    let worker = Worker::start(&stack, "gw2", WorkerBehaviour::Confirms, 3);
     stack.wait_for_gateways(1);
     let (over, begun) = (AtomicBool::new(false), Instant::now());
     thread::scope(|scope| {
-        let _end = End(&over);
+        let _end = StopOnDrop(&over);
         scope.spawn(|| flood(&stack, &over));
         while slowed(&stack, "rate") < 100.0 && begun.elapsed() < Duration::from_secs(10) {
             thread::sleep(Duration::from_millis(5));
@@ -189,7 +189,7 @@ fn a_flooding_worker_slows_down_only_itself() {
 }
 
 /// Publishes `messages` as fast as it can, and waits until all are acknowledged.
-fn say_all(raw: &mut RawClient, messages: impl Iterator<Item = (String, Vec<u8>)>) {
+fn publish_all(raw: &mut RawClient, messages: impl Iterator<Item = (String, Vec<u8>)>) {
     let publish = |(topic, payload)| Publish { pkid: 7, ..Publish::new(topic, QoS::AtLeastOnce, payload) };
     let (mut bytes, mut count) = (BytesMut::new(), 0);
     for message in messages {
@@ -211,14 +211,21 @@ fn a_normal_worker_is_never_slowed_down_and_acknowledged_messages_are_delivered(
     const MANY: u32 = 50_000;
     let stack = stack(&TWO);
     let (mut broker, mut worker) = (join(&stack, "b", "b"), join(&stack, "gw1", "gw1-applied"));
-    say_all(&mut broker, (0..KEYS).map(|n| key_for(DOMAIN, &key(n))).map(|said| (said.topic, said.payload)));
-    say_all(&mut worker, (0..KEYS).map(|n| applied("gw1", DOMAIN, &key(n))).map(|said| (said.topic, said.payload)));
+    publish_all(
+        &mut broker,
+        (0..KEYS).map(|n| key_for(DOMAIN, &key(n))).map(|message| (message.topic, message.payload)),
+    );
+    publish_all(
+        &mut worker,
+        (0..KEYS).map(|n| applied("gw1", DOMAIN, &key(n))).map(|message| (message.topic, message.payload)),
+    );
     assert!(slowed(&stack, "rate") < 1.0, "{}", slowed(&stack, "rate"));
 
     let mut subscriber = join(&stack, "b", "subscriber");
     subscriber.subscribe(&[("wgkex/worker/gw1/x", QoS::AtLeastOnce)]);
     thread::scope(|scope| {
-        scope.spawn(|| say_all(&mut worker, (0..MANY).map(|n| ("wgkex/worker/gw1/x".into(), n.to_string().into()))));
+        scope
+            .spawn(|| publish_all(&mut worker, (0..MANY).map(|n| ("wgkex/worker/gw1/x".into(), n.to_string().into()))));
         (0..MANY).for_each(|n| assert_eq!(subscriber.receive().payload, n.to_string()));
     });
 }
@@ -267,11 +274,11 @@ fn users_that_publish_much_at_once_end_no_subscriber_that_reads() {
 
 /// No publisher waits long for a client that does not read: that client misses messages, and is disconnected.
 #[test]
-fn a_subscriber_that_reads_nothing_stops_nobody() {
+fn a_subscriber_that_reads_nothing_blocks_no_publisher() {
     let users = [("gw1", "worker"), ("gw2", "worker"), ("gw3", "worker"), ("gw4", "worker"), ("b", "broker")];
     let mut stack = Stack::start(plan(&users, "").config("confirm_timeout: 20\nconfirm_budget: 20"));
     stack.plan.credentials = Some(("gw2".into(), "gw2".into()));
-    let worker = Worker::start(&stack, "gw2", Manner::Confirms, 3);
+    let worker = Worker::start(&stack, "gw2", WorkerBehaviour::Confirms, 3);
     stack.wait_for_gateways(1);
     let mut deaf = join(&stack, "b", "deaf");
     deaf.subscribe(&[("wgkex/worker/+/x", QoS::AtLeastOnce)]);
@@ -315,5 +322,5 @@ fn the_brokers_own_session_is_never_evicted() {
         }
     });
     assert!(!stack.broker().log().contains(LOST), "{}", stack.broker().log());
-    assert_stands(&mut stack);
+    assert_serving(&mut stack);
 }

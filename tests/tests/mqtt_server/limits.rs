@@ -6,10 +6,10 @@ use rumqttc::{Connect, Packet, QoS};
 use wgkex_tests::raw_client::{RawClient, connect, connect_with_will};
 use wgkex_tests::wait_until;
 
-use crate::{assert_stands, memory, stack};
+use crate::{assert_serving, memory, stack};
 
 /// More memory than any client may take.
-const MUCH: u64 = 100 << 20;
+const MEMORY_LIMIT: u64 = 100 << 20;
 
 #[test]
 fn connections_without_a_connect_packet_are_closed_and_make_room() {
@@ -22,7 +22,7 @@ fn connections_without_a_connect_packet_are_closed_and_make_room() {
     stack.wait_for_metric(r#"wgkex_broker_mqtt_refused_total{reason="full"}"#, 88.0);
     strangers.iter_mut().for_each(RawClient::wait_for_end);
     stack.wait_for_metric(r#"wgkex_broker_mqtt_refused_total{reason="slow"}"#, 512.0);
-    assert_stands(&mut stack);
+    assert_serving(&mut stack);
 }
 
 #[test]
@@ -39,7 +39,7 @@ fn a_client_that_misses_its_keep_alive_is_disconnected() {
     assert_eq!(witness.receive().topic, "will/silent");
     for_ever.send(&Packet::PingReq);
     assert_eq!(for_ever.read(), Some(Packet::PingResp));
-    assert_stands(&mut stack);
+    assert_serving(&mut stack);
 }
 
 #[test]
@@ -54,7 +54,7 @@ fn a_packet_that_is_too_large_ends_the_connection_before_it_is_read_whole() {
     let mut raw = RawClient::connect_tcp(stack.mqtt);
     raw.send_bytes(b"\x10\x80\x80\x80\x7d");
     raw.wait_for_end();
-    assert_stands(&mut stack);
+    assert_serving(&mut stack);
 }
 
 #[test]
@@ -72,8 +72,8 @@ fn subscribers_that_read_nothing_take_no_memory_with_time() {
     publisher.publish("end", "", 1, false);
     assert!(matches!(publisher.read(), Some(Packet::PubAck(_))));
     let after = memory(&mut stack);
-    assert!(after < before + MUCH, "{before} bytes before, {after} after 400 MB for who reads nothing");
-    assert_stands(&mut stack);
+    assert!(after < before + MEMORY_LIMIT, "{before} bytes before, {after} after 400 MB for who reads nothing");
+    assert_serving(&mut stack);
 }
 
 #[test]
@@ -101,8 +101,11 @@ fn a_client_that_asks_and_never_reads_takes_no_memory_with_time() {
         }
     }
     let after = memory(&mut stack);
-    assert!(after < before + MUCH, "{before} bytes before, {after} after many subscriptions of who reads nothing");
-    assert_stands(&mut stack);
+    assert!(
+        after < before + MEMORY_LIMIT,
+        "{before} bytes before, {after} after many subscriptions of who reads nothing"
+    );
+    assert_serving(&mut stack);
 }
 
 #[test]
@@ -118,5 +121,5 @@ fn a_stop_closes_all_connections_and_the_port_is_free_at_once() {
     stack.start_broker();
     stack.wait_until_ready();
     wait_until("all are back", || RawClient::try_connect(stack.mqtt, &connect("client-0")).1);
-    assert_stands(&mut stack);
+    assert_serving(&mut stack);
 }

@@ -29,14 +29,17 @@ fn stack() -> Stack {
 
 /// Checks that the server works: a client receives another's messages, with either quality of service, and the broker
 /// is ready.
-fn assert_stands(stack: &mut Stack) {
+fn assert_serving(stack: &mut Stack) {
     let mut subscriber = RawClient::connect(stack.mqtt, "stands-subscriber");
     subscriber.subscribe(&[("stands/+", QoS::AtLeastOnce)]);
     let mut publisher = RawClient::connect(stack.mqtt, "stands-publisher");
     for level in [0, 1] {
         publisher.publish("stands/yes", "it does", level, false);
-        let heard = subscriber.receive();
-        assert_eq!((heard.topic.as_str(), &heard.payload[..], heard.qos as u8), ("stands/yes", &b"it does"[..], level));
+        let received = subscriber.receive();
+        assert_eq!(
+            (received.topic.as_str(), &received.payload[..], received.qos as u8),
+            ("stands/yes", &b"it does"[..], level)
+        );
     }
     assert!(stack.broker().is_running());
     stack.wait_until_ready();

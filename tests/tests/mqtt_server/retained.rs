@@ -5,11 +5,11 @@ use std::collections::BTreeSet;
 use nix::sys::signal::Signal;
 use rumqttc::{ConnectReturnCode, Packet, Publish, QoS, Unsubscribe};
 use wgkex_tests::raw_client::{RawClient, connect, connect_with_will};
-use wgkex_tests::scripted::{Manner, Worker, endpoint, peers_of, status};
+use wgkex_tests::scripted::{Worker, WorkerBehaviour, endpoint, peers_of, status};
 use wgkex_tests::stack::{DOMAIN, Stack};
 use wgkex_tests::{key, wait_until};
 
-use crate::{assert_stands, pair, stack};
+use crate::{assert_serving, pair, stack};
 
 const MANY: usize = 10_000;
 
@@ -26,7 +26,7 @@ fn keep_many(stack: &Stack) {
 fn found(raw: &mut RawClient, filter: &str, qos: QoS) -> Vec<Publish> {
     raw.subscribe(&[(filter, qos), ("end", QoS::AtMostOnce)]);
     raw.publish("end", "", 0, false);
-    std::iter::from_fn(|| Some(raw.receive()).filter(|heard| heard.topic != "end")).collect()
+    std::iter::from_fn(|| Some(raw.receive()).filter(|received| received.topic != "end")).collect()
 }
 
 #[test]
@@ -56,9 +56,9 @@ fn a_subscription_has_what_was_published_before_it_as_retained_only() {
             publisher.publish("before/x", payload, 1, true);
             assert!(matches!(publisher.read(), Some(Packet::PubAck(_))));
         }
-        let heard = found(&mut subscriber, "before/+", QoS::AtLeastOnce);
-        let heard: Vec<_> = heard.iter().map(|message| (&message.payload[..], message.retain)).collect();
-        assert_eq!(heard, [(last.as_bytes(), true)]);
+        let received = found(&mut subscriber, "before/+", QoS::AtLeastOnce);
+        let received: Vec<_> = received.iter().map(|message| (&message.payload[..], message.retain)).collect();
+        assert_eq!(received, [(last.as_bytes(), true)]);
         subscriber.send(&Packet::Unsubscribe(Unsubscribe { pkid: 5, topics: vec!["before/+".into()] }));
         assert!(matches!(subscriber.read(), Some(Packet::UnsubAck(_))));
     }
@@ -70,13 +70,13 @@ fn subscribers_receive_updates_without_the_retain_flag_and_an_empty_message_clea
     let (mut subscriber, mut publisher) = pair(stack.mqtt, "kept");
     for payload in ["1", "2", ""] {
         publisher.publish("kept", payload, 1, true);
-        let heard = subscriber.receive();
-        assert_eq!((heard.retain, &heard.payload[..]), (false, payload.as_bytes()));
+        let received = subscriber.receive();
+        assert_eq!((received.retain, &received.payload[..]), (false, payload.as_bytes()));
         let kept: Vec<_> =
             found(&mut subscriber, "kept", QoS::AtLeastOnce).into_iter().map(|kept| kept.payload).collect();
         assert_eq!(kept, if payload.is_empty() { vec![] } else { vec![payload] });
     }
-    assert_stands(&mut stack);
+    assert_serving(&mut stack);
 }
 
 #[test]
@@ -102,11 +102,11 @@ fn the_will_is_published_at_every_end_but_a_disconnect() {
     polite.send(&Packet::Disconnect);
     polite.wait_for_end();
     join(5).close();
-    let heard = witness.receive();
-    assert_eq!((heard.topic.as_str(), heard.retain), ("will/5", false), "no will after a farewell");
+    let received = witness.receive();
+    assert_eq!((received.topic.as_str(), received.retain), ("will/5", false), "no will after a farewell");
     let found: Vec<_> = found(&mut witness, "will/+", QoS::AtMostOnce).into_iter().map(|kept| kept.topic).collect();
     assert_eq!(found, ["will/1", "will/2", "will/3", "will/5"]);
-    assert_stands(&mut stack);
+    assert_serving(&mut stack);
 }
 
 #[test]
@@ -127,8 +127,8 @@ fn a_publish_after_a_session_takeover_wins_over_the_old_will() {
 #[test]
 fn states_survive_a_restart_and_a_worker_that_does_not_come_back_is_offline() {
     let mut stack = stack();
-    let stays = Worker::start(&stack, "gw1", Manner::Confirms, 3);
-    let goes = Worker::start(&stack, "gw2", Manner::Confirms, 0);
+    let stays = Worker::start(&stack, "gw1", WorkerBehaviour::Confirms, 3);
+    let goes = Worker::start(&stack, "gw2", WorkerBehaviour::Confirms, 0);
     stack.wait_for_gateways(2);
     let (mut left, _) = RawClient::try_connect(stack.mqtt, &connect("left"));
     left.publish("kept", "1", 1, true);

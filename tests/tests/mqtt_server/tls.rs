@@ -10,7 +10,7 @@ use wgkex_tests::raw_client::RawClient;
 use wgkex_tests::stack::{Bus, Plan, Stack};
 use wgkex_tests::wait_until;
 
-use crate::assert_stands;
+use crate::assert_serving;
 
 /// Writes a new certificate for 127.0.0.1, its key, and the certificate of its issuer.
 fn issue(dir: &Path, issuer: &str) {
@@ -58,7 +58,7 @@ fn idle_connections_block_no_tls_handshake() {
         assert!(output.status.success(), "{output:?}");
         assert_eq!(&subscriber.receive().payload[..], b"secret");
     }
-    assert_stands(&mut stack);
+    assert_serving(&mut stack);
 }
 
 #[test]
@@ -74,7 +74,7 @@ fn a_new_certificate_counts_without_a_restart_and_a_damaged_one_does_not() {
     assert!(!publish(&stack, "first", &[]).status.success());
     let line = stack.broker().wait_for_log("MQTT client refused");
     assert!(line.contains("UnknownCA") && line.contains("mqtt_listen.tls.cert_file"), "{line}");
-    assert_stands(&mut stack);
+    assert_serving(&mut stack);
 }
 
 #[test]

@@ -13,7 +13,7 @@ use wgkex_tests::stack::Stack;
 use wgkex_tests::wait_until;
 
 use crate::access::{TWO, as_user, join, stack};
-use crate::assert_stands;
+use crate::assert_serving;
 
 /// Background work that runs until it is dropped.
 struct Ongoing {
@@ -211,6 +211,6 @@ fn without_users_silent_connections_keep_no_client_out_either() {
     let mut stack = crate::stack();
     let crowd = silent_crowd(stack.mqtt);
     wait_until("the crowd takes all places", || (metric(&stack, "full") > 0.0).then_some(()));
-    assert_stands(&mut stack);
+    assert_serving(&mut stack);
     drop(crowd);
 }

@@ -11,7 +11,7 @@ use wgkex_tests::key;
 use wgkex_tests::process::binary;
 use wgkex_tests::stack::free_address;
 
-use crate::desk::{CHANGES, Desk, LOGIN, READS, Store, client, server, with, with_each_store};
+use crate::registry_broker::{CHANGES, LOGIN, READS, RegistryBroker, Store, client, server, with, with_each_store};
 
 /// Checks for an error in JSON with a text, and the field if there is one.
 fn assert_error(answer: &Response, status: u16, field: Option<&str>) {
@@ -23,10 +23,10 @@ fn assert_error(answer: &Response, status: u16, field: Option<&str>) {
 
 #[test]
 fn wa1_each_route_wants_user_and_password_before_it_looks_at_the_body() {
-    with_each_store(|desk| {
-        desk.add_server("s1", "192.168.2.0", 24, 20);
-        desk.add_client("c1", "s1", 1);
-        let before = desk.everything();
+    with_each_store(|registry| {
+        registry.add_server("s1", "192.168.2.0", 24, 20);
+        registry.add_client("c1", "s1", 1);
+        let before = registry.everything();
         let body = json!({ "server_name": "s1", "client_name": "c1" }).to_string();
         let wrong = ["", "Basic", "Basic !!!", "Basic YWRtaW46czNjcmV1", "Bearer YWRtaW46czNjcmV0", "Basic czNjcmV0"];
         let by_post = READS.iter().chain(&CHANGES).map(|route| ("POST", route));
@@ -35,20 +35,20 @@ fn wa1_each_route_wants_user_and_password_before_it_looks_at_the_body() {
                 let header = format!("Authorization: {value}");
                 let headers: &[&str] = if value.is_empty() { &[] } else { &[&header] };
                 for body in [body.as_bytes(), b"no json"] {
-                    let answer = desk.stack.connect().request(method, &format!("/api/v1/{route}"), headers, body);
+                    let answer = registry.stack.connect().request(method, &format!("/api/v1/{route}"), headers, body);
                     assert_error(&answer, 401, None);
                     assert_eq!(answer.header("www-authenticate"), Some("Basic realm=\"Login Required\""));
                 }
             }
         }
-        assert_eq!(desk.everything(), before);
+        assert_eq!(registry.everything(), before);
     });
 }
 
 #[test]
 fn wa28_calls_come_over_tls_and_no_password_is_logged() {
-    let mut desk = Desk::prepare(&Store::Sqlite, "");
-    let (https, http, dir) = (free_address(), desk.stack.http, desk.stack.dir().to_owned());
+    let mut registry = RegistryBroker::prepare(&Store::Sqlite, "");
+    let (https, http, dir) = (free_address(), registry.stack.http, registry.stack.dir().to_owned());
     let own = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).unwrap();
     let [cert, key] = ["cert.pem", "key.pem"].map(|name| dir.join(name).display().to_string());
     fs::write(&cert, own.cert.pem()).unwrap();
@@ -57,11 +57,11 @@ fn wa28_calls_come_over_tls_and_no_password_is_logged() {
     let more = format!(
         "broker_listen: {{host: {ip}, port: {port}, tls: {{port: {tls}, cert_file: {cert}, key_file: {key}}}}}\nlog_level: DEBUG\n"
     );
-    desk.stack.plan.config.push_str(&more);
-    desk.stack.write_config();
-    desk.stack.start_broker();
-    desk.stack.wait_until_ready();
-    desk.add_server("s1", "192.168.2.0", 24, 20);
+    registry.stack.plan.config.push_str(&more);
+    registry.stack.write_config();
+    registry.stack.start_broker();
+    registry.stack.wait_until_ready();
+    registry.add_server("s1", "192.168.2.0", 24, 20);
     let call = |version: &str, user: &str| {
         let url = format!("https://127.0.0.1:{tls}/api/v1/server/exists?server_name=s1");
         let output = Command::new("curl")
@@ -111,9 +111,9 @@ fn wa28_calls_come_over_tls_and_no_password_is_logged() {
     let (is_done, said) = node(&["--name", "c1"]);
     assert!(!is_done && said.contains("certificate") && !said.contains("s3cret"), "{said}");
     assert_eq!(node(&["--name", "c1", "--ca-file", &cert]), (true, "s1: ./s1.conf written\n".into()));
-    assert_eq!(desk.get("client/list_all", &json!({})).json()["c1"].as_object().unwrap().len(), 1);
-    assert!(desk.stack.stop_broker().success());
-    let log = desk.stack.broker().log();
+    assert_eq!(registry.get("client/list_all", &json!({})).json()["c1"].as_object().unwrap().len(), 1);
+    assert!(registry.stack.stop_broker().success());
+    let log = registry.stack.broker().log();
     let (_, login) = LOGIN.rsplit_once(' ').unwrap();
     assert!(log.contains("DEBUG") && !["s3cret", "wr0ng", login].iter().any(|secret| log.contains(secret)), "{log}");
 }
@@ -146,48 +146,48 @@ fn answer_to_hello(server: SocketAddr, minor: u8) -> u8 {
 
 #[test]
 fn the_config_of_a_client_can_be_open_and_nothing_else() {
-    let desk = Desk::start(&Store::Sqlite, "open_client_config: true");
-    desk.add_server("s1", "192.168.2.0", 24, 20);
-    desk.add_client("c1", "s1", 1);
+    let registry = RegistryBroker::start(&Store::Sqlite, "open_client_config: true");
+    registry.add_server("s1", "192.168.2.0", 24, 20);
+    registry.add_client("c1", "s1", 1);
     let body = json!({ "server_name": "s1", "client_name": "c1" }).to_string();
     for route in READS {
-        let answer = desk.stack.connect().request("GET", &format!("/api/v1/{route}/"), &[], body.as_bytes());
+        let answer = registry.stack.connect().request("GET", &format!("/api/v1/{route}/"), &[], body.as_bytes());
         assert_eq!(answer.status, if route == "client/config" { 200 } else { 401 }, "{route}");
     }
 }
 
 #[test]
 fn wa2_the_end_of_the_line_is_no_part_of_the_password() {
-    let desk = Desk::start(&Store::Sqlite, "");
-    assert_eq!(std::fs::read(desk.stack.dir().join("password")).unwrap(), b"s3cret\n");
-    assert_eq!(desk.get("server/list_all", &json!({})).status, 200);
+    let registry = RegistryBroker::start(&Store::Sqlite, "");
+    assert_eq!(std::fs::read(registry.stack.dir().join("password")).unwrap(), b"s3cret\n");
+    assert_eq!(registry.get("server/list_all", &json!({})).status, 200);
 }
 
 #[test]
 fn wa3_wa4_wa5_a_server_is_added_listed_and_found() {
-    with_each_store(|desk| {
+    with_each_store(|registry| {
         let new = server("s1", "192.168.2.0", 24, 20);
-        desk.add_server("s1", "192.168.2.0", 24, 20);
+        registry.add_server("s1", "192.168.2.0", 24, 20);
         let shown =
             json!({ "endpoint_address": "203.0.113.5", "endpoint_port": 5128, "public_key": new["public_key"] });
-        assert_eq!(desk.get("server/list_all", &json!({})).json(), json!({ "s1": shown }));
+        assert_eq!(registry.get("server/list_all", &json!({})).json(), json!({ "s1": shown }));
         let [known, unknown] = ["s1", "s2"].map(|name| json!({ "server_name": name }));
-        assert_eq!(desk.get("server/wireguard_ip/", &known).json(), json!({ "server_wg_ip": "192.168.2.1" }));
-        assert_error(&desk.get("server/wireguard_ip/", &unknown), 404, Some("server_name"));
-        let found = desk.get("server/exists/", &known);
+        assert_eq!(registry.get("server/wireguard_ip/", &known).json(), json!({ "server_wg_ip": "192.168.2.1" }));
+        assert_error(&registry.get("server/wireguard_ip/", &unknown), 404, Some("server_name"));
+        let found = registry.get("server/exists/", &known);
         assert_eq!((found.status, found.body.as_str()), (200, ""));
-        assert_error(&desk.get("server/exists/", &unknown), 404, Some("server_name"));
-        assert_eq!(desk.get("server/config/", &known).json(), json!({ "peers": [] }));
-        assert_error(&desk.get("server/config/", &unknown), 404, Some("server_name"));
-        assert_eq!(desk.get("client/list_all", &json!({})).json(), json!({}));
+        assert_error(&registry.get("server/exists/", &unknown), 404, Some("server_name"));
+        assert_eq!(registry.get("server/config/", &known).json(), json!({ "peers": [] }));
+        assert_error(&registry.get("server/config/", &unknown), 404, Some("server_name"));
+        assert_eq!(registry.get("client/list_all", &json!({})).json(), json!({}));
     });
 }
 
 #[test]
 fn wa7_a_client_gets_its_config() {
-    with_each_store(|desk| {
-        desk.add_server("s1", "192.168.2.0", 24, 20);
-        assert_eq!(desk.add_client("c1", "s1", 1), 201);
+    with_each_store(|registry| {
+        registry.add_server("s1", "192.168.2.0", 24, 20);
+        assert_eq!(registry.add_client("c1", "s1", 1), 201);
         let names = json!({ "client_name": "c1", "server_name": "s1" });
         let expected = json!({
             "server": {
@@ -197,14 +197,14 @@ fn wa7_a_client_gets_its_config() {
             },
             "subnet": { "allowed_ips": "192.168.2.0/24", "lease": "192.168.2.21" },
         });
-        assert_eq!(desk.get("client/config/", &names).json(), expected);
+        assert_eq!(registry.get("client/config/", &names).json(), expected);
         for other in
             [json!({ "client_name": "c2", "server_name": "s1" }), json!({ "client_name": "c1", "server_name": "s2" })]
         {
-            assert_error(&desk.get("client/config/", &other), 404, Some("client_name"));
+            assert_error(&registry.get("client/config/", &other), 404, Some("client_name"));
         }
         // A client can ask whether it has its key there.
-        let with_key = |key: Value| desk.get("client/config/", &with(&names, "with_public_key", key));
+        let with_key = |key: Value| registry.get("client/config/", &with(&names, "with_public_key", key));
         assert_eq!(with_key(json!(key(1))).json(), with(&expected, "public_key", json!(key(1))));
         assert_error(&with_key(json!(key(2))), 404, Some("client_name"));
         assert_error(&with_key(json!("x")), 400, Some("with_public_key"));
@@ -213,14 +213,14 @@ fn wa7_a_client_gets_its_config() {
 
 #[test]
 fn wa20_reads_answer_alike_to_each_form_of_a_call() {
-    with_each_store(|desk| {
-        desk.add_server("s1", "192.168.2.0", 24, 20);
-        desk.add_client("c 1", "s1", 1);
+    with_each_store(|registry| {
+        registry.add_server("s1", "192.168.2.0", 24, 20);
+        registry.add_client("c 1", "s1", 1);
         let fields = json!({ "server_name": "s1", "client_name": "c 1" }).to_string();
         let chunked = format!("{:x}\r\n{fields}\r\n0\r\n\r\n", fields.len());
         for route in READS {
             let expected =
-                desk.stack.connect().request("POST", &format!("/api/v1/{route}"), &[LOGIN], fields.as_bytes());
+                registry.stack.connect().request("POST", &format!("/api/v1/{route}"), &[LOGIN], fields.as_bytes());
             assert_eq!(expected.status, 200, "{route}: {expected:?}");
             for path in [format!("/api/v1/{route}"), format!("/api/v1/{route}/")] {
                 for kind in
@@ -229,14 +229,14 @@ fn wa20_reads_answer_alike_to_each_form_of_a_call() {
                     let header = format!("Content-Type: {kind}");
                     let headers: &[&str] = if kind.is_empty() { &[LOGIN] } else { &[LOGIN, &header] };
                     for method in ["GET", "POST"] {
-                        let answer = desk.stack.connect().request(method, &path, headers, fields.as_bytes());
+                        let answer = registry.stack.connect().request(method, &path, headers, fields.as_bytes());
                         assert_eq!((answer.status, &answer.body), (200, &expected.body), "{method} {path} {kind}");
                     }
                 }
                 let query = format!("{path}?server_name=s1&client_name=c%201");
-                let answer = desk.stack.connect().request("GET", &query, &[LOGIN], b"");
+                let answer = registry.stack.connect().request("GET", &query, &[LOGIN], b"");
                 assert_eq!((answer.status, &answer.body), (200, &expected.body), "{query}");
-                let mut http = desk.stack.connect();
+                let mut http = registry.stack.connect();
                 http.send(
                     format!("GET {path} HTTP/1.1\r\nHost: b\r\n{LOGIN}\r\nTransfer-Encoding: chunked\r\n\r\n{chunked}")
                         .as_bytes(),
@@ -249,9 +249,9 @@ fn wa20_reads_answer_alike_to_each_form_of_a_call() {
 
 #[test]
 fn wa20_each_route_is_there_with_and_without_a_slash_at_its_end() {
-    with_each_store(|desk| {
+    with_each_store(|registry| {
         for slash in ["", "/"] {
-            let call = |route: &str, fields: &Value| desk.post(&format!("{route}{slash}"), fields).status;
+            let call = |route: &str, fields: &Value| registry.post(&format!("{route}{slash}"), fields).status;
             assert_eq!(call("server/add", &server("s1", "192.168.2.0", 24, 20)), 201, "{slash}");
             assert_eq!(call("client/add", &client("c1", "s1", 1)), 201, "{slash}");
             assert_eq!(call("client/add", &client("c2", "s1", 2)), 201, "{slash}");
@@ -260,38 +260,38 @@ fn wa20_each_route_is_there_with_and_without_a_slash_at_its_end() {
                 assert_eq!(call(route, &names), 200, "{route}{slash}");
             }
             assert_eq!(call("server/remove_peer", &names), 200, "{slash}");
-            assert_eq!(desk.lease("c1", "s1"), None, "{slash}");
+            assert_eq!(registry.lease("c1", "s1"), None, "{slash}");
             assert_eq!(call("client/delete", &json!({ "client_name": "c2" })), 200, "{slash}");
-            assert_eq!(desk.lease("c2", "s1"), None, "{slash}");
+            assert_eq!(registry.lease("c2", "s1"), None, "{slash}");
             assert_eq!(call("server/delete", &names), 200, "{slash}");
-            assert_eq!(desk.everything(), json!({ "clients": {}, "servers": {} }), "{slash}");
+            assert_eq!(registry.everything(), json!({ "clients": {}, "servers": {} }), "{slash}");
         }
     });
 }
 
 #[test]
 fn a_method_that_does_not_fit_changes_nothing() {
-    let desk = Desk::start(&Store::Sqlite, "");
-    desk.add_server("s1", "192.168.2.0", 24, 20);
-    desk.add_client("c1", "s1", 1);
-    let before = desk.everything();
+    let registry = RegistryBroker::start(&Store::Sqlite, "");
+    registry.add_server("s1", "192.168.2.0", 24, 20);
+    registry.add_client("c1", "s1", 1);
+    let before = registry.everything();
     let fields = json!({ "server_name": "s1", "client_name": "c1" }).to_string();
     let wrong =
         READS.iter().map(|route| (route, ["PUT", "DELETE"])).chain(CHANGES.iter().map(|route| (route, ["GET", "PUT"])));
     for (route, methods) in wrong {
         for method in methods {
             let answer =
-                desk.stack.connect().request(method, &format!("/api/v1/{route}/"), &[LOGIN], fields.as_bytes());
+                registry.stack.connect().request(method, &format!("/api/v1/{route}/"), &[LOGIN], fields.as_bytes());
             assert_eq!(answer.status, 405, "{method} {route}");
             assert!(answer.json()["error"]["message"].is_string(), "{answer:?}");
         }
     }
-    assert_eq!(desk.everything(), before);
+    assert_eq!(registry.everything(), before);
 }
 
 #[test]
 fn a_body_that_is_no_object_is_refused() {
-    let desk = Desk::start(&Store::Sqlite, "");
+    let registry = RegistryBroker::start(&Store::Sqlite, "");
     let deep = [b"[".repeat(60_000), b"]".repeat(5)].concat();
     let (open, close) = ("[".repeat(10_000), "]".repeat(10_000));
     let valid_and_deep = format!("{{\"server_name\":\"s1\",\"client_name\":\"c1\",\"a\":{open}{close}}}");
@@ -308,31 +308,31 @@ fn a_body_that_is_no_object_is_refused() {
     ];
     for route in READS.iter().chain(&CHANGES) {
         for body in bodies {
-            let answer = desk.stack.connect().request("POST", &format!("/api/v1/{route}/"), &[LOGIN], body);
+            let answer = registry.stack.connect().request("POST", &format!("/api/v1/{route}/"), &[LOGIN], body);
             assert_error(&answer, 400, None);
         }
     }
-    assert_eq!(desk.everything(), json!({ "clients": {}, "servers": {} }));
+    assert_eq!(registry.everything(), json!({ "clients": {}, "servers": {} }));
 }
 
 #[test]
 fn wa22_values_of_another_type_and_huge_ones_are_refused() {
-    with_each_store(|desk| {
-        desk.add_server("s1", "192.168.2.0", 24, 20);
+    with_each_store(|registry| {
+        registry.add_server("s1", "192.168.2.0", 24, 20);
         for value in [json!(["a"]), json!({ "a": 1 }), json!(7), json!(true), Value::Null, json!("x".repeat(10_000))] {
-            let answer = desk.get("client/config/", &json!({ "client_name": value, "server_name": "s1" }));
+            let answer = registry.get("client/config/", &json!({ "client_name": value, "server_name": "s1" }));
             assert_error(&answer, 400, Some("client_name"));
         }
         let large = json!({ "client_name": "x".repeat(1 << 20), "server_name": "s1" });
-        assert_error(&desk.get("client/config/", &large), 413, None);
-        assert_eq!(desk.get("server/exists/", &json!({ "server_name": "s1" })).status, 200);
+        assert_error(&registry.get("client/config/", &large), 413, None);
+        assert_eq!(registry.get("server/exists/", &json!({ "server_name": "s1" })).status, 200);
     });
 }
 
 #[test]
 fn many_megabytes_are_refused_before_they_are_read() {
-    let desk = Desk::start(&Store::Sqlite, "");
-    let mut http = desk.stack.connect();
+    let registry = RegistryBroker::start(&Store::Sqlite, "");
+    let mut http = registry.stack.connect();
     let head = format!("POST /api/v1/client/add/ HTTP/1.1\r\nHost: b\r\n{LOGIN}\r\nContent-Length: 1000000000\r\n\r\n");
     http.send(&[head.as_bytes(), &vec![b'x'; 1_200_000]].concat());
     assert_error(&http.response("POST"), 413, None);
@@ -340,17 +340,17 @@ fn many_megabytes_are_refused_before_they_are_read() {
 
 #[test]
 fn an_unchanged_config_is_not_sent_again() {
-    with_each_store(|desk| {
-        desk.add_server("s1", "192.168.2.0", 24, 20);
+    with_each_store(|registry| {
+        registry.add_server("s1", "192.168.2.0", 24, 20);
         let ask = |known: Option<&str>| {
             let known = known.map(|tag| format!("If-None-Match: {tag}"));
             let headers: Vec<&str> = [LOGIN].into_iter().chain(known.as_deref()).collect();
-            desk.stack.connect().request("HEAD", "/api/v1/server/config/?server_name=s1", &headers, b"")
+            registry.stack.connect().request("HEAD", "/api/v1/server/config/?server_name=s1", &headers, b"")
         };
         let tag = |answer: &Response| answer.header("etag").unwrap().to_owned();
-        desk.add_client("c0", "s1", 10);
+        registry.add_client("c0", "s1", 10);
         let mut last = tag(&ask(None));
-        desk.add_client("c0", "s1", 10);
+        registry.add_client("c0", "s1", 10);
         assert_eq!(ask(Some(&last)).status, 304, "a client that comes again as it was");
         let changes = [
             ("client/add/", client("c1", "s1", 1)),
@@ -362,13 +362,13 @@ fn an_unchanged_config_is_not_sent_again() {
         for (route, fields) in changes {
             assert_eq!(ask(Some(&last)).status, 304);
             assert_eq!(ask(Some(&format!("\"x\", W/{last}"))).status, 304);
-            assert!(desk.post(route, &fields).status < 300);
+            assert!(registry.post(route, &fields).status < 300);
             let next = ask(Some(&last));
             assert_eq!(next.status, 200, "{route}");
             last = tag(&next);
         }
-        desk.post("server/delete/", &json!({ "server_name": "s1" }));
-        desk.add_server("s1", "192.168.2.0", 24, 20);
+        registry.post("server/delete/", &json!({ "server_name": "s1" }));
+        registry.add_server("s1", "192.168.2.0", 24, 20);
         assert_eq!(ask(Some(&last)).status, 200, "another server of the same name");
     });
 }
@@ -376,15 +376,15 @@ fn an_unchanged_config_is_not_sent_again() {
 /// Other paths get the registry's errors if it is enabled, and the key exchange is unchanged.
 #[test]
 fn an_unknown_path_below_the_routes_is_refused_as_the_routes_do() {
-    let desk = Desk::start(&Store::Sqlite, "");
+    let registry = RegistryBroker::start(&Store::Sqlite, "");
     for path in ["/api/v1", "/api/v1/", "/api/v1/server", "/api/v1/server/nothing", "/api/v1/client/list_all/more"] {
         for method in ["GET", "POST", "PUT"] {
-            let answer = desk.stack.connect().request(method, path, &[], b"");
+            let answer = registry.stack.connect().request(method, path, &[], b"");
             assert_error(&answer, 404, None);
             assert!(answer.json()["error"].as_object().is_some_and(|error| error.contains_key("field")), "{answer:?}");
         }
     }
-    assert_eq!(desk.stack.get("/api/v1/wg/key/exchange").status, 405);
-    let other = desk.stack.get("/api/v2/nothing");
+    assert_eq!(registry.stack.get("/api/v1/wg/key/exchange").status, 405);
+    let other = registry.stack.get("/api/v2/nothing");
     assert_eq!((other.status, other.json()["error"].get("field")), (404, None));
 }

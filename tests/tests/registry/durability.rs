@@ -12,11 +12,11 @@ use wgkex_tests::http::{Http, Response};
 use wgkex_tests::postgres::{self, Postgres};
 use wgkex_tests::probe::Role;
 use wgkex_tests::proxy;
-use wgkex_tests::scripted::{Manner, Worker};
+use wgkex_tests::scripted::{Worker, WorkerBehaviour};
 use wgkex_tests::stack::DOMAIN;
 use wgkex_tests::{key, wait_within};
 
-use crate::desk::{CHANGES, Desk, READS, Store, client, server, with_each_store};
+use crate::registry_broker::{CHANGES, READS, RegistryBroker, Store, client, server, with_each_store};
 
 /// The metric for alerts.
 const STORAGE_UP: &str = "wgkex_broker_registry_storage_up";
@@ -32,11 +32,11 @@ const RETURN: Duration = Duration::from_secs(20);
 
 #[test]
 fn wa23_a_kill_loses_nothing_that_was_acknowledged() {
-    with_each_store(|desk| {
-        desk.add_server("s1", "10.0.0.0", 16, 20);
+    with_each_store(|registry| {
+        registry.add_server("s1", "10.0.0.0", 16, 20);
         let is_over = AtomicBool::new(false);
         let told = AtomicUsize::new(0);
-        let address = desk.stack.http;
+        let address = registry.stack.http;
         let acknowledged: BTreeMap<String, Acknowledged> = thread::scope(|scope| {
             let callers: Vec<_> = (0..4_u32)
                 .map(|caller| {
@@ -48,12 +48,12 @@ fn wa23_a_kill_loses_nothing_that_was_acknowledged() {
                 wait_within(LOADED, "clients are added", || {
                     (told.load(Ordering::SeqCst) >= (kills + 1) * BEFORE_A_KILL).then_some(())
                 });
-                desk.restart_by(Signal::SIGKILL);
+                registry.restart_by(Signal::SIGKILL);
             }
             is_over.store(true, Ordering::SeqCst);
             callers.into_iter().flat_map(|caller| caller.join().unwrap()).collect()
         });
-        let config = desk.get("server/config/", &json!({ "server_name": "s1" })).json();
+        let config = registry.get("server/config/", &json!({ "server_name": "s1" })).json();
         let peers = config["peers"].as_array().unwrap();
         let keys: BTreeMap<_, _> = peers
             .iter()
@@ -107,9 +107,9 @@ fn add_until(
 
 #[test]
 fn wa23_a_kill_loses_no_delete_and_no_new_key() {
-    with_each_store(|desk| {
-        desk.add_server("s1", "10.0.0.0", 16, 20);
-        let (is_over, done, broker) = (AtomicBool::new(false), AtomicUsize::new(0), desk.stack.http);
+    with_each_store(|registry| {
+        registry.add_server("s1", "10.0.0.0", 16, 20);
+        let (is_over, done, broker) = (AtomicBool::new(false), AtomicUsize::new(0), registry.stack.http);
         let clients: BTreeMap<String, BTreeSet<Option<u32>>> = thread::scope(|scope| {
             let callers: Vec<_> = (0..4_u32)
                 .map(|caller| {
@@ -121,12 +121,12 @@ fn wa23_a_kill_loses_no_delete_and_no_new_key() {
                 wait_within(LOADED, "clients change", || {
                     (done.load(Ordering::SeqCst) >= (kills + 1) * 4 * BEFORE_A_KILL).then_some(())
                 });
-                desk.restart_by(Signal::SIGKILL);
+                registry.restart_by(Signal::SIGKILL);
             }
             is_over.store(true, Ordering::SeqCst);
             callers.into_iter().flat_map(|caller| caller.join().unwrap()).collect()
         });
-        let found = desk.get("client/list_all", &json!({})).json();
+        let found = registry.get("client/list_all", &json!({})).json();
         for (name, possible) in clients {
             let key_of = |peerings: &Value| peerings.as_object()?.values().next().map(|one| one["public_key"].clone());
             let kept = key_of(&found[&name]);
@@ -177,7 +177,7 @@ fn post(broker: SocketAddr, route: &str, body: &Value) -> std::io::Result<Respon
     let body = body.to_string();
     let head = format!(
         "POST /api/v1/client/{route} HTTP/1.1\r\nHost: b\r\n{}\r\nContent-Length: {}\r\n\r\n",
-        crate::desk::LOGIN,
+        crate::registry_broker::LOGIN,
         body.len()
     );
     let mut http = Http::try_connect(broker)?;
@@ -188,12 +188,12 @@ fn post(broker: SocketAddr, route: &str, body: &Value) -> std::io::Result<Respon
 #[test]
 fn wa25_a_database_that_is_away_is_503_and_back_by_itself_and_routers_do_not_notice() {
     let mut server_of_tables = Postgres::start();
-    let desk = Desk::start(&Store::Postgres(server_of_tables.database("registry")), "");
-    let _worker = Worker::start(&desk.stack, "gw1", Manner::Confirms, 0);
-    desk.stack.wait_for_gateways(1);
-    desk.add_server("s1", "192.168.2.0", 24, 20);
-    desk.leased("c1", "s1", 1);
-    let before = desk.everything();
+    let registry = RegistryBroker::start(&Store::Postgres(server_of_tables.database("registry")), "");
+    let _worker = Worker::start(&registry.stack, "gw1", WorkerBehaviour::Confirms, 0);
+    registry.stack.wait_for_gateways(1);
+    registry.add_server("s1", "192.168.2.0", 24, 20);
+    registry.leased("c1", "s1", 1);
+    let before = registry.everything();
     for is_frozen in [false, true] {
         if is_frozen {
             server_of_tables.freeze(true);
@@ -203,24 +203,24 @@ fn wa25_a_database_that_is_away_is_503_and_back_by_itself_and_routers_do_not_not
         let fields = bodies();
         for route in READS.iter().chain(&CHANGES) {
             let begun = Instant::now();
-            let answer = desk.post(&format!("{route}/"), &fields);
+            let answer = registry.post(&format!("{route}/"), &fields);
             assert_eq!(answer.status, 503, "{route}: {answer:?}");
             assert!(answer.header("retry-after").is_some() && begun.elapsed() < PATIENCE, "{route}");
-            let unauthorized = desk.stack.connect().request("POST", &format!("/api/v1/{route}/"), &[], b"{}");
+            let unauthorized = registry.stack.connect().request("POST", &format!("/api/v1/{route}/"), &[], b"{}");
             assert_eq!(unauthorized.status, 401);
         }
-        desk.stack.wait_for_metric(STORAGE_UP, 0.0);
-        assert_eq!(desk.stack.v2(DOMAIN, &key(77)).status, 200, "routers do not need it");
+        registry.stack.wait_for_metric(STORAGE_UP, 0.0);
+        assert_eq!(registry.stack.v2(DOMAIN, &key(77)).status, 200, "routers do not need it");
         if is_frozen {
             server_of_tables.freeze(false);
         } else {
             server_of_tables.start_again();
         }
         wait_within(RETURN, "the registry is back", || {
-            (desk.get("server/exists/", &json!({ "server_name": "s1" })).status == 200).then_some(())
+            (registry.get("server/exists/", &json!({ "server_name": "s1" })).status == 200).then_some(())
         });
-        assert_eq!(desk.everything(), before);
-        desk.stack.wait_for_metric(STORAGE_UP, 1.0);
+        assert_eq!(registry.everything(), before);
+        registry.stack.wait_for_metric(STORAGE_UP, 1.0);
     }
 }
 
@@ -234,17 +234,17 @@ fn bodies() -> Value {
 /// Regression: `PostgreSQL` ends such a transaction with a rollback on COMMIT, and reports no error.
 #[test]
 fn what_was_acknowledged_is_there_where_another_call_broke_the_transaction_of_both() {
-    let altering = proxy::Manner::Altering("ROLLBACK TO SAVEPOINT job", "ROLLBACK TO SAVEPOINT jox");
-    let (database, _proxy) = postgres::database().behind(altering);
-    let desk = Desk::start(&Store::Postgres(database), "");
-    desk.add_server("s1", "10.0.0.0", 16, 20);
+    let replacing = proxy::ProxyMode::Replacing("ROLLBACK TO SAVEPOINT job", "ROLLBACK TO SAVEPOINT jox");
+    let (database, _proxy) = postgres::database().behind(replacing);
+    let registry = RegistryBroker::start(&Store::Postgres(database), "");
+    registry.add_server("s1", "10.0.0.0", 16, 20);
     let mut acknowledged = Vec::new();
     let mut first = 0;
     wait_within(LOADED, "calls share a transaction with one that breaks it", || {
         let statuses: Vec<_> = thread::scope(|scope| {
-            let desk = &desk;
-            let add = |n: u32| scope.spawn(move || (n, desk.add_client(&format!("c{n}"), "s1", n)));
-            let refused = |n: u32| scope.spawn(move || (n, desk.add_client(&format!("c{n}"), "none", n)));
+            let registry = &registry;
+            let add = |n: u32| scope.spawn(move || (n, registry.add_client(&format!("c{n}"), "s1", n)));
+            let refused = |n: u32| scope.spawn(move || (n, registry.add_client(&format!("c{n}"), "none", n)));
             let calls: Vec<_> = (first..first + 16).map(|n| if n % 2 == 0 { add(n) } else { refused(n) }).collect();
             calls.into_iter().map(|call| call.join().unwrap()).collect()
         });
@@ -253,7 +253,7 @@ fn what_was_acknowledged_is_there_where_another_call_broke_the_transaction_of_bo
         acknowledged.extend(even.iter().filter(|(_, status)| *status == 201).map(|(n, _)| *n));
         even.iter().any(|(_, status)| *status != 201).then_some(())
     });
-    let clients = desk.get("client/list_all", &json!({})).json();
+    let clients = registry.get("client/list_all", &json!({})).json();
     let lost: Vec<_> = acknowledged.into_iter().filter(|n| clients[format!("c{n}")].is_null()).collect();
     assert_eq!(lost, Vec::<u32>::new());
 }
@@ -261,14 +261,15 @@ fn what_was_acknowledged_is_there_where_another_call_broke_the_transaction_of_bo
 /// Regression: a transaction that took more than 4 s was answered with 503.
 #[test]
 fn many_callers_are_served_by_a_database_that_is_far_away() {
-    let line = proxy::Manner::Slow { delay: Duration::from_millis(8), rate: u32::MAX };
+    let line = proxy::ProxyMode::Slow { delay: Duration::from_millis(8), rate: u32::MAX };
     let (database, _proxy) = postgres::database().behind(line);
-    let desk = Desk::start(&Store::Postgres(database), "");
-    desk.add_server("s1", "192.168.2.0", 24, 20);
+    let registry = RegistryBroker::start(&Store::Postgres(database), "");
+    registry.add_server("s1", "192.168.2.0", 24, 20);
     let begun = Instant::now();
     let statuses: Vec<_> = thread::scope(|scope| {
-        let desk = &desk;
-        let calls: Vec<_> = (0..20).map(|n| scope.spawn(move || desk.add_client(&format!("c{n}"), "s1", n))).collect();
+        let registry = &registry;
+        let calls: Vec<_> =
+            (0..20).map(|n| scope.spawn(move || registry.add_client(&format!("c{n}"), "s1", n))).collect();
         calls.into_iter().map(|call| call.join().unwrap()).collect()
     });
     assert_eq!(statuses, [201; 20], "after {:?}", begun.elapsed());
@@ -289,13 +290,13 @@ fn two_brokers_serve_one_registry_whatever_isolation_is_the_databases_default() 
 }
 
 fn two_brokers_serve_one_registry(store: &Store) {
-    let (first, second) = (Desk::start(store, ""), Desk::start(store, ""));
+    let (first, second) = (RegistryBroker::start(store, ""), RegistryBroker::start(store, ""));
     first.add_server("s1", "192.168.2.0", 24, 20);
     thread::scope(|scope| {
-        for (desk, begin) in [(&first, 0), (&second, 50)] {
+        for (registry, begin) in [(&first, 0), (&second, 50)] {
             scope.spawn(move || {
                 for n in begin..begin + 50 {
-                    assert_eq!(desk.add_client(&format!("c{n}"), "s1", n), 201);
+                    assert_eq!(registry.add_client(&format!("c{n}"), "s1", n), 201);
                 }
             });
         }
@@ -310,9 +311,9 @@ fn two_brokers_serve_one_registry(store: &Store) {
 #[test]
 #[ignore = "needs root: tests/run netns"]
 fn of_two_brokers_with_sqlite_on_one_bus_the_second_refuses_and_says_so() {
-    let mut first = Desk::on_bus(&Store::Sqlite, "b1", None);
+    let mut first = RegistryBroker::on_bus(&Store::Sqlite, "b1", None);
     first.add_server("s1", "192.168.2.0", 24, 20);
-    let mut second = Desk::on_bus(&Store::Sqlite, "b2", Some(&first));
+    let mut second = RegistryBroker::on_bus(&Store::Sqlite, "b2", Some(&first));
     second.stack.broker().wait_for_log("another broker of this bus has a registry");
     for route in READS.iter().chain(&CHANGES) {
         let answer = second.post(route, &bodies());
@@ -328,7 +329,8 @@ fn of_two_brokers_with_sqlite_on_one_bus_the_second_refuses_and_says_so() {
     let witness = first.stack.probe(Role::new("witness", &["wgkex/broker/+/hello"]));
     let offers = |broker: &str, is_offered: bool| {
         let topic = format!("wgkex/broker/{broker}/hello");
-        witness.next("a hello", |said| said.topic == topic && said.text().contains("\"leases\"") == is_offered);
+        witness
+            .next("a hello", |message| message.topic == topic && message.text().contains("\"leases\"") == is_offered);
     };
     offers("b1", true);
     offers("b2", false);
@@ -357,30 +359,30 @@ fn of_two_brokers_with_sqlite_on_one_bus_the_second_refuses_and_says_so() {
 
 #[test]
 fn a_damaged_database_is_left_alone() {
-    let mut desk = Desk::start(&Store::Sqlite, "");
-    desk.add_server("s1", "192.168.2.0", 24, 20);
-    desk.stack.stop_broker();
-    let file = desk.stack.state_dir().join("registry.sqlite");
+    let mut registry = RegistryBroker::start(&Store::Sqlite, "");
+    registry.add_server("s1", "192.168.2.0", 24, 20);
+    registry.stack.stop_broker();
+    let file = registry.stack.state_dir().join("registry.sqlite");
     std::fs::write(&file, b"this is no database, and was one once").unwrap();
     // With the log in place, SQLite restores everything from it.
     for log in ["registry.sqlite-wal", "registry.sqlite-shm"] {
-        let _ = std::fs::remove_file(desk.stack.state_dir().join(log));
+        let _ = std::fs::remove_file(registry.stack.state_dir().join(log));
     }
-    desk.stack.start_broker();
-    desk.stack.wait_until_ready();
-    assert_eq!(desk.get("server/list_all", &json!({})).status, 503, "an empty answer would make gateways forget");
+    registry.stack.start_broker();
+    registry.stack.wait_until_ready();
+    assert_eq!(registry.get("server/list_all", &json!({})).status, 503, "an empty answer would make gateways forget");
     assert_eq!(std::fs::read(&file).unwrap(), b"this is no database, and was one once");
-    let line = desk.stack.broker().wait_for_log("the database cannot be used");
+    let line = registry.stack.broker().wait_for_log("the database cannot be used");
     assert!(line.contains("registry.sqlite") && line.contains("WARN"), "{line}");
 }
 
 #[test]
 fn tables_of_another_version_in_postgresql_are_left_alone() {
     let server_of_tables = Postgres::start();
-    let mut desk = Desk::start(&Store::Postgres(server_of_tables.database("registry")), "");
-    desk.add_server("s1", "192.168.2.0", 24, 20);
-    desk.leased("c1", "s1", 1);
-    let before = desk.everything();
+    let mut registry = RegistryBroker::start(&Store::Postgres(server_of_tables.database("registry")), "");
+    registry.add_server("s1", "192.168.2.0", 24, 20);
+    registry.leased("c1", "s1", 1);
+    let before = registry.everything();
     for (change, undo, cause) in [
         (
             "UPDATE wgkex_layout SET version = version + 1",
@@ -394,19 +396,19 @@ fn tables_of_another_version_in_postgresql_are_left_alone() {
             "already exists",
         ),
     ] {
-        assert!(desk.stack.stop_broker().success());
+        assert!(registry.stack.stop_broker().success());
         server_of_tables.run("registry", change);
-        desk.stack.start_broker();
-        desk.stack.wait_until_ready();
+        registry.stack.start_broker();
+        registry.stack.wait_until_ready();
         for route in READS.iter().chain(&CHANGES) {
-            assert_eq!(desk.post(route, &bodies()).status, 503, "{change}: {route}");
+            assert_eq!(registry.post(route, &bodies()).status, 503, "{change}: {route}");
         }
-        let line = desk.stack.broker().wait_for_log("the database cannot be used");
+        let line = registry.stack.broker().wait_for_log("the database cannot be used");
         assert!(line.contains(cause), "{line}");
         server_of_tables.run("registry", undo);
         wait_within(RETURN, "the registry is back", || {
-            (desk.get("server/exists/", &json!({ "server_name": "s1" })).status == 200).then_some(())
+            (registry.get("server/exists/", &json!({ "server_name": "s1" })).status == 200).then_some(())
         });
-        assert_eq!(desk.everything(), before, "{change}");
+        assert_eq!(registry.everything(), before, "{change}");
     }
 }

@@ -5,9 +5,9 @@
 
 mod answers;
 mod commands;
-mod desk;
 mod durability;
 mod leases;
 mod old_agent;
 mod push;
+mod registry_broker;
 mod validation;

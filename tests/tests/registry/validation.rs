@@ -2,17 +2,17 @@
 
 use serde_json::{Value, json};
 
-use crate::desk::{Desk, Store, client, server, with, with_each_store};
+use crate::registry_broker::{RegistryBroker, Store, client, server, with, with_each_store};
 
-fn assert_refused(desk: &Desk, route: &str, fields: &Value, field: &str) {
-    let answer = desk.post(route, fields);
+fn assert_refused(registry: &RegistryBroker, route: &str, fields: &Value, field: &str) {
+    let answer = registry.post(route, fields);
     assert_eq!(answer.status, 400, "{fields}: {answer:?}");
     assert_eq!(answer.json()["error"]["field"], field, "{fields}: {answer:?}");
 }
 
 #[test]
-fn wa17_fields_that_cannot_be_are_refused_and_change_nothing() {
-    with_each_store(|desk| {
+fn wa17_invalid_fields_are_refused_and_change_nothing() {
+    with_each_store(|registry| {
         let good = server("s1", "192.168.2.0", 24, 20);
         let key = good["public_key"].as_str().unwrap().to_owned();
         let wrong: [(&str, &[Value]); 8] = [
@@ -42,29 +42,29 @@ fn wa17_fields_that_cannot_be_are_refused_and_change_nothing() {
         ];
         for (field, values) in wrong {
             for value in values.iter().chain([&Value::Null]) {
-                assert_refused(desk, "server/add/", &with(&good, field, value.clone()), field);
+                assert_refused(registry, "server/add/", &with(&good, field, value.clone()), field);
             }
             let mut missing = good.clone();
             missing.as_object_mut().unwrap().remove(field);
-            assert_refused(desk, "server/add/", &missing, field);
+            assert_refused(registry, "server/add/", &missing, field);
         }
-        assert_eq!(desk.everything(), json!({ "clients": {}, "servers": {} }));
-        desk.add_server("s1", "192.168.2.0", 24, 20);
+        assert_eq!(registry.everything(), json!({ "clients": {}, "servers": {} }));
+        registry.add_server("s1", "192.168.2.0", 24, 20);
         for (field, value) in [
             ("client_name", json!("")),
             ("client_name", json!("a\u{7f}")),
             ("client_name", json!("x".repeat(254))),
             ("public_key", json!("x")),
         ] {
-            assert_refused(desk, "client/add/", &with(&client("c1", "s1", 1), field, value), field);
+            assert_refused(registry, "client/add/", &with(&client("c1", "s1", 1), field, value), field);
         }
-        assert_eq!(desk.everything()["clients"], json!({}));
+        assert_eq!(registry.everything()["clients"], json!({}));
     });
 }
 
 #[test]
 fn the_bounds_are_allowed() {
-    let desk = Desk::start(&Store::Sqlite, "");
+    let registry = RegistryBroker::start(&Store::Sqlite, "");
     let base = server("s0", "10.0.0.0", 24, 20);
     let allowed = [
         ("a", "10.1.0.0", 30, json!({ "n_reserved_ips": 2 })),
@@ -78,18 +78,18 @@ fn the_bounds_are_allowed() {
     for (name, network, mask, more) in allowed {
         let mut fields = server(name, network, mask, 0);
         fields.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
-        let answer = desk.post("server/add/", &fields);
+        let answer = registry.post("server/add/", &fields);
         assert_eq!(answer.status, 201, "{name}: {answer:?}");
     }
-    desk.leased("c", "f", 1);
-    let config = desk.get("client/config/", &json!({ "client_name": "c", "server_name": "f" })).json();
+    registry.leased("c", "f", 1);
+    let config = registry.get("client/config/", &json!({ "client_name": "c", "server_name": "f" })).json();
     assert_eq!(config["subnet"]["allowed_ips"], "10.0.0.0/8, fd00::/64,192.0.2.1", "as it came");
-    assert_eq!(desk.post("server/add/", &base).status, 201);
+    assert_eq!(registry.post("server/add/", &base).status, 201);
 }
 
 #[test]
 fn names_are_kept_and_found_as_they_came() {
-    with_each_store(|desk| {
+    with_each_store(|registry| {
         let names = [
             "a",
             "A",
@@ -106,28 +106,28 @@ fn names_are_kept_and_found_as_they_came() {
             "'; DROP TABLE servers; --",
         ];
         for (n, name) in names.iter().enumerate() {
-            desk.add_server(name, &format!("10.0.{n}.0"), 24, 0);
+            registry.add_server(name, &format!("10.0.{n}.0"), 24, 0);
         }
         for (n, name) in names.iter().enumerate() {
-            let own = desk.get("server/wireguard_ip/", &json!({ "server_name": name })).json();
+            let own = registry.get("server/wireguard_ip/", &json!({ "server_name": name })).json();
             assert_eq!(own["server_wg_ip"], format!("10.0.{n}.1"), "{name}");
             assert_eq!(
-                desk.leased(&name.replacen('ü', "/", 1), "a", u32::try_from(n).unwrap()),
+                registry.leased(&name.replacen('ü', "/", 1), "a", u32::try_from(n).unwrap()),
                 format!("10.0.0.{}", n + 2)[..].to_owned()
             );
         }
-        let listed = desk.get("server/list_all", &json!({})).json();
+        let listed = registry.get("server/list_all", &json!({})).json();
         assert!(names.iter().all(|name| listed.get(*name).is_some()), "{listed}");
-        desk.post("client/delete/", &json!({ "client_name": "%" }));
-        assert_eq!(desk.get("client/list_all", &json!({})).json().as_object().unwrap().len(), names.len() - 1);
+        registry.post("client/delete/", &json!({ "client_name": "%" }));
+        assert_eq!(registry.get("client/list_all", &json!({})).json().as_object().unwrap().len(), names.len() - 1);
     });
 }
 
 #[test]
 fn wa18_what_another_server_has_is_refused() {
-    with_each_store(|desk| {
-        desk.add_server("s1", "192.168.2.0", 24, 20);
-        let before = desk.everything();
+    with_each_store(|registry| {
+        registry.add_server("s1", "192.168.2.0", 24, 20);
+        let before = registry.everything();
         let other = server("s2", "192.168.4.0", 24, 20);
         let networks =
             [("192.168.2.0", 24), ("192.168.0.0", 16), ("192.168.2.128", 25), ("192.168.2.0", 30), ("128.0.0.0", 1)];
@@ -146,22 +146,27 @@ fn wa18_what_another_server_has_is_refused() {
             )
         }));
         for (fields, field) in conflicts {
-            let answer = desk.post("server/add/", &fields);
+            let answer = registry.post("server/add/", &fields);
             assert_eq!((answer.status, answer.json()["error"]["field"].as_str()), (409, Some(field)), "{fields}");
         }
-        assert_eq!(desk.everything(), before);
-        desk.add_server("s3", "192.168.3.0", 24, 20);
-        desk.add_server("s6", "fd00::", 64, 20);
-        desk.add_client("c1", "s1", 1);
+        assert_eq!(registry.everything(), before);
+        registry.add_server("s3", "192.168.3.0", 24, 20);
+        registry.add_server("s6", "fd00::", 64, 20);
+        registry.add_client("c1", "s1", 1);
         let of_client = with(&other, "public_key", client("c1", "s1", 1)["public_key"].clone());
-        assert_eq!(desk.post("server/add/", &of_client).status, 409, "a client has the key");
+        assert_eq!(registry.post("server/add/", &of_client).status, 409, "a client has the key");
     });
 }
 
 #[test]
 fn wa19_a_bad_key_is_found_before_an_unknown_server() {
-    with_each_store(|desk| {
-        assert_eq!(desk.add_client("c1", "nowhere", 1), 404);
-        assert_refused(desk, "client/add/", &with(&client("c1", "nowhere", 1), "public_key", json!("x")), "public_key");
+    with_each_store(|registry| {
+        assert_eq!(registry.add_client("c1", "nowhere", 1), 404);
+        assert_refused(
+            registry,
+            "client/add/",
+            &with(&client("c1", "nowhere", 1), "public_key", json!("x")),
+            "public_key",
+        );
     });
 }

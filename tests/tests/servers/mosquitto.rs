@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use wgkex_common::Domain;
 use wgkex_tests::http::Http;
 use wgkex_tests::in_memory::InMemory;
-use wgkex_tests::probe::{Probe, Role, Said, said};
+use wgkex_tests::probe::{Message, Probe, Role, message};
 use wgkex_tests::scripted::{data, peers_of, status};
 use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack};
 use wgkex_tests::{key, wait_until};
@@ -79,14 +79,14 @@ fn with_the_originals_access_list_routers_are_served_and_missing_rights_are_logg
 /// Gateways on one connection, which publish their states again like real ones.
 struct Played {
     probe: Probe,
-    states: Vec<Vec<Said>>,
+    states: Vec<Vec<Message>>,
 }
 
 impl Played {
     fn start(stack: &Stack) -> Self {
         let probe = stack.probe(Role::new("played", &[]));
         let states: Vec<_> = (0..PLAYED).map(|n| states(&name(n))).collect();
-        probe.say_all(states.iter().flatten().cloned());
+        probe.publish_all(states.iter().flatten().cloned());
         Self { probe, states }
     }
 
@@ -97,7 +97,7 @@ impl Played {
         for (spread, retain) in rounds {
             let round = Instant::now();
             for (n, states) in (1..).zip(&self.states) {
-                self.probe.say_all(states.iter().cloned().map(|state| Said { retain, ..state }));
+                self.probe.publish_all(states.iter().cloned().map(|state| Message { retain, ..state }));
                 thread::sleep((spread * n / 1000).saturating_sub(round.elapsed()));
                 if n % 100 == 0 || n as usize == PLAYED {
                     let Err(missing) = is_done() else { return };
@@ -116,8 +116,8 @@ fn name(n: usize) -> String {
 }
 
 /// All that a gateway retains. It does not confirm keys.
-fn states(name: &str) -> Vec<Said> {
-    let hello = said(format!("wgkex/worker/{name}/hello"), r#"{"version":"0.1.0","can":[]}"#, 1, true);
+fn states(name: &str) -> Vec<Message> {
+    let hello = message(format!("wgkex/worker/{name}/hello"), r#"{"version":"0.1.0","can":[]}"#, 1, true);
     let data = DOMAINS.map(|domain| data(name, domain));
     let counts = DOMAINS.map(|domain| peers_of(name, domain, "0"));
     [hello].into_iter().chain(data).chain(counts).chain([status(name, "1")]).collect()

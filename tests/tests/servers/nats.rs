@@ -97,7 +97,7 @@ impl Routers {
             for path in [V1, V2] {
                 scope.spawn(move || self.ask(stack, path));
             }
-            let over = Over(&self.is_over);
+            let over = StopOnDrop(&self.is_over);
             fault();
             drop(over);
         });
@@ -116,9 +116,9 @@ impl Routers {
 }
 
 /// Stops the requests, also if the test fails meanwhile.
-struct Over<'a>(&'a AtomicBool);
+struct StopOnDrop<'a>(&'a AtomicBool);
 
-impl Drop for Over<'_> {
+impl Drop for StopOnDrop<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
     }

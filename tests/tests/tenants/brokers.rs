@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use wgkex_common::storage::sqlite;
-use wgkex_tests::probe::{Role, Said};
+use wgkex_tests::probe::{Message, Role};
 use wgkex_tests::stack::{Bus, Plan, Stack};
 use wgkex_tests::websocket::{Frame, WebSocket};
 use wgkex_tests::{DEADLINE, key, wait_until, wait_within};
@@ -55,17 +55,17 @@ impl Member {
         self.messages.recv_timeout(DEATH).expect("a message").unwrap()
     }
 
-    fn hears_of(&self, number: u32, address: &str) {
+    fn receives_join(&self, number: u32, address: &str) {
         let expected =
             json!({ "display_name": format!("N{number}"), "public_key": key(number), "virtual_ip": address });
         assert_eq!(self.message(), expected);
     }
 
-    fn hears_leave(&self, address: &str) {
+    fn receives_leave(&self, address: &str) {
         assert_eq!(self.message(), json!({ "removed_peer": address }));
     }
 
-    fn hears_nothing(&self) {
+    fn receives_nothing(&self) {
         assert!(self.messages.try_recv().is_err(), "{:?} heard more", self.address);
     }
 }
@@ -118,14 +118,14 @@ fn members_at_different_brokers_see_each_other_and_leave_with_their_broker() {
     let a = Member::join(&first, 1);
     let b = Member::join(&second, 2);
     assert_eq!((a.address.as_str(), b.address.as_str(), &b.peers), ("10.64.0.1", "10.64.0.2", &vec!["N1".to_owned()]));
-    a.hears_of(2, "10.64.0.2");
+    a.receives_join(2, "10.64.0.2");
     let third = Member::join(&second, 3);
     assert_eq!((third.address.as_str(), &third.peers), ("10.64.0.3", &vec!["N1".to_owned(), "N2".into()]));
-    a.hears_of(3, "10.64.0.3");
-    b.hears_of(3, "10.64.0.3");
+    a.receives_join(3, "10.64.0.3");
+    b.receives_join(3, "10.64.0.3");
     drop(third);
-    a.hears_leave("10.64.0.3");
-    b.hears_leave("10.64.0.3");
+    a.receives_leave("10.64.0.3");
+    b.receives_leave("10.64.0.3");
     for stack in [&first, &second] {
         stack.wait_for_metric("wgkex_broker_tenants_members", 2.0);
     }
@@ -141,8 +141,8 @@ fn members_at_different_brokers_see_each_other_and_leave_with_their_broker() {
     }
     let fourth = Member::join(&first, 4);
     assert_eq!(fourth.address, "10.64.0.4", "the address of the third is held");
-    a.hears_of(4, "10.64.0.4");
-    b.hears_of(4, "10.64.0.4");
+    a.receives_join(4, "10.64.0.4");
+    b.receives_join(4, "10.64.0.4");
 
     // The coordinator is killed.
     let _ = first.broker().end_by(Signal::SIGKILL);
@@ -154,7 +154,7 @@ fn members_at_different_brokers_see_each_other_and_leave_with_their_broker() {
     is_coordinator(&second, true);
     let back = Member::join(&second, 1);
     assert_eq!((back.address.as_str(), &back.peers), ("10.64.0.1", &vec!["N2".to_owned()]));
-    b.hears_of(1, "10.64.0.1");
+    b.receives_join(1, "10.64.0.1");
 
     // It starts again as a follower, and is killed again.
     first.start_broker();
@@ -162,23 +162,23 @@ fn members_at_different_brokers_see_each_other_and_leave_with_their_broker() {
     let fifth = Member::join(&first, 5);
     is_coordinator(&first, false);
     assert_eq!(fifth.peers, ["N2", "N1"], "in the order of their joins");
-    b.hears_of(5, &fifth.address);
-    back.hears_of(5, &fifth.address);
+    b.receives_join(5, &fifth.address);
+    back.receives_join(5, &fifth.address);
     let _ = first.broker().end_by(Signal::SIGKILL);
     let died = Instant::now();
-    b.hears_leave(&fifth.address);
-    back.hears_leave(&fifth.address);
+    b.receives_leave(&fifth.address);
+    back.receives_leave(&fifth.address);
     assert!(died.elapsed() < DEATH, "{:?}", died.elapsed());
-    b.hears_nothing();
+    b.receives_nothing();
 
     // A broker that stops announces it at once.
     first.start_broker();
     first.wait_until_ready();
     let sixth = Member::join(&first, 6);
-    b.hears_of(6, &sixth.address);
+    b.receives_join(6, &sixth.address);
     let stopped = Instant::now();
     assert!(first.stop_broker().success());
-    b.hears_leave(&sixth.address);
+    b.receives_leave(&sixth.address);
     assert!(stopped.elapsed() < Duration::from_secs(10), "{:?}", stopped.elapsed());
 }
 
@@ -191,14 +191,14 @@ fn members_of_a_broker_that_says_nothing_more_leave_and_joins_end_in_time_until_
     let [mut first, second, mut third] = brokers_by(&plan, ["b1", "b2", "b3"]);
     is_coordinator(&first, true);
     let (a, b, c) = (Member::join(&first, 1), Member::join(&second, 2), Member::join(&third, 3));
-    a.hears_of(2, &b.address);
-    a.hears_of(3, &c.address);
-    b.hears_of(3, &c.address);
+    a.receives_join(2, &b.address);
+    a.receives_join(3, &c.address);
+    b.receives_join(3, &c.address);
 
     third.broker().signal(Signal::SIGSTOP);
     let stopped = Instant::now();
-    a.hears_leave(&c.address);
-    b.hears_leave(&c.address);
+    a.receives_leave(&c.address);
+    b.receives_leave(&c.address);
     assert!(stopped.elapsed() < DEATH, "{:?}", stopped.elapsed());
 
     first.broker().signal(Signal::SIGSTOP);
@@ -207,11 +207,11 @@ fn members_of_a_broker_that_says_nothing_more_leave_and_joins_end_in_time_until_
     assert!(refused.starts_with("1013 "), "{refused}");
     // 5 s, and a margin for a busy machine.
     assert!(stopped.elapsed() < Duration::from_secs(8), "{:?}", stopped.elapsed());
-    b.hears_leave(&a.address);
+    b.receives_leave(&a.address);
     assert!(stopped.elapsed() < DEATH, "{:?}", stopped.elapsed());
     let back = Member::join(&second, 1);
     assert_eq!((back.address.as_str(), &back.peers), (a.address.as_str(), &vec!["N2".to_owned()]));
-    b.hears_of(1, &back.address);
+    b.receives_join(1, &back.address);
 
     // It continues, as a follower of the new coordinator.
     first.broker().signal(Signal::SIGCONT);
@@ -220,8 +220,8 @@ fn members_of_a_broker_that_says_nothing_more_leave_and_joins_end_in_time_until_
     // registrations.
     std::thread::sleep(Duration::from_secs(3));
     let new = wait_until("the first broker has a place for a member", || Member::try_join(&first, 5).ok());
-    b.hears_of(5, &new.address);
-    back.hears_of(5, &new.address);
+    b.receives_join(5, &new.address);
+    back.receives_join(5, &new.address);
 }
 
 /// Any such frame would go to the coordinator, over the session that also carries routers' keys.
@@ -245,7 +245,7 @@ fn what_a_member_sends_unasked_goes_to_no_other_broker() {
     drop(member);
     let is_request = |kind: &str, text: &str| text.contains(&format!(r#"{{"{kind}":"#));
     witness.next("its leave", |said| is_request("leave", &said.text()));
-    let frames: Vec<_> = witness.received().iter().map(Said::text).filter(|text| !text.contains("[]")).collect();
+    let frames: Vec<_> = witness.received().iter().map(Message::text).filter(|text| !text.contains("[]")).collect();
     assert!(frames.iter().any(|text| is_request("join", text)), "{frames:?}");
     assert!(!frames.iter().any(|text| is_request("alive", text)), "{frames:?}");
 }
@@ -273,7 +273,7 @@ fn brokers_that_know_100_000_held_addresses_find_together_and_no_member_leaves()
     // A join is queued behind all that a broker receives at its start, and times out after 5 s.
     let join = |stack, number| wait_until("it is a member", || Member::try_join(stack, number).ok());
     let (b, c) = (join(&second, 2), join(&third, 3));
-    b.hears_of(3, &c.address);
+    b.receives_join(3, &c.address);
     for stack in [&second, &third] {
         // A join that timed out may leave a held address, for which another one is given up.
         wait_within(2 * DEADLINE, "the addresses are known", || {
@@ -284,8 +284,8 @@ fn brokers_that_know_100_000_held_addresses_find_together_and_no_member_leaves()
     let _ = first.broker().end_by(Signal::SIGKILL);
     is_coordinator(&second, true);
     let d = wait_until("the third has registered", || Member::try_join(&third, 4).ok());
-    b.hears_of(4, &d.address);
-    c.hears_of(4, &d.address);
+    b.receives_join(4, &d.address);
+    c.receives_join(4, &d.address);
     assert_eq!(d.peers, ["N2", "N3"]);
 }
 
@@ -315,6 +315,6 @@ fn members_at_three_brokers_that_join_at_once_have_different_addresses_and_all_k
         expected.push("N1000".into());
         expected.sort();
         assert_eq!(known, expected);
-        member.hears_nothing();
+        member.receives_nothing();
     }
 }

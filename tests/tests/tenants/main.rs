@@ -19,7 +19,7 @@ use wgkex_common::storage::schema::Schema;
 use wgkex_common::storage::sqlite;
 use wgkex_tests::http::Http;
 use wgkex_tests::process::{binary, memory};
-use wgkex_tests::scripted::{Manner, Worker};
+use wgkex_tests::scripted::{Worker, WorkerBehaviour};
 use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack, free_address};
 use wgkex_tests::websocket::{Frame, WebSocket};
 use wgkex_tests::{DEADLINE, key, wait_until};
@@ -288,12 +288,12 @@ fn members_of_a_large_tenant_that_come_at_once_all_get_in_and_hold_little() {
 }
 
 #[test]
-fn os14_a_full_network_and_a_full_pool_are_told() {
+fn os14_a_full_network_and_a_full_pool_are_reported() {
     scenario("os14", ", pool: 192.168.1.0/24, tenant_length: 24");
 }
 
 #[test]
-fn os15_what_a_member_sends_further_is_ignored() {
+fn os15_later_messages_of_a_member_are_ignored() {
     scenario("os15", "");
 }
 
@@ -509,7 +509,7 @@ fn websockets_take_no_place_of_routers_and_those_that_do_not_join_go_first() {
     let mut plan = plan("");
     plan.wrapper = ["sh", "-c", "ulimit -n 1024 && exec \"$@\"", "sh"].map(str::to_owned).to_vec();
     let stack = Stack::start(plan);
-    let _worker = Worker::start(&stack, "gw1", Manner::Confirms, 0);
+    let _worker = Worker::start(&stack, "gw1", WorkerBehaviour::Confirms, 0);
     stack.wait_for_gateways(1);
     let open = |n: u32| WebSocket::open(stack.http, &format!("/tenants/{}", n % 7));
     let mut members: Vec<_> = (0..100).map(|n| open(n).unwrap()).collect();

@@ -189,7 +189,7 @@ impl<'a> OpenInterface<'a> {
         let indexes = self.indexes;
         let messages = changes.iter().filter_map(|change| route::message(change, indexes));
         let mut peers = self.peers.write(&peers).into_iter();
-        let mut others = self.routes.order(messages).into_iter();
+        let mut others = self.routes.request_batch(messages).into_iter();
         let mut results = Vec::with_capacity(changes.len());
         for change in changes {
             let answers = if peer_change(change).is_some() { &mut peers } else { &mut others };

@@ -56,7 +56,7 @@ pub fn listens(name: &str) -> bool {
 
 /// Whether the interface may belong to a userspace WireGuard whose control socket this process may not open.
 #[must_use]
-pub fn is_hidden(name: &str) -> bool {
+pub fn is_socket_inaccessible(name: &str) -> bool {
     UnixStream::connect(socket(name)).is_err_and(|error| error.kind() == ErrorKind::PermissionDenied)
 }
 

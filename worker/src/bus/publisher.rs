@@ -163,9 +163,9 @@ impl Publisher {
             if let Some(data) = self.data(state) {
                 self.publish_data(domain, &data, announcement);
             }
-            self.publish(announcement.of(self.count(domain, state)));
+            self.publish(announcement.apply_to(self.count(domain, state)));
         }
-        self.publish(announcement.of(Message::retained(self.status(), "1")));
+        self.publish(announcement.apply_to(Message::retained(self.status(), "1")));
         self.publish_hello(announcement);
     }
 
@@ -176,7 +176,7 @@ impl Publisher {
             }
             PresenceEvent::Own(topic, payload) => {
                 if !self.is_own(&topic, &payload) {
-                    self.presence.contradicted(now);
+                    self.presence.on_wrong_retained(now);
                 }
             }
         }
@@ -220,13 +220,13 @@ impl Publisher {
     fn publish_hello(&self, announcement: Announcement) {
         let payload = self.hello().payload(unix(SystemTime::now()));
         let topic = Topic::WorkerHello { worker: self.worker.clone() };
-        self.publish(announcement.of(Message::retained(topic, payload)));
+        self.publish(announcement.apply_to(Message::retained(topic, payload)));
     }
 
     fn publish_data(&self, domain: &Domain, data: &WorkerData, announcement: Announcement) {
         let topic = Topic::WorkerData { worker: self.worker.clone(), domain: domain.name().into() };
         match serde_json::to_vec(data) {
-            Ok(payload) => self.publish(announcement.of(Message::retained(topic, payload))),
+            Ok(payload) => self.publish(announcement.apply_to(Message::retained(topic, payload))),
             Err(_) => self.metrics.publish_failures.inc(),
         }
     }

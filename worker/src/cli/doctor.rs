@@ -179,8 +179,8 @@ async fn wireguard_facts(name: &str, link: Link) -> WireguardFacts {
             Err(error) => Err(error.to_string()),
         },
     };
-    let is_hidden = link.kind == LinkKind::Tun && !is_userspace && wireguard::is_hidden(name);
-    WireguardFacts { link: link_facts(name, link), is_userspace, is_hidden, device }
+    let is_socket_inaccessible = link.kind == LinkKind::Tun && !is_userspace && wireguard::is_socket_inaccessible(name);
+    WireguardFacts { link: link_facts(name, link), is_userspace, is_socket_inaccessible, device }
 }
 
 fn link_facts(name: &str, link: Link) -> LinkFacts {

@@ -12,7 +12,7 @@ use wgkex_common::drain::{self, DrainRequest};
 use wgkex_common::time_text::unix;
 use wgkex_common::wire::drain::Drain;
 
-use super::{complain, print};
+use super::{print, print_error};
 
 /// The command `drain`.
 #[derive(Debug, Clone, Args)]
@@ -85,7 +85,7 @@ fn finish(done: anyhow::Result<String>) -> ExitCode {
         Ok(text) if print(&text).is_ok() => ExitCode::SUCCESS,
         Ok(_) => ExitCode::FAILURE,
         Err(error) => {
-            complain(&error);
+            print_error(&error);
             ExitCode::FAILURE
         }
     }

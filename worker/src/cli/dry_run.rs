@@ -22,7 +22,7 @@ use wgkex_common::{Config, Domain, KeyId, PublicKey, Reserved};
 use wgkex_kernel::netlink::Netlink;
 use wgkex_kernel::{Device, Kernel as _, Peer};
 
-use super::{complain, print};
+use super::{print, print_error};
 use crate::dry_run::{Command, PreviewParts, commands, preview, script};
 use crate::leases::{self, ServerPreview};
 use crate::peers::Policy;
@@ -64,7 +64,7 @@ impl DryRun {
         let outcomes = match outcomes(file) {
             Ok(outcomes) => outcomes,
             Err(error) => {
-                complain(&error);
+                print_error(&error);
                 return ExitCode::FAILURE;
             }
         };

@@ -11,7 +11,7 @@ use wgkex_common::Config;
 use wgkex_common::config::Listen;
 use wgkex_common::style::Style;
 
-use super::{EXIT_PROBLEMS, complain, http_client, print};
+use super::{EXIT_PROBLEMS, http_client, print, print_error};
 use crate::status::WorkerStatus;
 
 /// The pause between two updates of the screen.
@@ -37,7 +37,7 @@ impl StatusCommand {
         let config = match Config::load(file) {
             Ok(config) => config,
             Err(error) => {
-                complain(&error.into());
+                print_error(&error.into());
                 return ExitCode::FAILURE;
             }
         };
@@ -50,7 +50,7 @@ impl StatusCommand {
             Ok(status) if status.problems.is_empty() => ExitCode::SUCCESS,
             Ok(_) => EXIT_PROBLEMS.into(),
             Err(error) => {
-                complain(&error);
+                print_error(&error);
                 ExitCode::FAILURE
             }
         }

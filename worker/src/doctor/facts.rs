@@ -139,7 +139,7 @@ pub struct WireguardFacts {
     /// Whether a userspace WireGuard listens for commands by its name.
     pub is_userspace: bool,
     /// Whether a userspace WireGuard may have its name, which only root can check.
-    pub is_hidden: bool,
+    pub is_socket_inaccessible: bool,
     /// The WireGuard device; none if it is no WireGuard interface, or the error of reading it.
     pub device: Result<Option<WireguardDevice>, String>,
 }

@@ -4,7 +4,7 @@ use std::net::Ipv6Addr;
 
 use wgkex_common::config::Setup;
 use wgkex_common::doctor::sockets::PortOwner;
-use wgkex_common::doctor::{Finding, Level, Trouble};
+use wgkex_common::doctor::{CheckProblem, Finding, Level};
 use wgkex_kernel::links::{LinkKind, VxlanAttributes};
 
 use super::facts::{DomainFacts, LinkFacts, WireguardDevice, WireguardFacts};
@@ -16,7 +16,7 @@ const MTU_MIN: u32 = 1280;
 
 /// After so many packets for this machine from a tunnel and none from the VXLAN in it, the VXLAN has another id than
 /// routers have.
-const DEAF_AFTER: u64 = 100;
+const MISMATCH_AFTER: u64 = 100;
 
 const SETUP: &str = "run `wgkex-worker setup`, or what else makes it";
 
@@ -60,11 +60,11 @@ fn taken_before_setup(wg: &str, setup: &Setup, owner: &PortOwner) -> Option<Find
 }
 
 fn wireguard(wg: &str, facts: &WireguardFacts, domain: &DomainFacts, is_setup_named: bool) -> Vec<Finding> {
-    let WireguardFacts { link, is_userspace, is_hidden, device } = facts;
+    let WireguardFacts { link, is_userspace, is_socket_inaccessible, device } = facts;
     let kind = match &link.kind {
         LinkKind::Wireguard => "the kernel's WireGuard",
         LinkKind::Tun if *is_userspace => "a userspace WireGuard",
-        LinkKind::Tun if *is_hidden => {
+        LinkKind::Tun if *is_socket_inaccessible => {
             let found = "it is a TUN device: whether a WireGuard is behind it is not seen without rights";
             return vec![Finding::warn(wg, found, "run this as root")];
         }
@@ -85,7 +85,7 @@ fn wireguard(wg: &str, facts: &WireguardFacts, domain: &DomainFacts, is_setup_na
             findings.push(Finding::fail(wg, format!("WireGuard does not answer: {error}"), advice));
         }
         Ok(Some(device)) => {
-            let key = device.public_key.is_none().then(|| Trouble::new("it has no private key", SETUP));
+            let key = device.public_key.is_none().then(|| CheckProblem::new("it has no private key", SETUP));
             findings.push(Finding::judge(wg, Level::Fail, "it has a private key", key));
             let is_kernels = link.kind == LinkKind::Wireguard;
             findings.extend(port(wg, *device, is_kernels, domain, is_setup_named));
@@ -97,7 +97,7 @@ fn wireguard(wg: &str, facts: &WireguardFacts, domain: &DomainFacts, is_setup_na
 }
 
 fn is_up(name: &str, link: &LinkFacts, kind: &str) -> Finding {
-    let down = (!link.up).then(|| Trouble::new("it is down", format!("`ip link set {name} up`")));
+    let down = (!link.up).then(|| CheckProblem::new("it is down", format!("`ip link set {name} up`")));
     Finding::judge(name, Level::Fail, format!("{kind}, up"), down)
 }
 
@@ -154,7 +154,7 @@ fn address(wg: &str, link: &LinkFacts) -> Finding {
     let is_global = !link.addresses.iter().any(Ipv6Addr::is_unicast_link_local);
     let global = is_global.then(|| {
         let found = "its addresses are all global: routers expect a gateway at a link-local one (fe80::/10)";
-        Trouble::new(found, SETUP)
+        CheckProblem::new(found, SETUP)
     });
     Finding::judge(wg, Level::Warn, "it has a link address", global)
 }
@@ -190,7 +190,7 @@ fn vxlan(
     if let Some(wireguard) = wireguard {
         findings.push(path(vx, attributes, (wg, &wireguard.link)));
         findings.push(mtu((vx, link.mtu), (wg, wireguard.link.mtu)));
-        findings.extend(deaf((vx, link), (wg, &wireguard.link), attributes));
+        findings.extend(vxlan_id_mismatch((vx, link), (wg, &wireguard.link), attributes));
     }
     findings.extend(rp_filter(vx, link));
     findings
@@ -203,7 +203,7 @@ fn shape(vx: &str, attributes: &VxlanAttributes, setup: &Setup, is_setup_named: 
     let check = |what: &str, key: &str, is: u32, wanted: u32| {
         let differs = (is != wanted).then(|| {
             let found = format!("its {what} is {is}, and {wanted} in the config");
-            Trouble::new(found, format!("make it anew ({anew}), or set setup.{key} if routers have {is}"))
+            CheckProblem::new(found, format!("make it anew ({anew}), or set setup.{key} if routers have {is}"))
         });
         Finding::judge(vx, level, format!("its {what} is {is}"), differs)
     };
@@ -220,28 +220,28 @@ fn path(vx: &str, attributes: &VxlanAttributes, (wg, link): (&str, &LinkFacts)) 
         std::net::IpAddr::V6(address) => link.addresses.contains(address),
         std::net::IpAddr::V4(_) => false,
     };
-    let trouble = if attributes.under == Some(link.index) {
+    let problem = if attributes.under == Some(link.index) {
         match attributes.local {
-            None => Some(Trouble::new("it has no local address", anew())),
+            None => Some(CheckProblem::new("it has no local address", anew())),
             Some(local) if !is_own(&local) => {
-                Some(Trouble::new(format!("its local address {local} is not one of {wg}"), anew()))
+                Some(CheckProblem::new(format!("its local address {local} is not one of {wg}"), anew()))
             }
             Some(_) => None,
         }
     } else {
-        Some(Trouble::new(format!("the device under it is not {wg}"), anew()))
+        Some(CheckProblem::new(format!("the device under it is not {wg}"), anew()))
     };
-    Finding::judge(vx, Level::Fail, format!("it sends through {wg}, from its address"), trouble)
+    Finding::judge(vx, Level::Fail, format!("it sends through {wg}, from its address"), problem)
 }
 
 /// Most packets from the tunnels are VXLAN. The kernel silently drops those with another network identifier.
-fn deaf(
+fn vxlan_id_mismatch(
     (vx, link): (&str, &LinkFacts),
     (wg, outer): (&str, &LinkFacts),
     attributes: &VxlanAttributes,
 ) -> Option<Finding> {
     let (packets, VxlanAttributes { id, port, .. }) = (outer.received.own_ipv6, attributes);
-    (link.received.packets == 0 && packets >= DEAF_AFTER).then(|| {
+    (link.received.packets == 0 && packets >= MISMATCH_AFTER).then(|| {
         let found = format!(
             "it has never received anything, although {packets} packets came by {wg}: do routers have another VXLAN id \
              than {id}, or another port than {port}?"
@@ -256,24 +256,24 @@ fn deaf(
 
 fn mtu((vx, inner): (&str, u32), (wg, outer): (&str, u32)) -> Finding {
     let (fits, least) = (outer.saturating_sub(VXLAN_OVERHEAD), MTU_MIN + VXLAN_OVERHEAD);
-    let trouble = if outer < least {
+    let problem = if outer < least {
         let found = format!(
             "the MTU {outer} of {wg} is too small: VXLAN takes {VXLAN_OVERHEAD} of it, BATMAN and IPv6 need {MTU_MIN}"
         );
-        Some(Trouble::new(
+        Some(CheckProblem::new(
             found,
             format!("`ip link set {wg} mtu 1420`, at least {least}, and {vx} {VXLAN_OVERHEAD} less"),
         ))
     } else if inner > fits {
         let found = format!("its MTU {inner} is too large: {wg} has {outer}, and VXLAN takes {VXLAN_OVERHEAD} of it");
-        Some(Trouble::new(found, format!("`ip link set {vx} mtu {fits}`")))
+        Some(CheckProblem::new(found, format!("`ip link set {vx} mtu {fits}`")))
     } else if inner < MTU_MIN {
         let found = format!("its MTU {inner} is too small: BATMAN and IPv6 need {MTU_MIN}");
-        Some(Trouble::new(found, format!("`ip link set {vx} mtu {fits}`")))
+        Some(CheckProblem::new(found, format!("`ip link set {vx} mtu {fits}`")))
     } else {
         None
     };
-    Finding::judge(vx, Level::Fail, format!("its MTU {inner} fits into the {outer} of {wg}"), trouble)
+    Finding::judge(vx, Level::Fail, format!("its MTU {inner} fits into the {outer} of {wg}"), problem)
 }
 
 fn described(kind: &LinkKind) -> String {

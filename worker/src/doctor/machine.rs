@@ -1,6 +1,6 @@
 //! Checks that concern all domains: privileges, WireGuard, other managers of interfaces.
 
-use wgkex_common::doctor::{Finding, Level, Trouble};
+use wgkex_common::doctor::{CheckProblem, Finding, Level};
 
 use crate::leases::ServerStatus;
 
@@ -14,7 +14,7 @@ const OVER_IPV6: u32 = 40 + 8 + 32;
 const OVER_IPV4: u32 = 20 + 8 + 32;
 
 pub(super) fn capability(has_net_admin: bool) -> Finding {
-    let missing = (!has_net_admin).then(|| Trouble {
+    let missing = (!has_net_admin).then(|| CheckProblem {
         found: "CAP_NET_ADMIN is missing here".into(),
         advice: "run it as root, and the worker as root or with AmbientCapabilities=CAP_NET_ADMIN".into(),
     });
@@ -71,11 +71,11 @@ fn other_port(device: Option<&WireguardDevice>, wanted: u16) -> Option<String> {
 }
 
 fn running_server(subject: &str, ServerStatus { interface, up, reason, leases }: &ServerStatus) -> Finding {
-    let trouble = (!up).then(|| Trouble {
+    let problem = (!up).then(|| CheckProblem {
         found: format!("{interface}: {}", reason.as_deref().unwrap_or("its interface is not read yet")),
         advice: "`wgkex-worker setup` makes what is missing of the interface; `wgkex-worker dry-run` shows the peers that lack".into(),
     });
-    Finding::judge(subject, Level::Fail, format!("{interface} has the peers of all {leases} leases"), trouble)
+    Finding::judge(subject, Level::Fail, format!("{interface} has the peers of all {leases} leases"), problem)
 }
 
 /// Whether the MTU of the tunnels fits that of the uplinks.
@@ -85,7 +85,7 @@ pub(super) fn uplink(uplink: &Uplink, domains: &[DomainFacts]) -> Option<Finding
     let wireguard = |domain: &DomainFacts| Some(domain.wireguard.as_ref().ok()?.as_ref()?.link.mtu);
     let largest = domains.iter().filter_map(wireguard).max()?;
     let fits = mtu.saturating_sub(overhead);
-    let trouble = (largest > fits).then(|| Trouble {
+    let problem = (largest > fits).then(|| CheckProblem {
         found: format!(
             "its MTU {mtu} is too small for the {largest} of a tunnel, of which WireGuard makes {}: large packets are fragmented or lost",
             largest + overhead
@@ -94,7 +94,7 @@ pub(super) fn uplink(uplink: &Uplink, domains: &[DomainFacts]) -> Option<Finding
             "raise it, or lower those of the tunnels: wg-... to {fits}, vx-... to 70 less, and the same in the firmware of routers"
         ),
     });
-    Some(Finding::judge(name, Level::Warn, format!("its MTU {mtu} has room for the {largest} of the tunnels"), trouble))
+    Some(Finding::judge(name, Level::Warn, format!("its MTU {mtu} has room for the {largest} of the tunnels"), problem))
 }
 
 /// Other programs that manage the interfaces of domains, servers and the hub, and may delete the worker's routes.

@@ -2,7 +2,7 @@
 
 use wgkex_common::doctor::bus::SUBJECT;
 use wgkex_common::doctor::sockets::PortOwner;
-use wgkex_common::doctor::{Finding, Level, Trouble};
+use wgkex_common::doctor::{CheckProblem, Finding, Level};
 
 use super::facts::{DomainFacts, Facts, RunningWorker};
 
@@ -57,16 +57,16 @@ pub(super) fn kept(RunningWorker { process, keeps_lists, .. }: &RunningWorker) -
 /// user of the doctor.
 pub(super) fn domain_down(domain: &DomainFacts, running: Option<&RunningWorker>) -> Option<Finding> {
     let name = domain.domain.name();
-    let (level, trouble) = match running?.domains_down.get(name)? {
+    let (level, problem) = match running?.domains_down.get(name)? {
         None => {
             let found = "the running worker has not read its interfaces yet";
-            (Level::Warn, Trouble::new(found, "look again in a moment, then at its log"))
+            (Level::Warn, CheckProblem::new(found, "look again in a moment, then at its log"))
         }
         Some(reason) => {
             let advice = "its log says why; it is another user than the doctor: run the doctor, and `wgkex-worker setup`, as the \
                           worker's user";
-            (Level::Fail, Trouble::new(format!("the running worker cannot use it: {reason}"), advice))
+            (Level::Fail, CheckProblem::new(format!("the running worker cannot use it: {reason}"), advice))
         }
     };
-    Some(Finding::judge(name, level, "", Some(trouble)))
+    Some(Finding::judge(name, level, "", Some(problem)))
 }

@@ -57,7 +57,7 @@ fn stopped() -> Facts {
     let wireguard = WireguardFacts {
         link: link(1, LinkKind::Wireguard, 1420),
         is_userspace: false,
-        is_hidden: false,
+        is_socket_inaccessible: false,
         device: Ok(Some(device)),
     };
     Facts {
@@ -90,7 +90,7 @@ fn stopped() -> Facts {
         mqtt: MqttFacts {
             server: "mqtt:1883".into(),
             outcome: Ok(BusFacts {
-                rights: Rights { echo: EchoOutcome::Came, ..Rights::default() },
+                rights: Rights { echo: EchoOutcome::Received, ..Rights::default() },
                 online: Some(false),
                 ..BusFacts::default()
             }),
@@ -138,22 +138,22 @@ fn no_mqtt(facts: &mut Facts, fault: Fault) {
 }
 
 /// The findings that are not ok.
-fn troubles(facts: &Facts) -> Vec<Finding> {
+fn problems(facts: &Facts) -> Vec<Finding> {
     findings(facts).into_iter().filter(|finding| finding.level != Level::Ok).collect()
 }
 
 /// Each spoiled fact makes one more finding, at this level, with these words in its text and its advice.
 fn each_is_found(begin: fn() -> Facts, table: &[(Level, Spoil, &str, &str)]) {
-    let before = troubles(&begin());
+    let before = problems(&begin());
     for (level, spoil, found, advice) in table {
         let mut facts = begin();
         spoil(&mut facts);
-        let troubles: Vec<_> = troubles(&facts).into_iter().filter(|trouble| !before.contains(trouble)).collect();
-        assert_eq!(troubles.len(), 1, "{found}: {troubles:?}");
-        let line = format!("{}: {}", troubles[0].subject, troubles[0].found);
-        assert_eq!(troubles[0].level, *level, "{line}");
+        let problems: Vec<_> = problems(&facts).into_iter().filter(|problem| !before.contains(problem)).collect();
+        assert_eq!(problems.len(), 1, "{found}: {problems:?}");
+        let line = format!("{}: {}", problems[0].subject, problems[0].found);
+        assert_eq!(problems[0].level, *level, "{line}");
         assert!(line.contains(found), "{found} is not in {line}");
-        let said = troubles[0].advice.as_deref().unwrap_or_default();
+        let said = problems[0].advice.as_deref().unwrap_or_default();
         assert!(said.contains(advice), "{advice} is not in {said}");
     }
 }
@@ -162,10 +162,10 @@ fn each_is_found(begin: fn() -> Facts, table: &[(Level, Spoil, &str, &str)]) {
 fn a_gateway_on_which_all_is_well_has_only_ok_lines_and_one_whose_worker_does_not_run_says_so() {
     let all = findings(&well());
     assert!(worst(&all) == Level::Ok && all.len() > 15, "{all:?}");
-    let troubles = troubles(&stopped());
-    assert!(troubles.len() == 1 && troubles[0].level == Level::Warn, "{troubles:?}");
-    assert!(troubles[0].found.starts_with("no worker runs here"), "{troubles:?}");
-    assert!(troubles[0].advice.as_ref().is_some_and(|advice| advice.contains("systemctl start wgkex-worker")));
+    let problems = problems(&stopped());
+    assert!(problems.len() == 1 && problems[0].level == Level::Warn, "{problems:?}");
+    assert!(problems[0].found.starts_with("no worker runs here"), "{problems:?}");
+    assert!(problems[0].advice.as_ref().is_some_and(|advice| advice.contains("systemctl start wgkex-worker")));
 }
 
 /// The problems that `wgkex-worker status` prints.
@@ -227,11 +227,11 @@ fn each_problem_of_the_running_workers_status_is_a_finding() {
         assert_eq!(status.find_problems().is_empty(), level == Level::Ok, "{found}");
         let running = RunningWorker::from(status);
         let clock = ClockFacts { brokers: running.clocks_off.clone(), ..well().clock };
-        let troubles = troubles(&Facts { running: Some(running), clock, ..well() });
-        assert_eq!(troubles.len(), usize::from(level != Level::Ok), "{found}: {troubles:?}");
-        for trouble in troubles {
-            let line = format!("{}: {}", trouble.subject, trouble.found);
-            assert!(trouble.level == level && line.starts_with(found), "{found}: {trouble:?}");
+        let problems = problems(&Facts { running: Some(running), clock, ..well() });
+        assert_eq!(problems.len(), usize::from(level != Level::Ok), "{found}: {problems:?}");
+        for problem in problems {
+            let line = format!("{}: {}", problem.subject, problem.found);
+            assert!(problem.level == level && line.starts_with(found), "{found}: {problem:?}");
         }
     }
 }
@@ -245,10 +245,10 @@ fn a_worker_that_does_not_answer_is_to_be_restarted_and_its_port_not_to_be_chang
         facts.state.holder = Ok(Some(LockHolder { pid: Some(7), program: None }));
         facts
     };
-    let troubles: Vec<_> = troubles(&hung()).into_iter().filter(|trouble| trouble.subject != "state").collect();
-    assert!(troubles.len() == 1 && troubles[0].level == Level::Fail, "{troubles:?}");
-    assert_eq!(troubles[0].found, "process 7 (wgkex-worker) has 127.0.0.1:9586, and does not answer there");
-    let advice = troubles[0].advice.as_deref().unwrap();
+    let problems: Vec<_> = problems(&hung()).into_iter().filter(|problem| problem.subject != "state").collect();
+    assert!(problems.len() == 1 && problems[0].level == Level::Fail, "{problems:?}");
+    assert_eq!(problems[0].found, "process 7 (wgkex-worker) has 127.0.0.1:9586, and does not answer there");
+    let advice = problems[0].advice.as_deref().unwrap();
     assert!(advice.contains("log") && advice.contains("systemctl restart wgkex-worker"), "{advice}");
 }
 
@@ -380,7 +380,7 @@ fn each_trouble_of_a_vxlan_and_of_kinds_is_named_with_what_to_do() {
             ),
             (
                 Level::Warn,
-                |facts| (wg(facts).link.kind, wg(facts).is_hidden) = (LinkKind::Tun, true),
+                |facts| (wg(facts).link.kind, wg(facts).is_socket_inaccessible) = (LinkKind::Tun, true),
                 "it is a TUN device: whether a WireGuard is behind it is not seen without rights",
                 "run this as root",
             ),

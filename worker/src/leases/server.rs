@@ -39,7 +39,7 @@ pub(super) struct ServerState {
     made: BTreeSet<PublicKey>,
     foreign: BTreeSet<PublicKey>,
     /// When the last message of the coordinator with the current version id was received.
-    heard: Option<Instant>,
+    last_received: Option<Instant>,
     /// The state differs from that on disk.
     is_unsaved: bool,
     ask_at: Instant,
@@ -68,7 +68,7 @@ impl ServerState {
             announced: None,
             made,
             foreign,
-            heard: None,
+            last_received: None,
             // The file must name the server even without leases, so that its removal from the config is detected.
             is_unsaved: true,
             ask_at: now,
@@ -102,7 +102,7 @@ impl ServerState {
     /// Applies a broker's message.
     pub fn on_message(&mut self, message: LeaseMessage, now: Instant) {
         let before = self.table.version();
-        if self.is_of_a_rival(&message, now) {
+        if self.is_of_other_coordinator(&message, now) {
             return;
         }
         let message_id = message.version.id;
@@ -110,22 +110,22 @@ impl ServerState {
         match progress {
             LeaseProgress::Changed | LeaseProgress::Current => self.ask_at = now + FULL_INTERVAL,
             LeaseProgress::Partial => self.ask_at = now + LEASES_ANSWER_TIMEOUT,
-            LeaseProgress::Behind => self.ask_at = self.ask_at.min(now + MISSING_CHANGE_WAIT),
+            LeaseProgress::Incomplete => self.ask_at = self.ask_at.min(now + MISSING_CHANGE_WAIT),
         }
         if progress == LeaseProgress::Changed {
             self.check_at = now;
         }
         self.is_unsaved |= self.table.version() != before;
         if self.table.version().is_some_and(|known| known.id == message_id) {
-            self.heard = Some(now);
+            self.last_received = Some(now);
         }
     }
 
     /// Whether a message is from another coordinator than the current one: brokers with different settings may both
     /// publish to a hub. The first one is followed until its messages stop.
-    fn is_of_a_rival(&self, message: &LeaseMessage, now: Instant) -> bool {
+    fn is_of_other_coordinator(&self, message: &LeaseMessage, now: Instant) -> bool {
         let is_other = self.table.version().is_some_and(|known| known.id != message.version.id);
-        let is_heard = self.heard.is_some_and(|heard| now.saturating_duration_since(heard) < SILENCE_TIMEOUT);
+        let is_heard = self.last_received.is_some_and(|then| now.saturating_duration_since(then) < SILENCE_TIMEOUT);
         matches!(self.source, LeaseSource::Tenants(_)) && is_other && is_heard
     }
 
@@ -135,7 +135,7 @@ impl ServerState {
     }
 
     /// Whether a broker has to be asked now; the next request is due after the answer timeout.
-    pub fn take_ask(&mut self, now: Instant) -> bool {
+    pub fn request_due(&mut self, now: Instant) -> bool {
         let is_due = self.ask_at <= now;
         if is_due {
             self.ask_at = now + LEASES_ANSWER_TIMEOUT;

@@ -38,7 +38,7 @@ pub enum LeaseProgress {
     /// A chunk was received, and another follows.
     Partial,
     /// A change or chunk is missing: all leases have to be requested.
-    Behind,
+    Incomplete,
 }
 
 impl LeaseTable {
@@ -61,7 +61,7 @@ impl LeaseTable {
     pub fn apply(&mut self, version: LeaseVersion, content: LeaseContent) -> LeaseProgress {
         match content {
             LeaseContent::Current if self.version == Some(version) => LeaseProgress::Current,
-            LeaseContent::Current => LeaseProgress::Behind,
+            LeaseContent::Current => LeaseProgress::Incomplete,
             LeaseContent::Deleted => self.on_deleted(version),
             LeaseContent::Change(change) => self.on_change(version, change),
             LeaseContent::Chunk(chunk) => self.on_chunk(version, chunk),
@@ -88,7 +88,7 @@ impl LeaseTable {
                 if self.early.len() < EARLY_MAX {
                     self.early.insert(change.after, (version, change));
                 }
-                LeaseProgress::Behind
+                LeaseProgress::Incomplete
             }
         }
     }
@@ -101,12 +101,12 @@ impl LeaseTable {
         let mut partial = match self.partial.take() {
             _ if chunk.number == 0 => Partial { version, chunks: 0, leases: BTreeMap::new() },
             Some(partial) if (partial.version, partial.chunks) == (version, chunk.number) => partial,
-            Some(_) | None => return LeaseProgress::Behind,
+            Some(_) | None => return LeaseProgress::Incomplete,
         };
         partial.leases.extend(chunk.leases);
         partial.chunks += 1;
         if partial.leases.len() > LEASES_MAX {
-            return LeaseProgress::Behind;
+            return LeaseProgress::Incomplete;
         }
         if !chunk.is_last {
             self.partial = Some(partial);
@@ -174,18 +174,18 @@ mod tests {
     fn changes_follow_one_another_and_a_gap_is_noticed() {
         let mut table = LeaseTable::default();
         for (revision, content, progress, leases) in [
-            (35, added(20, 9), LeaseProgress::Behind, vec![]),
+            (35, added(20, 9), LeaseProgress::Incomplete, vec![]),
             (20, chunk(0, false, &[1]), LeaseProgress::Partial, vec![]),
             (20, chunk(1, true, &[2]), LeaseProgress::Changed, vec![1, 2, 9]),
             (35, added(20, 9), LeaseProgress::Current, vec![1, 2, 9]),
             (41, removed(35, 1), LeaseProgress::Changed, vec![2, 9]),
-            (60, added(50, 6), LeaseProgress::Behind, vec![2, 9]),
+            (60, added(50, 6), LeaseProgress::Incomplete, vec![2, 9]),
             (41, LeaseContent::Current, LeaseProgress::Current, vec![2, 9]),
-            (60, LeaseContent::Current, LeaseProgress::Behind, vec![2, 9]),
+            (60, LeaseContent::Current, LeaseProgress::Incomplete, vec![2, 9]),
             (35, chunk(0, true, &[1]), LeaseProgress::Current, vec![2, 9]),
             (50, removed(41, 9), LeaseProgress::Changed, vec![2, 6]),
-            (80, chunk(1, true, &[1]), LeaseProgress::Behind, vec![2, 6]),
-            (81, added(20, 7), LeaseProgress::Behind, vec![2, 6]),
+            (80, chunk(1, true, &[1]), LeaseProgress::Incomplete, vec![2, 6]),
+            (81, added(20, 7), LeaseProgress::Incomplete, vec![2, 6]),
             (82, chunk(0, true, &[1]), LeaseProgress::Changed, vec![1]),
         ] {
             assert_eq!(table.apply(version(revision), content.clone()), progress, "{revision} {content:?}");
@@ -198,7 +198,7 @@ mod tests {
         let mut table = LeaseTable::restored(Some(version(5)), [lease(1)].into());
         let other = LeaseVersion { id: 8, revision: 0 };
         assert_eq!(table.apply(other, LeaseContent::Deleted), LeaseProgress::Current, "none of this one");
-        assert_eq!(table.apply(LeaseVersion { revision: 1, ..other }, added(0, 2)), LeaseProgress::Behind);
+        assert_eq!(table.apply(LeaseVersion { revision: 1, ..other }, added(0, 2)), LeaseProgress::Incomplete);
         assert_eq!(table.apply(other, chunk(0, true, &[])), LeaseProgress::Changed);
         assert_eq!(numbers(&table), [2]);
         assert_eq!(table.apply(LeaseVersion { revision: 2, ..other }, LeaseContent::Deleted), LeaseProgress::Changed);
@@ -247,10 +247,10 @@ mod tests {
                 for (revision, content) in sent {
                     last = Some(table.apply(version(revision), content));
                 }
-                if last == Some(LeaseProgress::Behind) {
+                if last == Some(LeaseProgress::Incomplete) {
                     let all: Vec<u32> = numbers(&broker);
                     let progress = table.apply(version(revision), chunk(0, true, &all));
-                    prop_assert!(progress != LeaseProgress::Behind);
+                    prop_assert!(progress != LeaseProgress::Incomplete);
                 }
                 if table.version() == broker.version() {
                     prop_assert_eq!(table.leases(), broker.leases());

@@ -226,7 +226,7 @@ impl<K: Kernel> LeaseTask<K> {
             if self.servers[index].take_check(now) {
                 self.reconcile(index).await;
             }
-            if self.servers[index].take_ask(now) {
+            if self.servers[index].request_due(now) {
                 self.ask(index);
             }
         }

@@ -66,7 +66,7 @@ impl KnownPeers {
         let mut admitted = Admitted::default();
         let mut deferred = Vec::new();
         for key in dedup_keep_last(keys) {
-            let peer = match self.admissible(&key, own, reserved, self.is_routers(&key)) {
+            let peer = match self.admissible(&key, own, reserved, self.is_established_router(&key)) {
                 Ok(peer) => peer,
                 Err(reason) => {
                     admitted.refused.push((key, reason));
@@ -109,12 +109,12 @@ impl KnownPeers {
         key: &PublicKey,
         own: Option<PublicKey>,
         reserved: &Reserved,
-        is_routers: bool,
+        is_established_router: bool,
     ) -> Result<DesiredPeer, RejectReason> {
         if Some(*key) == own {
             return Err(RejectReason::OwnKey);
         }
-        if (reserved.is_reserved(key) && !is_routers) || reserved.lists(key) {
+        if (reserved.is_reserved(key) && !is_established_router) || reserved.lists(key) {
             return Err(RejectReason::Reserved);
         }
         let peer = self.profile.desired(key).ok_or(RejectReason::Denied)?;
@@ -179,7 +179,7 @@ impl KnownPeers {
         let mut room = self.capacity();
         let mut steps = Vec::new();
         for key in self.pending.oldest_first() {
-            match self.admissible(&key, own, reserved, self.is_routers(&key)) {
+            match self.admissible(&key, own, reserved, self.is_established_router(&key)) {
                 Err(_) => self.forget_pending(&key),
                 Ok(peer) if self.lacks_slot(&key) && room.take(self.counts_as_established(&key)) => {
                     self.pending.take_slot(&key);
@@ -251,7 +251,7 @@ impl KnownPeers {
             admitted_since_start: has_handshake,
             ..PendingKey::from_elsewhere(arrived.into(), has_handshake)
         };
-        if self.note_elsewhere(&key, pending.handshake_elsewhere) {
+        if self.note_handshake_elsewhere(&key, pending.handshake_elsewhere) {
             return None;
         }
         self.admissible(&key, own, reserved, has_handshake).ok()?;
@@ -295,23 +295,23 @@ impl KnownPeers {
     }
 
     /// Notes the time of a key's handshake at another gateway, as reported by a broker; false if the key is not known.
-    fn note_elsewhere(&mut self, key: &PublicKey, shaken: Option<CompactInstant>) -> bool {
+    fn note_handshake_elsewhere(&mut self, key: &PublicKey, shaken: Option<CompactInstant>) -> bool {
         let note = |entry: &mut PeerEntry| {
             entry.handshake_elsewhere = entry.handshake_elsewhere.max(shaken);
             entry.admitted_since_start |= shaken.is_some();
         };
-        self.table.update(key, note) || self.pending.note_elsewhere(key, shaken)
+        self.table.update(key, note) || self.pending.note_handshake_elsewhere(key, shaken)
     }
 
     /// Whether the key belongs to a router that had a handshake: then another gateway cannot reserve it by publishing
     /// it.
-    pub(super) fn is_routers(&self, key: &PublicKey) -> bool {
+    pub(super) fn is_established_router(&self, key: &PublicKey) -> bool {
         let is_pending = |key| {
             self.pending
                 .get(key)
                 .is_some_and(|pending| pending.admitted_since_start && pending.handshake_elsewhere.is_some())
         };
-        self.table.known(key).is_some_and(PeerEntry::is_routers) || is_pending(key)
+        self.table.known(key).is_some_and(PeerEntry::is_established_router) || is_pending(key)
     }
 
     /// Whether the pending `key` has neither a peer nor a slot for one.
@@ -333,7 +333,7 @@ impl KnownPeers {
     }
 
     /// The vanished peer of `key` is completely in the kernel again.
-    pub fn put_back(&mut self, key: PublicKey, now: Instant) {
+    pub fn restore(&mut self, key: PublicKey, now: Instant) {
         self.insert_or_restore(key, now);
     }
 

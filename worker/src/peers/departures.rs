@@ -143,7 +143,9 @@ impl KnownPeers {
     /// Forgets the keys of peers that vanished repeatedly and are stale: no sweep has found them.
     pub fn forget_stale(&mut self, now: Instant) {
         let is_stale = |entry: &PeerEntry| {
-            entry.renewed && entry.sweep == Sweep::WhenStale && entry.state(&self.policy, now) == PeerState::Stale
+            entry.handshake_lost_in_kernel
+                && entry.sweep == Sweep::WhenStale
+                && entry.state(&self.policy, now) == PeerState::Stale
         };
         let stale = self
             .table
@@ -154,19 +156,20 @@ impl KnownPeers {
         }
     }
 
-    /// At most so many of the peers of ours that have been silent for [`Policy::forget`](super::Policy::forget): their
-    /// endpoints are to be forgotten.
+    /// At most so many of the peers of ours that have been silent for
+    /// [`Policy::forget_endpoint_after`](super::Policy::forget_endpoint_after): their endpoints are to be forgotten.
     #[must_use]
     pub fn idle(&self, most: usize, now: Instant) -> Vec<PublicKey> {
-        let Some(forget) = self.policy.forget else { return Vec::new() };
+        let Some(forget) = self.policy.forget_endpoint_after else { return Vec::new() };
         let is_silent = |handshake: Handshake| handshake.quiet_since.age(now) >= forget;
-        let is_idle = |entry: &PeerEntry| entry.ours && !entry.renewed && entry.handshake.is_some_and(is_silent);
+        let is_idle =
+            |entry: &PeerEntry| entry.ours && !entry.handshake_lost_in_kernel && entry.handshake.is_some_and(is_silent);
         self.table.iter().filter(|(_, entry)| is_idle(entry)).map(|(key, _)| *key).take(most).collect()
     }
 
     /// The peer of `key` was created again without a handshake in the kernel; the handshake remembered here is kept.
     pub fn mark_renewed(&mut self, key: &PublicKey) {
-        self.table.update(key, |entry| entry.renewed = true);
+        self.table.update(key, |entry| entry.handshake_lost_in_kernel = true);
     }
 
     /// Forgets the pending keys that `is_removed` selects; returns the peers that it selects, and whether each is ours.
@@ -180,7 +183,7 @@ impl KnownPeers {
 
     /// The peer of `key` could not be removed completely: it is no longer ours. If the next read does not show it, it
     /// is gone.
-    pub fn disown(&mut self, key: &PublicKey) {
+    pub fn mark_foreign(&mut self, key: &PublicKey) {
         if self.table.update(key, |entry| entry.ours = false) {
             self.changed.insert(*key);
         }

@@ -95,7 +95,7 @@ impl Pending {
     }
 
     /// Notes the time of a pending key's handshake at another gateway; false if it is not pending.
-    pub(super) fn note_elsewhere(&mut self, key: &PublicKey, shaken: Option<CompactInstant>) -> bool {
+    pub(super) fn note_handshake_elsewhere(&mut self, key: &PublicKey, shaken: Option<CompactInstant>) -> bool {
         let Some(pending) = self.keys.get_mut(key) else { return false };
         pending.handshake_elsewhere = pending.handshake_elsewhere.max(shaken);
         pending.admitted_since_start |= shaken.is_some();

@@ -14,11 +14,11 @@ pub struct Policy {
     /// For this long after its key arrived, or was found in the kernel, or was put back into it, a peer is not stale.
     pub grace: Duration,
     /// The interval of sweeps for stale peers.
-    pub interval: Duration,
+    pub sweep_interval: Duration,
     /// A peer is connected if its last handshake is younger than this.
     pub connected: Duration,
     /// The interval in which tables are read, peers counted, and missing objects restored.
-    pub count: Duration,
+    pub read_interval: Duration,
     /// The handshakes of a peer are reported again after this long.
     pub report: Duration,
     /// The most pending keys; the oldest are dropped first.
@@ -26,7 +26,7 @@ pub struct Policy {
     /// The most peers of an interface that never had a handshake; the oldest are evicted first.
     pub unestablished: usize,
     /// The endpoint of a peer that was silent for this long is forgotten; none means never.
-    pub forget: Option<Duration>,
+    pub forget_endpoint_after: Option<Duration>,
     /// The most peers of an interface of any kind; no new one is set beyond that.
     pub peers: usize,
 }
@@ -44,14 +44,14 @@ impl Default for Policy {
         Self {
             stale: Duration::from_secs(10_800),
             grace: Duration::from_secs(600),
-            interval: Duration::from_secs(3_600),
+            sweep_interval: Duration::from_secs(3_600),
             connected: Duration::from_secs(180),
             // A vanished peer must be back within a minute, which includes the seconds that a read of very many peers
             // takes.
-            count: Duration::from_secs(45),
+            read_interval: Duration::from_secs(45),
             report: Duration::from_secs(21_600),
             pending: 200_000,
-            forget: None,
+            forget_endpoint_after: None,
             unestablished: 30_000,
             peers: 100_000,
         }
@@ -60,11 +60,11 @@ impl Default for Policy {
 
 impl From<&Config> for Policy {
     fn from(config: &Config) -> Self {
-        let Cleanup { interval, stale, grace } = config.cleanup;
+        let Cleanup { interval: sweep_interval, stale, grace } = config.cleanup;
         let PeerLimits { max: peers, unproven: unestablished } = config.peers;
         let report = handshake_report_interval(config.live_keys.ttl, stale);
-        let forget = config.forget_idle_after;
-        Self { stale, grace, interval, report, unestablished, forget, peers, ..Self::default() }
+        let forget_endpoint_after = config.forget_idle_after;
+        Self { stale, grace, sweep_interval, report, unestablished, forget_endpoint_after, peers, ..Self::default() }
     }
 }
 

@@ -38,7 +38,7 @@ pub(super) struct PeerEntry {
     /// When its handshakes were last reported.
     pub reported: Option<CompactInstant>,
     /// The peer was created again since its last handshake, which the kernel therefore does not show.
-    pub renewed: bool,
+    pub handshake_lost_in_kernel: bool,
     pub ours: bool,
     /// A broker admitted it since this program started.
     pub admitted_since_start: bool,
@@ -125,7 +125,7 @@ impl PeerTable {
         });
         let gone = vanished.len() - before;
         let mut found = |key: &PublicKey| match (vanished.remove(key), pending.get(key)) {
-            (Some(entry), _) => entry.made_anew(now),
+            (Some(entry), _) => entry.recreated(now),
             (None, Some(PendingKey { first, handshake_elsewhere, .. })) => {
                 PeerEntry { first: *first, handshake_elsewhere: *handshake_elsewhere, ..PeerEntry::new(now, false) }
             }
@@ -175,7 +175,7 @@ impl PeerTable {
     /// Adds the peer of `key`, with its entry from before it vanished, or else `new`. Returns whether there was one
     /// before.
     pub(super) fn insert_or_restore(&mut self, key: PublicKey, new: impl FnOnce() -> PeerEntry, now: Instant) -> bool {
-        let vanished = self.vanished.remove(&key).map(|entry| entry.made_anew(now));
+        let vanished = self.vanished.remove(&key).map(|entry| entry.recreated(now));
         let before = self.peers.len();
         let entry = self.peers.entry(key).or_insert_with(|| vanished.unwrap_or_else(new));
         let is_new = entry.is_unestablished();
@@ -243,7 +243,7 @@ impl PeerEntry {
             handshake: None,
             handshake_elsewhere: None,
             reported: None,
-            renewed: false,
+            handshake_lost_in_kernel: false,
             ours,
             admitted_since_start: false,
             sweep: Sweep::WhenStale,
@@ -252,15 +252,15 @@ impl PeerEntry {
 
     /// The entry of a peer that was created again. It gets a new grace once per handshake, so that a peer that is
     /// removed repeatedly still expires.
-    fn made_anew(mut self, now: Instant) -> Self {
-        if !std::mem::replace(&mut self.renewed, true) {
+    fn recreated(mut self, now: Instant) -> Self {
+        if !std::mem::replace(&mut self.handshake_lost_in_kernel, true) {
             self.arrived = now.into();
         }
         self
     }
 
     /// Whether it had a handshake, here or elsewhere, and its key came from a broker.
-    pub(super) fn is_routers(&self) -> bool {
+    pub(super) fn is_established_router(&self) -> bool {
         self.admitted_since_start && self.is_established()
     }
 
@@ -280,9 +280,9 @@ impl PeerEntry {
             (Some(at), Some(known)) if nanoseconds(at) == known.at => {}
             (Some(at), _) => {
                 self.handshake = Some(Handshake::first_seen(at, now, since_last_read));
-                self.renewed = false;
+                self.handshake_lost_in_kernel = false;
             }
-            (None, Some(_)) => *self = self.made_anew(now.monotonic),
+            (None, Some(_)) => *self = self.recreated(now.monotonic),
             (None, None) => {}
         }
     }

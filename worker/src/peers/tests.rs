@@ -150,7 +150,7 @@ fn a_peer_that_vanished_is_owed_and_stays_in_the_state_file() {
     assert_eq!(changed, wanted);
     assert!(before[0].is_some_and(|kept| kept.established));
     assert_eq!(world.read(), 0, "and is not said twice");
-    world.put_back();
+    world.restore();
     assert_eq!(world.read(), 0);
     assert_eq!((world.owed(), world.known.table.len()), (vec![], 3));
 }
@@ -172,7 +172,7 @@ fn a_vanished_peer_keeps_its_claim_and_its_stale_time() {
         [(second, RejectReason::AddressTaken)],
         "nor is its address free while it is away"
     );
-    world.put_back();
+    world.restore();
     for _ in 0..2 {
         world.read();
         assert_eq!(world.come(&[second]), [(second, RejectReason::AddressTaken)]);
@@ -223,7 +223,7 @@ fn a_peer_that_vanishes_again_and_again_becomes_stale() {
         for (key, stays) in stays {
             assert_eq!(world.known.is_pending(&key), stays, "{key:?} {minute}");
         }
-        world.put_back();
+        world.restore();
         world.read();
         world.pass(MINUTE);
     }
@@ -240,7 +240,7 @@ fn peers_of_an_interface_that_returns_have_their_grace_again() {
     world.memory.add(&domain());
     world.read();
     world.known.forget_stale(world.now.monotonic);
-    world.put_back();
+    world.restore();
     world.read();
     assert_eq!(world.states(), [PeerState::New]);
     world.pass(10 * MINUTE);
@@ -298,7 +298,7 @@ fn a_peer_put_back_has_its_grace_again() {
     world.pass(2 * HOUR);
     world.memory.add(&domain());
     world.read();
-    world.put_back();
+    world.restore();
     world.read();
     assert_eq!(world.states(), [PeerState::Idle, PeerState::New], "the first is established");
     world.pass(2 * HOUR);
@@ -525,7 +525,7 @@ fn too_many_of_before_go_when_one_comes() {
 #[test]
 fn a_silent_peer_forgets_where_its_router_was_and_is_stale_no_sooner_for_it() {
     let mut world = World::with(&[key(1), key(2), key(3)]);
-    world.known.policy = Policy { forget: Some(10 * MINUTE), ..Policy::default() };
+    world.known.policy = Policy { forget_endpoint_after: Some(10 * MINUTE), ..Policy::default() };
     world.handshake(key(1));
     world.read();
     world.pass(Duration::from_secs(599));
@@ -908,11 +908,11 @@ impl World {
     }
 
     /// Vanished peers are put back.
-    fn put_back(&mut self) {
+    fn restore(&mut self) {
         let steps = self.owed();
         self.apply(&steps);
         for step in steps {
-            self.known.put_back(step.key(), self.now.monotonic);
+            self.known.restore(step.key(), self.now.monotonic);
         }
     }
 
@@ -1063,11 +1063,11 @@ impl World {
             }
             Happening::Remember(n, established) => self.known.remember(one_of(n), KeyRecord { last: now, established }),
             Happening::Vanish(numbers) => self.vanish(&keys(&numbers)),
-            Happening::PutBack => self.put_back(),
+            Happening::PutBack => self.restore(),
             Happening::Handshake(n) => self.handshake(one_of(n)),
             Happening::Refuse(n) => (0..TRIES_MAX).for_each(|_| self.known.refused(&one_of(n))),
             Happening::Remove(n) => self.remove(&[one_of(n)].into()),
-            Happening::Disown(n) => self.known.disown(&one_of(n)),
+            Happening::Disown(n) => self.known.mark_foreign(&one_of(n)),
             Happening::Deny(n) => {
                 let denied = self.known.remove_denied(|key| *key == one_of(n));
                 self.remove(&denied.into_keys().collect());

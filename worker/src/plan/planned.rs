@@ -14,7 +14,7 @@ pub enum Reason {
     /// The deadline of a drain is over: the peer is in the next portion.
     Drained,
     /// The peer is evicted for others, or its address is another key's.
-    InTheWay,
+    Evicted,
     /// The peer has been silent for so long that its endpoint is forgotten.
     Silent,
     /// The route or flood entry has no peer.
@@ -42,7 +42,7 @@ impl Reason {
             Self::Denied => "a list excludes the key",
             Self::Stale => "stale: removed by the next sweep, unless it shakes hands before",
             Self::Drained => "in the next portion of the drain, whose deadline is over",
-            Self::InTheWay => "makes room, or its address is another key's",
+            Self::Evicted => "makes room, or its address is another key's",
             Self::Silent => "forgets its endpoint (forget_idle_after)",
             Self::Orphaned => "has no peer: removed after 30 s",
             Self::Missing => "is missing",

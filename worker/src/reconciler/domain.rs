@@ -189,7 +189,7 @@ impl DomainReconciler {
         for (key, outcome) in outcomes {
             match outcome {
                 Ok(()) if self.peers.has_vanished(key) => {
-                    self.peers.put_back(*key, now);
+                    self.peers.restore(*key, now);
                     recorded.restored += 1;
                 }
                 Ok(()) if self.peers.is_pending(key) => {

@@ -37,13 +37,13 @@ impl<K: Kernel> Driver<'_, K> {
         let arrivals = self.domain.on_keys(keys, &self.reserved.borrow(), self.now());
         let mut rejected = self.reject(arrivals.rejected);
         if !arrivals.unavailable.is_empty() {
-            self.settle(arrivals.unavailable, &mut rejected);
+            self.record_outcomes(arrivals.unavailable, &mut rejected);
         }
         for steps in [arrivals.known, arrivals.new] {
             self.domain.supersede(&steps);
             let report = to_report(self.apply(&steps).await);
             if !report.is_empty() {
-                self.settle(report, &mut rejected);
+                self.record_outcomes(report, &mut rejected);
             }
         }
         self.reports.confirm(self.domain.name(), &rejected);
@@ -69,7 +69,7 @@ impl<K: Kernel> Driver<'_, K> {
     }
 
     /// Records the outcomes of keys that arrived, and publishes them in one message with those `rejected` before.
-    fn settle(&mut self, mut report: Report, rejected: &mut Report) {
+    fn record_outcomes(&mut self, mut report: Report, rejected: &mut Report) {
         let recorded = self.domain.on_installed(&report, self.now());
         self.count(&recorded);
         report.append(rejected);
@@ -81,7 +81,7 @@ impl<K: Kernel> Driver<'_, K> {
         let steps = self.domain.take_backlog();
         if steps.is_empty() {
             self.evict().await;
-            self.domain.use_room(&self.reserved.borrow(), self.now());
+            self.domain.assign_slots(&self.reserved.borrow(), self.now());
             return;
         }
         let outcomes = self.apply(&steps).await;
@@ -108,7 +108,7 @@ impl<K: Kernel> Driver<'_, K> {
         self.heartbeat.beat();
         self.domain.on_read_ended(self.now(), begun.elapsed());
         match read {
-            Ok(device) => Ok(self.conclude(&device, denied).await),
+            Ok(device) => Ok(self.apply_read(&device, denied).await),
             Err(error) => {
                 let domain = self.domain.name().clone();
                 self.metrics.read_failures.with_label_values(&[domain.name()]).inc();
@@ -124,7 +124,7 @@ impl<K: Kernel> Driver<'_, K> {
     }
 
     /// Each step takes long with many peers; it yields between them, so that MQTT and the shutdown can run.
-    async fn conclude(&mut self, device: &Device, denied: &BTreeSet<PublicKey>) -> Report {
+    async fn apply_read(&mut self, device: &Device, denied: &BTreeSet<PublicKey>) -> Report {
         yield_now().await;
         let ReadChange { vanished, is_readable_again } = self.domain.on_read(device, &self.reserved.borrow(), self.now);
         let domain = self.domain.name();

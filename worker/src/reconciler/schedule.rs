@@ -27,10 +27,10 @@ impl Schedule {
     #[must_use]
     pub fn new(policy: &Policy, now: Instant) -> Self {
         Self {
-            count: policy.count,
-            interval: policy.interval,
+            count: policy.read_interval,
+            interval: policy.sweep_interval,
             read_at: now,
-            sweep_at: now + policy.interval,
+            sweep_at: now + policy.sweep_interval,
             settled_at: now,
             failures: 0,
         }
@@ -133,7 +133,7 @@ mod tests {
 
     #[test]
     fn a_sweep_waits_for_a_good_read() {
-        let policy = Policy { interval: 90 * SECOND, ..Policy::default() };
+        let policy = Policy { sweep_interval: 90 * SECOND, ..Policy::default() };
         let start = Instant::now();
         let mut schedule = Schedule::new(&policy, start);
         good_read(&mut schedule, start, Duration::ZERO);
@@ -151,7 +151,7 @@ mod tests {
     #[test]
     fn a_sweep_with_too_many_peers_continues_at_once() {
         let (mut schedule, start) = schedule();
-        let due = start + Policy::default().interval;
+        let due = start + Policy::default().sweep_interval;
         for (more, next) in [(true, due), (false, due + count())] {
             schedule.read(due, Duration::ZERO);
             schedule.swept(due, more);
@@ -162,7 +162,7 @@ mod tests {
     }
 
     fn count() -> Duration {
-        Policy::default().count
+        Policy::default().read_interval
     }
 
     fn schedule() -> (Schedule, Instant) {

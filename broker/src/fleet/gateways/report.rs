@@ -90,7 +90,7 @@ impl Gateways {
         let shares = self.shares(now);
         let standing = |(name, gateway): (&WorkerName, &Gateway)| {
             let GatewayLoad { connected, assigned } = gateway.peers();
-            let rank = shares.rank_for_router(self.contender(name, gateway, now), current_gateway == Some(name));
+            let rank = shares.rank_for_router(self.ranked_load(name, gateway, now), current_gateway == Some(name));
             let why_last = match rank.tier {
                 Tier::Unresponsive => Some("it did not confirm the last key in time".to_owned()),
                 Tier::Weightless => Some("its weight is 0".to_owned()),
@@ -98,10 +98,10 @@ impl Gateways {
                     let draining = self.draining(name, gateway);
                     Some(draining.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))
                 }
-                Tier::Stays | Tier::Regular | Tier::Filling => None,
+                Tier::Current | Tier::Regular | Tier::Filling => None,
             };
             let note = match rank.tier {
-                Tier::Stays => Some("it drains, and the router is connected there".to_owned()),
+                Tier::Current => Some("it drains, and the router is connected there".to_owned()),
                 Tier::Filling => Some("it came back, and is filled slowly (rebalance.over)".to_owned()),
                 Tier::Regular | Tier::Draining | Tier::Weightless | Tier::Unresponsive | Tier::Removing => None,
             };

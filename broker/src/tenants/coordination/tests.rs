@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use tokio::sync::{mpsc, oneshot};
 use wgkex_common::PublicKey;
 use wgkex_common::address::tenants::TenantNetworks;
-use wgkex_common::wire::message::Served;
+use wgkex_common::wire::message::ServiceAnnouncement;
 
 use super::*;
 use crate::client_ip::Client;
@@ -53,7 +53,7 @@ struct Guest {
 
 fn new_broker(number: u64, pool: &str, length: u8, addresses: Addresses, now: Instant) -> Broker {
     let name: BrokerName = format!("b{number}").parse().unwrap();
-    let served = Served { since: number, rules: "r".into() };
+    let announced = ServiceAnnouncement { since: number, rules: "r".into() };
     let metrics = Metrics::register(&MetricsRegistry::default()).unwrap();
     let kept = AddressBuffer::default();
     let networks = TenantNetworks { pool: vec![pool.parse().unwrap()], tenant_length: length };
@@ -62,7 +62,7 @@ fn new_broker(number: u64, pool: &str, length: u8, addresses: Addresses, now: In
         TenantSettings { networks: networks.clone(), grace: GRACE, tokens_file: None, hub: Some(hub.worker().clone()) };
     let clients = Clients::new(networks.count());
     let sessions = Sessions::new(name.clone(), clients, addresses, kept.clone(), metrics.clone()).with_hub(Some(hub));
-    let election = Election::new(name.clone(), served, now);
+    let election = Election::new(name.clone(), announced, now);
     let tenants = Coordination::new(name.clone(), settings, sessions, election, 1000 * number, Arc::default(), metrics);
     Broker { name, tenants, kept, is_reached: true }
 }
@@ -96,7 +96,7 @@ impl Rig {
         let known = self
             .brokers
             .iter_mut()
-            .map(|broker| (broker.name.clone(), broker.tenants.election().served().clone(), broker.is_reached));
+            .map(|broker| (broker.name.clone(), broker.tenants.election().announced().clone(), broker.is_reached));
         let known: Vec<_> = known.collect();
         let now = self.now;
         for broker in &mut self.brokers {
@@ -104,9 +104,9 @@ impl Rig {
             let election = broker.tenants.election();
             election.on_bus(own_is_reached, now);
             if own_is_reached {
-                for (name, served, is_reached) in &known {
+                for (name, announced, is_reached) in &known {
                     election.on_status(name.clone(), *is_reached, now);
-                    election.on_hello(name.clone(), is_reached.then(|| served.clone()), now);
+                    election.on_hello(name.clone(), is_reached.then(|| announced.clone()), now);
                 }
             }
         }
@@ -604,10 +604,10 @@ fn a_probe_reaches_a_member_whose_broker_registers_again() {
 #[test]
 fn a_coordinator_that_says_nothing_is_passed_over() {
     let mut rig = Rig::of(1);
-    let (silent, served) = ("a".parse::<BrokerName>().unwrap(), Served { since: 0, rules: "r".into() });
+    let (silent, announced) = ("a".parse::<BrokerName>().unwrap(), ServiceAnnouncement { since: 0, rules: "r".into() });
     let election = rig.brokers[0].tenants.election();
     election.on_bus(true, rig.now);
-    election.on_hello(silent.clone(), Some(served.clone()), rig.now);
+    election.on_hello(silent.clone(), Some(announced.clone()), rig.now);
     election.on_status(silent.clone(), true, rig.now);
     rig.wait(Duration::from_secs(20));
     assert_eq!(rig.coordinators(), Vec::<usize>::new());
@@ -615,7 +615,7 @@ fn a_coordinator_that_says_nothing_is_passed_over() {
     assert_eq!(rig.coordinators(), [0]);
     assert_eq!(rig.join(2).received(), ["10.64.0.1: "]);
     let election = rig.brokers[0].tenants.election();
-    election.on_hello(silent, Some(Served { since: 1, ..served }), rig.now);
+    election.on_hello(silent, Some(ServiceAnnouncement { since: 1, ..announced }), rig.now);
     rig.wait(Duration::from_secs(1));
     assert_eq!(rig.coordinators(), [0], "one that was started again comes later");
 }

@@ -173,28 +173,28 @@ fn a_worker_that_missed_something_notices_it_within_seconds() {
     copy.apply(hub.take_messages(start));
     hub.on_address(key(1), None, Some(address(1)));
     assert_eq!(hub.take_messages(start).len(), 1, "and that is lost");
-    copy.apply(hub.take_messages(start + SIGN_INTERVAL / 2));
+    copy.apply(hub.take_messages(start + VERSION_INTERVAL / 2));
     assert!(!copy.is_behind);
-    copy.apply(hub.take_messages(start + SIGN_INTERVAL));
+    copy.apply(hub.take_messages(start + VERSION_INTERVAL));
     assert!(copy.is_behind);
     // Another coordinator has other numbers.
     hub.on_request(&worker(), copy.version);
-    copy.apply(hub.take_messages(start + SIGN_INTERVAL));
+    copy.apply(hub.take_messages(start + VERSION_INTERVAL));
     hub.follow();
     hub.on_address(key(2), None, Some(address(2)));
-    assert_eq!(hub.take_messages(start + 3 * SIGN_INTERVAL), []);
+    assert_eq!(hub.take_messages(start + 3 * VERSION_INTERVAL), []);
     hub.lead(8);
-    copy.apply(hub.take_messages(start + 3 * SIGN_INTERVAL));
+    copy.apply(hub.take_messages(start + 3 * VERSION_INTERVAL));
     assert!(copy.is_behind);
     hub.on_request(&worker(), copy.version);
-    copy.apply(hub.take_messages(start + 3 * SIGN_INTERVAL));
+    copy.apply(hub.take_messages(start + 3 * VERSION_INTERVAL));
     assert_eq!(copy.leases.len(), 2);
     // Without a worker that is the hub, nothing is sent, and nothing kept for it.
     hub.on_announced(&worker(), None);
     hub.on_address(key(3), None, Some(address(3)));
-    assert_eq!(hub.take_messages(start + 9 * SIGN_INTERVAL), []);
+    assert_eq!(hub.take_messages(start + 9 * VERSION_INTERVAL), []);
     hub.on_announced(&worker(), Some(announced("gw1.example")));
-    copy.apply(hub.take_messages(start + 9 * SIGN_INTERVAL));
+    copy.apply(hub.take_messages(start + 9 * VERSION_INTERVAL));
     assert!(copy.is_behind);
 }
 
@@ -217,7 +217,7 @@ proptest! {
             }
             let messages = hub.take_messages(now);
             match fate {
-                0 => now += SIGN_INTERVAL,
+                0 => now += VERSION_INTERVAL,
                 1 => hub.lead(number),
                 2..4 => hub.on_request(&worker(), copy.version),
                 // Lost.
@@ -226,11 +226,11 @@ proptest! {
             }
             copy.apply(messages);
         }
-        copy.apply(hub.take_messages(now + SIGN_INTERVAL));
-        copy.apply(hub.take_messages(now + 2 * SIGN_INTERVAL));
+        copy.apply(hub.take_messages(now + VERSION_INTERVAL));
+        copy.apply(hub.take_messages(now + 2 * VERSION_INTERVAL));
         if copy.is_behind {
             hub.on_request(&worker(), copy.version);
-            copy.apply(hub.take_messages(now + 2 * SIGN_INTERVAL));
+            copy.apply(hub.take_messages(now + 2 * VERSION_INTERVAL));
         }
         let known: Vec<_> = copy.leases.iter().flat_map(|(key, known)| known.iter().map(|address| (*key, address))).collect();
         let wanted: BTreeSet<_> = truth.iter().map(|((n, _), address)| (key(*n), *address)).collect();

@@ -33,11 +33,11 @@ pub struct ListSource {
     /// The stamps were the same before and after reading, or at a later check.
     is_settled: bool,
     /// The entries of the last valid content.
-    good: Option<Arc<[Entry]>>,
+    last_valid: Option<Arc<[Entry]>>,
     /// The directory, by device and inode, of that content.
-    good_dir: Option<[u64; 2]>,
+    last_valid_dir: Option<[u64; 2]>,
     /// Why it cannot be read now.
-    damage: Option<String>,
+    error: Option<String>,
 }
 
 /// The kind of a source.
@@ -81,9 +81,9 @@ impl ListSource {
             last_seen: None,
             read: None,
             is_settled: false,
-            good: None,
-            good_dir: None,
-            damage: None,
+            last_valid: None,
+            last_valid_dir: None,
+            error: None,
         }
     }
 
@@ -94,32 +94,32 @@ impl ListSource {
 
     /// Whether only keys on it are admitted, and it has no content that was confirmed by a second check.
     pub fn is_unread_allow_list(&self) -> bool {
-        self.kind.allows() && (self.good.is_none() || !self.is_settled)
+        self.kind.allows() && (self.last_valid.is_none() || !self.is_settled)
     }
 
     /// Whether only keys on it are admitted, and it had no valid content so far.
     pub fn was_never_read_to_allow(&self) -> bool {
-        self.kind.allows() && self.good.is_none()
+        self.kind.allows() && self.last_valid.is_none()
     }
 
     /// Whether it cannot be read now.
     pub fn is_damaged(&self) -> bool {
-        self.damage.is_some()
+        self.error.is_some()
     }
 
     /// Why it cannot be read now; none if it can be read.
-    pub fn damage(&self) -> Option<&str> {
-        self.damage.as_deref()
+    pub fn error(&self) -> Option<&str> {
+        self.error.as_deref()
     }
 
     /// Whether its entries or its readability differ from those of `other`.
     pub fn differs(&self, other: &Self) -> bool {
-        self.good != other.good || self.is_damaged() != other.is_damaged()
+        self.last_valid != other.last_valid || self.is_damaged() != other.is_damaged()
     }
 
     /// The entries of the last valid content.
     pub fn entries(&self) -> &[Entry] {
-        self.good.as_deref().unwrap_or_default()
+        self.last_valid.as_deref().unwrap_or_default()
     }
 
     /// True if its entries changed, or keys that are not on it may be removed from now on.
@@ -132,7 +132,7 @@ impl ListSource {
             return false;
         }
         let was_settled = std::mem::replace(&mut self.is_settled, is_same);
-        let may_read = anew || !is_read || self.damage.is_some();
+        let may_read = anew || !is_read || self.error.is_some();
         (may_read && self.read_now()) || (self.kind.allows() && !was_settled && self.is_settled)
     }
 
@@ -156,24 +156,24 @@ impl ListSource {
     }
 
     fn take(&mut self, Listed { entries, duplicates, .. }: Listed) -> bool {
-        let is_new = self.good.as_deref() != Some(&entries[..]);
+        let is_new = self.last_valid.as_deref() != Some(&entries[..]);
         let path = self.path.display();
-        if is_new || self.damage.is_some() {
+        if is_new || self.error.is_some() {
             info!(list = self.name, %path, keys = entries.len(), "list is read");
             for line in duplicates {
                 warn!(list = self.name, %path, line, "a key is given twice in one mapping, the last one counts");
             }
         }
-        self.damage = None;
-        self.good = Some(entries.into());
-        self.good_dir = self.dir();
+        self.error = None;
+        self.last_valid = Some(entries.into());
+        self.last_valid_dir = self.dir();
         is_new
     }
 
     fn reject(&mut self, reason: String) {
-        if self.damage.as_ref() != Some(&reason) {
+        if self.error.as_ref() != Some(&reason) {
             let (list, path) = (self.name, self.path.display());
-            let message = match (&self.good, self.kind.allows()) {
+            let message = match (&self.last_valid, self.kind.allows()) {
                 (Some(_), _) => "list is damaged, what was last read of it counts",
                 (None, true) => {
                     "list is damaged, and was never read since the start: every key that no admin call allows is refused \
@@ -184,7 +184,7 @@ impl ListSource {
                 }
             };
             warn!(list, %path, reason, "{message}");
-            self.damage = Some(reason);
+            self.error = Some(reason);
         }
     }
 
@@ -213,7 +213,7 @@ impl ListSource {
                 if list == List::Allow && files.is_empty() {
                     return Err("has no file with a key, at least one is needed".into());
                 }
-                if files.is_empty() && !self.entries().is_empty() && self.dir() != self.good_dir {
+                if files.is_empty() && !self.entries().is_empty() && self.dir() != self.last_valid_dir {
                     return Err("is empty, and another directory than before: is its disk mounted?".into());
                 }
                 let entries = files.into_iter().map(|(domain, file)| key_file(list, domain, &file));

@@ -10,7 +10,7 @@ pub(super) const OF_CLIENT_MAX: usize = 1_024;
 /// The most upgraded connections: twice the need of 500 tenants of ten members.
 const UPGRADED_MAX: usize = 10_000;
 /// The most memory that all of them may hold beyond that, in bytes: unread responses, and heads without an end.
-const HELD_MAX: usize = 16 << 20;
+const BUFFERED_MAX: usize = 16 << 20;
 /// The most connections of a server without an entry in the table, such as TLS handshakes.
 const PENDING_MAX: usize = 1_024;
 /// Files that the rest of the program opens.
@@ -28,12 +28,12 @@ pub struct Capacity {
     /// Upgraded connections, in addition.
     pub upgraded: usize,
     /// The memory that all may hold, in bytes.
-    pub held: usize,
+    pub buffered: usize,
 }
 
 impl Capacity {
     /// For a listener for a few clients.
-    pub const FEW: Self = Self { open: 32, of_client: 16, pending: 16, upgraded: 0, held: 4 << 20 };
+    pub const FEW: Self = Self { open: 32, of_client: 16, pending: 16, upgraded: 0, buffered: 4 << 20 };
 
     /// For a listener for a fleet. Raises the limit of open files to the hard limit.
     #[must_use]
@@ -55,7 +55,7 @@ impl Capacity {
     pub fn of_files(files: usize) -> Self {
         let pending = (files / 8).clamp(16, PENDING_MAX);
         let open = (files.saturating_sub(OTHER_FILES + 2 * pending) / 9 * 4).clamp(64, OPEN_MAX);
-        Self { open, of_client: OF_CLIENT_MAX, pending, upgraded: 0, held: HELD_MAX }
+        Self { open, of_client: OF_CLIENT_MAX, pending, upgraded: 0, buffered: BUFFERED_MAX }
     }
 
     /// Adds upgraded connections, of two files each. If there are few files, HTTP gets three of seven: with 20,000

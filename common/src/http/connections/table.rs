@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::flow::{BUSY, Flow};
+use super::activity::{BUSY, ConnectionActivity};
 use super::{Capacity, Closed, IDLE_TIMEOUT, PeerKind};
 
 /// The idle timeout when half of all are open.
@@ -26,7 +26,7 @@ pub struct ConnectionTable<S> {
 struct OpenConnection<S> {
     peer: PeerKind,
     socket: S,
-    flow: Arc<Flow>,
+    activity: Arc<ConnectionActivity>,
     is_upgraded: bool,
 }
 
@@ -38,11 +38,11 @@ pub struct AdmittedConnection<S> {
 
 impl<S> OpenConnection<S> {
     fn idle(&self) -> u64 {
-        self.flow.idle()
+        self.activity.idle()
     }
 
-    fn held(&self) -> usize {
-        self.flow.held()
+    fn buffered(&self) -> usize {
+        self.activity.buffered()
     }
 }
 
@@ -63,7 +63,12 @@ impl<S> ConnectionTable<S> {
 
     /// Adds a connection. If the table is full, those are evicted whose client has been waited for the longest, be it
     /// for a request or for the body of one: a sixteenth at once, so that a flood does not cost a search each.
-    pub fn admit(&mut self, peer: PeerKind, socket: S, flow: Arc<Flow>) -> Result<AdmittedConnection<S>, (Closed, S)> {
+    pub fn admit(
+        &mut self,
+        peer: PeerKind,
+        socket: S,
+        activity: Arc<ConnectionActivity>,
+    ) -> Result<AdmittedConnection<S>, (Closed, S)> {
         if let PeerKind::Client(client) = peer
             && self.clients.get(&client).is_some_and(|open| *open >= self.capacity.of_client)
         {
@@ -74,8 +79,8 @@ impl<S> ConnectionTable<S> {
             return Err((Closed::Full, socket));
         }
         self.last += 1;
-        flow.set_id(self.last);
-        self.open.insert(self.last, OpenConnection { peer, socket, flow, is_upgraded: false });
+        activity.set_id(self.last);
+        self.open.insert(self.last, OpenConnection { peer, socket, activity, is_upgraded: false });
         if let PeerKind::Client(client) = peer {
             *self.clients.entry(client).or_default() += 1;
         }
@@ -102,24 +107,24 @@ impl<S> ConnectionTable<S> {
         }
         let open = self.open.get_mut(&id).filter(|_| self.upgraded < self.capacity.upgraded)?;
         open.is_upgraded = true;
-        open.flow.upgrade();
+        open.activity.upgrade();
         self.upgraded += 1;
         Some(evicted)
     }
 
     /// If all hold more memory than they may, removes connections until they hold a quarter less than that.
     pub fn free_memory(&mut self) -> Vec<S> {
-        let most = self.capacity.held;
-        let mut held: usize = self.open.values().map(OpenConnection::held).sum();
-        if held <= most {
+        let most = self.capacity.buffered;
+        let mut buffered: usize = self.open.values().map(OpenConnection::buffered).sum();
+        if buffered <= most {
             return Vec::new();
         }
         let mut evicted = Vec::new();
-        for id in self.longest_idle(|open| open.held() > 0) {
-            if held <= most / 4 * 3 {
+        for id in self.longest_idle(|open| open.buffered() > 0) {
+            if buffered <= most / 4 * 3 {
                 break;
             }
-            held = held.saturating_sub(self.open.get(&id).map_or(0, OpenConnection::held));
+            buffered = buffered.saturating_sub(self.open.get(&id).map_or(0, OpenConnection::buffered));
             evicted.extend(self.remove(id));
         }
         evicted
@@ -152,7 +157,7 @@ impl<S> ConnectionTable<S> {
     pub fn expire(&mut self, now: u64) -> Vec<S> {
         let is_crowded = self.len() * 2 > self.capacity.open;
         let limit = |open: &OpenConnection<S>| match open {
-            OpenConnection { is_upgraded: true, flow, .. } => flow.is_ending().then_some(ENDING_TIMEOUT),
+            OpenConnection { is_upgraded: true, activity, .. } => activity.is_ending().then_some(ENDING_TIMEOUT),
             open if is_crowded && open.peer != PeerKind::Proxy => Some(IDLE_CROWDED),
             _ => Some(IDLE_TIMEOUT),
         };
@@ -177,8 +182,8 @@ mod tests {
         PeerKind::Client([192, 0, 2, n].into())
     }
 
-    fn table(open: usize, held: usize) -> ConnectionTable<u64> {
-        ConnectionTable::new(Capacity { open, of_client: OF_CLIENT_MAX, pending: 0, upgraded: 4, held })
+    fn table(open: usize, buffered: usize) -> ConnectionTable<u64> {
+        ConnectionTable::new(Capacity { open, of_client: OF_CLIENT_MAX, pending: 0, upgraded: 4, buffered })
     }
 
     /// Adds a connection that is idle since then.
@@ -187,11 +192,11 @@ mod tests {
         peer: PeerKind,
         socket: u64,
         idle: u64,
-    ) -> Option<(Arc<Flow>, AdmittedConnection<u64>)> {
-        let flow = Flow::new(Instant::now());
-        flow.wait_for_client(idle);
-        let admitted = table.admit(peer, socket, flow.clone()).ok()?;
-        Some((flow, admitted))
+    ) -> Option<(Arc<ConnectionActivity>, AdmittedConnection<u64>)> {
+        let activity = ConnectionActivity::new(Instant::now());
+        activity.wait_for_client(idle);
+        let admitted = table.admit(peer, socket, activity.clone()).ok()?;
+        Some((activity, admitted))
     }
 
     #[test]
@@ -200,7 +205,7 @@ mod tests {
         let open = u64::try_from(OF_CLIENT_MAX).unwrap();
         let first = admit(&mut table, client(1), 0, 0).unwrap().1.id;
         assert!((1..open).all(|socket| admit(&mut table, client(1), socket, 0).is_some()));
-        let refused = table.admit(client(1), 7, Flow::new(Instant::now())).err();
+        let refused = table.admit(client(1), 7, ConnectionActivity::new(Instant::now())).err();
         assert_eq!(refused, Some((Closed::Client, 7)));
         assert!(admit(&mut table, client(2), 8, 0).is_some());
         for peer in [PeerKind::Proxy, PeerKind::Local] {
@@ -216,21 +221,21 @@ mod tests {
         let mut table = table(32, 0);
         let mut busy = Vec::new();
         for n in 0..32 {
-            let (flow, _) = admit(&mut table, client(u8::try_from(n).unwrap()), n, 100 + n).unwrap();
+            let (activity, _) = admit(&mut table, client(u8::try_from(n).unwrap()), n, 100 + n).unwrap();
             match n {
-                0..4 => busy.push(flow.begin()),
+                0..4 => busy.push(activity.begin()),
                 // The head of a request was received, and its body was not.
-                4 => flow.wait_for_client(900),
+                4 => activity.wait_for_client(900),
                 _ => {}
             }
         }
         assert_eq!(admit(&mut table, client(99), 99, 1000).unwrap().1.evicted, [5, 6]);
         assert_eq!(table.open.len(), 31);
         assert_eq!(table.clients.len(), 31);
-        table.open.values().for_each(|open| open.flow.set_busy());
-        let (flow, _) = admit(&mut table, client(100), 100, 1000).unwrap();
-        let _busy = flow.begin();
-        assert_eq!(table.admit(client(101), 101, flow).err(), Some((Closed::Full, 101)));
+        table.open.values().for_each(|open| open.activity.set_busy());
+        let (activity, _) = admit(&mut table, client(100), 100, 1000).unwrap();
+        let _busy = activity.begin();
+        assert_eq!(table.admit(client(101), 101, activity).err(), Some((Closed::Full, 101)));
     }
 
     #[test]
@@ -258,15 +263,16 @@ mod tests {
         let mut table = table(2, 100);
         let mut upgraded = Vec::new();
         for socket in 0..4 {
-            let (flow, admitted) = admit(&mut table, client(1), socket, 0).unwrap();
+            let (activity, admitted) = admit(&mut table, client(1), socket, 0).unwrap();
             assert_eq!((admitted.evicted.len(), table.upgrade(admitted.id).map(|evicted| evicted.len())), (0, Some(0)));
-            upgraded.push((flow, admitted.id));
+            upgraded.push((activity, admitted.id));
         }
         assert_eq!((table.len(), table.upgraded(), table.clients[&[192, 0, 2, 1].into()]), (0, 4, 4));
-        for (flow, _) in &upgraded[1..] {
-            flow.pin();
+        for (activity, _) in &upgraded[1..] {
+            activity.pin();
         }
-        let (http, id) = admit(&mut table, client(2), 10, 0).map(|(flow, admitted)| (flow, admitted.id)).unwrap();
+        let (http, id) =
+            admit(&mut table, client(2), 10, 0).map(|(activity, admitted)| (activity, admitted.id)).unwrap();
         admit(&mut table, client(3), 11, 5).unwrap();
         assert_eq!(table.upgrade(id), Some(vec![0]), "the one that is not settled");
         assert_eq!(table.upgrade(id), None, "it is already");
@@ -275,10 +281,10 @@ mod tests {
         assert_eq!((table.upgrade(admitted.id), table.len(), table.upgraded()), (None, 2, 4));
         assert_eq!(table.make_room(), [11], "none of the upgraded ones");
 
-        upgraded[2].0.hold(60);
-        table.open[&admitted.id].flow.hold(60);
+        upgraded[2].0.set_buffered(60);
+        table.open[&admitted.id].activity.set_buffered(60);
         assert_eq!(table.free_memory(), [2]);
-        table.open[&admitted.id].flow.hold(0);
+        table.open[&admitted.id].activity.set_buffered(0);
 
         let ending = u64::try_from(ENDING_TIMEOUT.as_millis()).unwrap();
         upgraded[1].0.end();
@@ -296,20 +302,20 @@ mod tests {
     #[test]
     fn too_much_held_memory_evicts_the_connections_longest_without_reading() {
         let mut table = table(100, 1000);
-        let mut flows = Vec::new();
+        let mut activities = Vec::new();
         for n in 0..10 {
-            flows.push(admit(&mut table, client(1), n, 100 - n).unwrap().0);
-            flows[flows.len() - 1].hold(100);
+            activities.push(admit(&mut table, client(1), n, 100 - n).unwrap().0);
+            activities[activities.len() - 1].set_buffered(100);
         }
         assert_eq!(table.free_memory(), [0; 0], "that much they may");
-        flows[9].hold(0);
-        let busy = flows[8].begin();
-        flows[8].hold(201);
+        activities[9].set_buffered(0);
+        let busy = activities[8].begin();
+        activities[8].set_buffered(201);
         assert_eq!(table.free_memory(), [7, 6, 5], "who has no request under way goes first, who holds nothing stays");
-        for flow in &flows {
-            flow.hold(0);
+        for activity in &activities {
+            activity.set_buffered(0);
         }
-        flows[8].hold(1001);
+        activities[8].set_buffered(1001);
         assert_eq!(table.free_memory(), [8]);
         drop(busy);
     }

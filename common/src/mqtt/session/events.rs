@@ -13,7 +13,7 @@ use crate::mqtt::reconnect::is_closed;
 use crate::mqtt::{ConnectionState, Event, INFLIGHT};
 
 /// Reasons that are remembered at most, so that each is logged once.
-const SAID_MAX: usize = 16;
+const LOGGED_REASONS_MAX: usize = 16;
 
 impl MqttSession {
     pub(super) fn handle(&mut self, event: rumqttc::Event, on_event: &mut impl FnMut(Event)) {
@@ -170,14 +170,14 @@ impl MqttSession {
             hint.as_deref().unwrap_or_default()
         ));
         let before = self.state.send_replace(down.clone());
-        if before == ConnectionState::Up || self.said.len() >= SAID_MAX {
-            self.said.clear();
+        if before == ConnectionState::Up || self.logged_reasons.len() >= LOGGED_REASONS_MAX {
+            self.logged_reasons.clear();
         }
         // The name may only be in filters of the second session.
         let is_new = hint.is_some() && self.reconnect.is_closed_early_first();
         if let ConnectionState::Down(reason) = &down
             && (!self.is_secondary || is_new)
-            && self.said.insert(reason.clone())
+            && self.logged_reasons.insert(reason.clone())
         {
             warn!(reason, client = self.id, "MQTT not connected");
         }

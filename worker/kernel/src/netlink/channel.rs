@@ -16,7 +16,7 @@ use crate::Errno;
 const RECEIVE_BYTES: usize = 64 * 1024;
 
 /// Orders sent at once. Even if each is refused, the answers fit the socket's default receive buffer.
-const ORDERS_AT_ONCE: usize = 64;
+const REQUESTS_PER_SEND_MAX: usize = 64;
 
 /// How often a dump is tried before it fails.
 const DUMPS: usize = 10;
@@ -107,33 +107,33 @@ impl Channel {
     }
 
     /// Sends requests, each with its flags, in their order, and returns the kernel's answer to each.
-    pub(super) fn order<I>(&mut self, orders: impl IntoIterator<Item = (I, u16)>) -> Vec<Result<(), Errno>>
+    pub(super) fn request_batch<I>(&mut self, requests: impl IntoIterator<Item = (I, u16)>) -> Vec<Result<(), Errno>>
     where
         I: NetlinkSerializable + NetlinkDeserializable + Into<NetlinkPayload<I>>,
     {
-        let mut orders = orders.into_iter();
+        let mut requests = requests.into_iter();
         let mut results = Vec::new();
         loop {
-            let chunk: Vec<_> = orders.by_ref().take(ORDERS_AT_ONCE).collect();
+            let chunk: Vec<_> = requests.by_ref().take(REQUESTS_PER_SEND_MAX).collect();
             if chunk.is_empty() {
                 return results;
             }
             let count = chunk.len();
-            results.extend(self.order_chunk(chunk).unwrap_or_else(|error| vec![Err(error); count]));
+            results.extend(self.request_chunk(chunk).unwrap_or_else(|error| vec![Err(error); count]));
         }
     }
 
     /// The kernel executes all requests of one send before it returns, and always answers a refused one; so the
     /// acknowledgement of the last request stands for all that were not refused.
-    fn order_chunk<I>(&mut self, mut orders: Vec<(I, u16)>) -> Result<Vec<Result<(), Errno>>, Errno>
+    fn request_chunk<I>(&mut self, mut requests: Vec<(I, u16)>) -> Result<Vec<Result<(), Errno>>, Errno>
     where
         I: NetlinkSerializable + NetlinkDeserializable + Into<NetlinkPayload<I>>,
     {
-        let mut results = vec![Ok(()); orders.len()];
-        if let Some((_, flags)) = orders.last_mut() {
+        let mut results = vec![Ok(()); requests.len()];
+        if let Some((_, flags)) = requests.last_mut() {
             *flags |= NLM_F_ACK;
         }
-        let first = self.send(orders)?;
+        let first = self.send(requests)?;
         loop {
             for answer in self.receive::<I>()? {
                 let index = answer.header.sequence_number.wrapping_sub(first) as usize;

@@ -29,11 +29,11 @@ use super::channel::{Channel, DumpError, errno};
 use crate::{Errno, PeerConfig};
 
 /// Errors of the interface, or of the caller: every peer of a batch would get the same one.
-const BATCH_WIDE: [Errno; 6] =
+const ERRORS_OF_WHOLE_BATCH: [Errno; 6] =
     [Errno::EPERM, Errno::ENOENT, Errno::EIO, Errno::ENODEV, Errno::EOPNOTSUPP, Errno::ECONNREFUSED];
 
 /// Peers and their networks set by one message: about 24 KiB, under the 64 KiB that one netlink attribute can hold.
-const OBJECTS_AT_ONCE: usize = 512;
+const OBJECTS_PER_MESSAGE_MAX: usize = 512;
 
 /// Networks of one peer that fit a message.
 const NETWORKS_MAX: usize = 1_000;
@@ -108,8 +108,8 @@ impl WireGuard {
             Self::Kernel { channel, family, index } => {
                 let peers = WireguardAttribute::Peers(changes.iter().map(kernel_peer).collect());
                 let attributes = vec![WireguardAttribute::IfIndex(*index), peers];
-                let order = message(*family, WireguardCmd::SetDevice, attributes);
-                channel.order([(order, 0)]).pop().unwrap_or(Ok(()))
+                let request = message(*family, WireguardCmd::SetDevice, attributes);
+                channel.request_batch([(request, 0)]).pop().unwrap_or(Ok(()))
             }
             Self::Userspace(name) => {
                 let update = changes.iter().fold(DeviceUpdate::new(), add_to_update);
@@ -135,7 +135,7 @@ fn batches<'a, 'b>(mut changes: &'a [PeerChange<'b>]) -> impl Iterator<Item = &'
         let mut objects = 0;
         let fitting = changes.iter().take_while(|change| {
             objects += change.objects();
-            objects <= OBJECTS_AT_ONCE
+            objects <= OBJECTS_PER_MESSAGE_MAX
         });
         let count = fitting.count().max(1).min(changes.len());
         let batch;
@@ -148,7 +148,7 @@ fn batches<'a, 'b>(mut changes: &'a [PeerChange<'b>]) -> impl Iterator<Item = &'
 /// individually. Successful items of a refused batch are applied again: `apply` must be idempotent.
 fn bisect<T>(items: &[T], apply: &mut impl FnMut(&[T]) -> Result<(), Errno>) -> Vec<Result<(), Errno>> {
     match apply(items) {
-        Err(error) if items.len() > 1 && !BATCH_WIDE.contains(&error) => {
+        Err(error) if items.len() > 1 && !ERRORS_OF_WHOLE_BATCH.contains(&error) => {
             let (first, second) = items.split_at(items.len() / 2);
             let mut results = bisect(first, apply);
             results.extend(bisect(second, apply));

@@ -70,7 +70,7 @@ pub fn preview(parts: PreviewParts<'_>, device: &Device, now: Clocks) -> Vec<Pla
 
     domain.plan_evictions(device, now.monotonic);
     let evictions: Vec<_> = std::mem::take(&mut domain.evictions.steps).into();
-    plan(Reason::InTheWay, &evictions);
+    plan(Reason::Evicted, &evictions);
     plan(Reason::Silent, &domain.plan_renewals(device, now.monotonic));
 
     let missing = domain.peers.pending_steps(device, reserved);

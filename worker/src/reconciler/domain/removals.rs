@@ -112,7 +112,7 @@ impl DomainReconciler {
         for (key, outcome) in outcomes {
             match outcome {
                 Ok(()) => self.peers.removed(key),
-                Err(_) => self.peers.disown(key),
+                Err(_) => self.peers.mark_foreign(key),
             }
         }
         outcomes.iter().filter(|(_, outcome)| outcome.is_ok()).count()
@@ -187,7 +187,7 @@ impl DomainReconciler {
     }
 
     /// Adds the keys that now have room to the backlog, if no evictions are left.
-    pub fn use_room(&mut self, reserved: &Reserved, now: Instant) {
+    pub fn assign_slots(&mut self, reserved: &Reserved, now: Instant) {
         if let (Ok(own), true) = (self.interface_key.clone(), self.evictions.steps.is_empty()) {
             self.backlog.extend(self.peers.give_slots(own, reserved));
             self.make_more_room(now);

@@ -11,12 +11,12 @@ use futures_util::task::AtomicWaker;
 pub const BUSY: u64 = u64::MAX;
 
 /// The state that a connection's entry in the table, its stream and its request share.
-pub struct Flow {
+pub struct ConnectionActivity {
     began: Instant,
     /// Milliseconds on the table's clock since when its client is waited for, or [`BUSY`].
     idle: AtomicU64,
     /// The memory that it holds, in bytes.
-    held: AtomicUsize,
+    buffered: AtomicUsize,
     /// The task that waits until the next request may be read.
     next: AtomicWaker,
     /// Its number in the table.
@@ -45,23 +45,23 @@ const ENDING: u8 = 3;
 
 /// A request that is being served, until this is dropped.
 pub struct ActiveRequest {
-    flow: Arc<Flow>,
+    activity: Arc<ConnectionActivity>,
     since: u64,
 }
 
-impl Flow {
+impl ConnectionActivity {
     pub fn new(began: Instant) -> Arc<Self> {
-        let (idle, held) = (AtomicU64::new(since(began)), AtomicUsize::new(0));
+        let (idle, buffered) = (AtomicU64::new(since(began)), AtomicUsize::new(0));
         let (id, upgrade) = (OnceLock::new(), AtomicU8::new(HTTP));
         let (sent, awaited) = (AtomicU64::new(0), AtomicU64::new(NONE));
         let [next, session] = [AtomicWaker::new(), AtomicWaker::new()];
-        Arc::new(Self { began, idle, held, next, id, upgrade, sent, awaited, session })
+        Arc::new(Self { began, idle, buffered, next, id, upgrade, sent, awaited, session })
     }
 
     /// Marks the connection as busy until the result is dropped.
     pub fn begin(self: &Arc<Self>) -> ActiveRequest {
         self.set_busy();
-        ActiveRequest { flow: self.clone(), since: since(self.began) }
+        ActiveRequest { activity: self.clone(), since: since(self.began) }
     }
 
     /// Marks the connection as busy.
@@ -162,13 +162,13 @@ impl Flow {
     }
 
     /// The memory that it holds, in bytes.
-    pub fn held(&self) -> usize {
-        self.held.load(Ordering::Relaxed)
+    pub fn buffered(&self) -> usize {
+        self.buffered.load(Ordering::Relaxed)
     }
 
     /// Sets the memory that it holds, in bytes; returns the former value.
-    pub fn hold(&self, bytes: usize) -> usize {
-        self.held.swap(bytes, Ordering::Relaxed)
+    pub fn set_buffered(&self, bytes: usize) -> usize {
+        self.buffered.swap(bytes, Ordering::Relaxed)
     }
 
     pub fn register(&self, next: &Waker) {
@@ -185,7 +185,7 @@ impl ActiveRequest {
 
 impl Drop for ActiveRequest {
     fn drop(&mut self) {
-        self.flow.wait_for_client(since(self.flow.began));
+        self.activity.wait_for_client(since(self.activity.began));
     }
 }
 

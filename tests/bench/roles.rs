@@ -23,7 +23,7 @@ use wgkex_common::mqtt::{self, Event, Message, MqttHandle, Publish, SessionConfi
 use wgkex_common::runtime::log;
 use wgkex_common::{Config, Topic};
 use wgkex_kernel::memory::Delays;
-use wgkex_tests::probe::Said;
+use wgkex_tests::probe;
 use wgkex_tests::process::Process;
 use wgkex_tests::scripted;
 use wgkex_tests::stack::V1;
@@ -43,7 +43,7 @@ pub fn start(part: &str, words: &[&str]) -> Process {
 }
 
 /// Runs the role that `words` name, for ever.
-pub fn play(words: &[String]) {
+pub fn run_role(words: &[String]) {
     let words: Vec<_> = words.iter().map(String::as_str).collect();
     match words[..] {
         ["bare", address] => bare(address),
@@ -151,8 +151,8 @@ async fn worker(file: &str, name: &str, confirms: bool) {
     tokio::spawn(confirming.run(|_| {}, pending()));
     let hello = confirms.then(|| scripted::hello(name));
     let states = [scripted::data(name, &domain), scripted::peers_of(name, &domain, "0"), scripted::status(name, "1")];
-    for said in hello.into_iter().chain(states) {
-        say(&bus, said).await;
+    for message in hello.into_iter().chain(states) {
+        publish_retained(&bus, message).await;
     }
     let mut batch = Vec::new();
     while keys.recv_many(&mut batch, BATCH).await > 0 {
@@ -165,9 +165,9 @@ async fn worker(file: &str, name: &str, confirms: bool) {
     }
 }
 
-async fn say(bus: &MqttHandle, said: Said) {
-    let topic = Topic::parse(&said.topic).expect("a topic of the contract");
-    bus.publish(Message::retained(topic, said.payload)).await.unwrap();
+async fn publish_retained(bus: &MqttHandle, message: probe::Message) {
+    let topic = Topic::parse(&message.topic).expect("a topic of the contract");
+    bus.publish(Message::retained(topic, message.payload)).await.unwrap();
 }
 
 fn applied(domain: &str, keys: &[Publish]) -> String {

@@ -25,24 +25,24 @@ pub const READS: [&str; 6] =
 pub const CHANGES: [&str; 5] = ["server/add", "client/add", "client/delete", "server/delete", "server/remove_peer"];
 
 /// A broker with a registry.
-pub struct Desk {
+pub struct RegistryBroker {
     pub stack: Stack,
 }
 
 /// Runs a test with either store.
-pub fn with_each_store(test: impl Fn(&mut Desk)) {
+pub fn with_each_store(test: impl Fn(&mut RegistryBroker)) {
     for store in [Store::Sqlite, Store::Postgres(postgres::database())] {
-        test(&mut Desk::start(&store, ""));
+        test(&mut RegistryBroker::start(&store, ""));
     }
 }
 
-impl Desk {
+impl RegistryBroker {
     /// A broker, with more of `registry` in its config, that is ready.
     pub fn start(store: &Store, more: &str) -> Self {
-        let mut desk = Self::prepare(store, more);
-        desk.stack.start_broker();
-        desk.stack.wait_until_ready();
-        desk
+        let mut registry = Self::prepare(store, more);
+        registry.stack.start_broker();
+        registry.stack.wait_until_ready();
+        registry
     }
 
     pub fn prepare(store: &Store, more: &str) -> Self {
@@ -64,29 +64,29 @@ impl Desk {
 
     /// A broker that is ready, whose bus is another program.
     pub fn on_mosquitto(store: &Store) -> Self {
-        let mut desk = Self::prepare(store, "");
-        desk.stack.plan.bus = Bus::Mosquitto;
-        desk.stack.start_mosquitto();
-        desk.stack.write_config();
-        desk.stack.start_broker();
-        desk.stack.wait_until_ready();
-        desk
+        let mut registry = Self::prepare(store, "");
+        registry.stack.plan.bus = Bus::Mosquitto;
+        registry.stack.start_mosquitto();
+        registry.stack.write_config();
+        registry.stack.start_broker();
+        registry.stack.wait_until_ready();
+        registry
     }
 
     /// A broker of this name that is ready, on the bus of the first one; without a first one, on its own bus. Needs
     /// root.
     pub fn on_bus(store: &Store, name: &str, first: Option<&Self>) -> Self {
-        let mut desk = Self::prepare(store, "");
-        let config = std::mem::take(&mut desk.stack.plan.config);
-        desk.stack.plan = Plan::new(Bus::Mosquitto).config(&config).host_name(name);
+        let mut registry = Self::prepare(store, "");
+        let config = std::mem::take(&mut registry.stack.plan.config);
+        registry.stack.plan = Plan::new(Bus::Mosquitto).config(&config).host_name(name);
         match first {
-            Some(first) => desk.stack.mqtt = first.stack.mqtt,
-            None => desk.stack.start_mosquitto(),
+            Some(first) => registry.stack.mqtt = first.stack.mqtt,
+            None => registry.stack.start_mosquitto(),
         }
-        desk.stack.write_config();
-        desk.stack.start_broker();
-        desk.stack.wait_until_ready();
-        desk
+        registry.stack.write_config();
+        registry.stack.start_broker();
+        registry.stack.wait_until_ready();
+        registry
     }
 
     pub fn restart_by(&mut self, signal: nix::sys::signal::Signal) {

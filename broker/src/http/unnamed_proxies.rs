@@ -12,9 +12,9 @@ const NAMED_PROXIES_MAX: usize = 8;
 
 /// The addresses of proxies nearby that are not trusted, as far as they have forwarded requests.
 #[derive(Debug, Default)]
-pub struct MissedProxies(Mutex<BTreeSet<IpAddr>>);
+pub struct UnnamedProxies(Mutex<BTreeSet<IpAddr>>);
 
-impl MissedProxies {
+impl UnnamedProxies {
     /// Records a proxy; true if it is to be named, as it was not so far.
     pub fn add(&self, proxy: IpAddr) -> bool {
         let mut known = self.0.lock();
@@ -43,7 +43,7 @@ mod tests {
 
     #[test]
     fn each_proxy_is_named_once_and_not_too_many() {
-        let missed = MissedProxies::default();
+        let missed = UnnamedProxies::default();
         assert!(!missed.is_any());
         let proxy = |n: u8| IpAddr::from([10, 0, 0, n]);
         assert!(missed.add(proxy(1)) && !missed.add(proxy(1)) && missed.is_any());

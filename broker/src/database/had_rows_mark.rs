@@ -8,7 +8,7 @@ use super::types::DatabaseError;
 
 /// Whether a database had rows, as recorded in a file. Clones share it.
 #[derive(Debug, Clone, Default)]
-pub struct FilledMark(Arc<Mark>);
+pub struct HadRowsMark(Arc<Mark>);
 
 #[derive(Debug, Default)]
 struct Mark {
@@ -17,7 +17,7 @@ struct Mark {
     is_emptied: AtomicBool,
 }
 
-impl FilledMark {
+impl HadRowsMark {
     /// The mark as recorded in `file`, which its owner writes.
     #[must_use]
     pub fn new(file: PathBuf, is_set: bool) -> Self {
@@ -31,7 +31,7 @@ impl FilledMark {
 
     /// The file, if the database had rows and has no tables now.
     #[must_use]
-    pub fn contradicted(&self) -> Option<&Path> {
+    pub fn lost_rows(&self) -> Option<&Path> {
         self.0.is_emptied.load(Ordering::Relaxed).then_some(&self.0.file)
     }
 

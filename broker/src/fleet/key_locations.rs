@@ -16,14 +16,14 @@ const STAY_RETRY_MINUTES: u16 = 5;
 
 /// The gateways that have published anything of keys, each with a number.
 #[derive(Debug)]
-pub struct GatewayNumbers {
+pub struct GatewayIndex {
     begun: Instant,
     names: Vec<WorkerName>,
 }
 
 /// The gateways of a key, by their numbers.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct KeyPlaces {
+pub struct KeyLocations {
     /// A bit for each gateway that has it, as far as it published that.
     confirmed: u64,
     /// When one published that last, in seconds.
@@ -33,7 +33,7 @@ pub struct KeyPlaces {
     /// The gateway that this broker last named to the router, counted from 1.
     given: Option<NonZeroU8>,
     /// When that was where the router was connected by then, in minutes of a clock that starts anew after 45 days.
-    stayed_at: Option<NonZeroU16>,
+    sent_back_at: Option<NonZeroU16>,
 }
 
 /// The gateways of a key, by name.
@@ -47,7 +47,7 @@ pub struct NamedPlaces {
     pub handshakes: Option<WorkerName>,
 }
 
-impl GatewayNumbers {
+impl GatewayIndex {
     /// No gateway has a number yet.
     #[must_use]
     pub fn new(begun: Instant) -> Self {
@@ -82,7 +82,7 @@ impl GatewayNumbers {
     }
 
     /// `worker` has published whether it has the key.
-    pub fn confirm(&mut self, places: &mut KeyPlaces, worker: &WorkerName, is_installed: bool, now: Instant) {
+    pub fn confirm(&mut self, places: &mut KeyLocations, worker: &WorkerName, is_installed: bool, now: Instant) {
         let Some(number) = self.number(worker) else { return };
         if is_installed {
             places.confirmed |= 1 << number;
@@ -94,43 +94,43 @@ impl GatewayNumbers {
     }
 
     /// `worker` has reported handshakes of the key.
-    pub fn on_handshake(&mut self, places: &mut KeyPlaces, worker: &WorkerName) {
+    pub fn on_handshake(&mut self, places: &mut KeyLocations, worker: &WorkerName) {
         if let Some(number) = self.ordinal(worker) {
             places.handshakes = Some(number);
         }
     }
 
     /// This broker named `worker` to the router.
-    pub fn give(&mut self, places: &mut KeyPlaces, worker: &WorkerName, now: Instant) {
+    pub fn give(&mut self, places: &mut KeyLocations, worker: &WorkerName, now: Instant) {
         let stays = self.current_gateway(places, now) == Some(worker);
         places.given = self.ordinal(worker);
-        places.stayed_at = stays.then(|| self.minute(now));
+        places.sent_back_at = stays.then(|| self.minute(now));
     }
 
     /// The gateway where the router is connected: this broker named it to the router, and it is the one that last reported
     /// handshakes. None for a router that requests one again soon after it was sent back there.
     #[must_use]
-    pub fn current_gateway(&self, places: &KeyPlaces, now: Instant) -> Option<&WorkerName> {
+    pub fn current_gateway(&self, places: &KeyLocations, now: Instant) -> Option<&WorkerName> {
         let is_recent = |at: NonZeroU16| {
             let minute = self.minute(now).get();
             // The minutes start again at 1, and never are 0.
             let passed = if minute >= at.get() { minute - at.get() } else { minute + (u16::MAX - at.get()) };
             passed < STAY_RETRY_MINUTES
         };
-        let is_current = places.given == places.handshakes && !places.stayed_at.is_some_and(is_recent);
+        let is_current = places.given == places.handshakes && !places.sent_back_at.is_some_and(is_recent);
         self.name(places.given.filter(|_| is_current))
     }
 
     /// The gateway that last reported handshakes of a key.
     #[must_use]
-    pub fn last_with_handshakes(&self, places: &KeyPlaces) -> Option<&WorkerName> {
+    pub fn last_with_handshakes(&self, places: &KeyLocations) -> Option<&WorkerName> {
         self.name(places.handshakes)
     }
 
     /// The gateways of a key.
     #[must_use]
-    pub fn named(&self, places: &KeyPlaces, now: Instant) -> NamedPlaces {
-        let KeyPlaces { confirmed, confirmed_at, .. } = *places;
+    pub fn named(&self, places: &KeyLocations, now: Instant) -> NamedPlaces {
+        let KeyLocations { confirmed, confirmed_at, .. } = *places;
         let is_confirmed = |(number, _): &(usize, &WorkerName)| confirmed & (1 << number) != 0;
         let at = self.begun + Duration::from_secs(confirmed_at.into());
         NamedPlaces {
@@ -152,7 +152,7 @@ mod tests {
     #[test]
     fn the_places_of_a_key_are_those_that_gateways_published_last() {
         let begun = Instant::now();
-        let (mut numbers, mut places) = (GatewayNumbers::new(begun), KeyPlaces::default());
+        let (mut numbers, mut places) = (GatewayIndex::new(begun), KeyLocations::default());
         assert_eq!(numbers.named(&places, begun), NamedPlaces::default());
         let at = |seconds| begun + Duration::from_secs(seconds);
         numbers.confirm(&mut places, &worker(1), true, at(10));
@@ -168,7 +168,7 @@ mod tests {
     #[test]
     fn a_router_is_at_home_where_this_broker_sent_it_and_the_gateway_reports_it() {
         let begun = Instant::now();
-        let (mut numbers, mut places) = (GatewayNumbers::new(begun), KeyPlaces::default());
+        let (mut numbers, mut places) = (GatewayIndex::new(begun), KeyLocations::default());
         numbers.on_handshake(&mut places, &worker(2));
         assert_eq!(numbers.current_gateway(&places, begun), None, "only the gateway claims it");
         numbers.give(&mut places, &worker(1), begun);
@@ -187,7 +187,7 @@ mod tests {
         let begun = Instant::now();
         // Also where the clock of minutes begins anew.
         for first in [0, 65_532, 65_534, 65_535, 131_069] {
-            let (mut numbers, mut places) = (GatewayNumbers::new(begun), KeyPlaces::default());
+            let (mut numbers, mut places) = (GatewayIndex::new(begun), KeyLocations::default());
             let at = |minutes: u64| begun + Duration::from_secs(60 * (first + minutes));
             numbers.on_handshake(&mut places, &worker(1));
             numbers.give(&mut places, &worker(1), at(0));
@@ -204,7 +204,7 @@ mod tests {
 
     #[test]
     fn however_many_gateways_there_are_the_room_is_bounded() {
-        let (mut numbers, mut places) = (GatewayNumbers::new(Instant::now()), KeyPlaces::default());
+        let (mut numbers, mut places) = (GatewayIndex::new(Instant::now()), KeyLocations::default());
         for n in 0..GATEWAYS_MAX + 10 {
             numbers.confirm(&mut places, &worker(n), true, Instant::now());
             numbers.on_handshake(&mut places, &worker(n));
@@ -212,6 +212,6 @@ mod tests {
         let named = numbers.named(&places, Instant::now());
         assert_eq!((numbers.names.len(), named.confirmed.len()), (GATEWAYS_MAX, GATEWAYS_MAX));
         assert_eq!(named.handshakes, Some(worker(GATEWAYS_MAX - 1)));
-        assert_eq!(size_of::<KeyPlaces>(), 16);
+        assert_eq!(size_of::<KeyLocations>(), 16);
     }
 }

@@ -9,7 +9,7 @@ use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::connections::{ConnectionGuard, Flow};
+use super::connections::{ConnectionActivity, ConnectionGuard};
 use super::frames::Frames;
 
 /// The size of a read, and so the most bytes that wait here.
@@ -23,14 +23,14 @@ const UNCOUNTED_BYTES: usize = 8 << 10;
 const HEAD_MAX: usize = 128 << 10;
 
 /// The stream of a connection that has a place in the table.
-pub struct Paced<S> {
+pub struct PipelineGate<S> {
     stream: S,
     place: ConnectionGuard,
     /// Bytes that were read and not passed on.
-    ahead: Vec<u8>,
+    unprocessed: Vec<u8>,
     ends: HeadEndFinder,
     /// Heads that were passed on since the server last had to wait, which is when it decodes them.
-    handed: usize,
+    heads_passed: usize,
     /// Bytes passed on since the last head ended; they may be the beginning of a head, which the server keeps.
     input: usize,
     /// The maximum of `input` so far, since the server does not shrink its buffer.
@@ -45,14 +45,14 @@ pub struct Paced<S> {
     upgrade: UpgradeHeader,
 }
 
-impl<S> Paced<S> {
+impl<S> PipelineGate<S> {
     pub(super) fn new(stream: S, place: ConnectionGuard) -> Self {
         Self {
             stream,
             place,
-            ahead: Vec::new(),
+            unprocessed: Vec::new(),
             ends: HeadEndFinder::default(),
-            handed: 0,
+            heads_passed: 0,
             input: 0,
             most_input: 0,
             unread: 0,
@@ -63,26 +63,26 @@ impl<S> Paced<S> {
         }
     }
 
-    pub(super) fn flow(&self) -> Arc<Flow> {
-        self.place.flow().clone()
+    pub(super) fn activity(&self) -> Arc<ConnectionActivity> {
+        self.place.activity().clone()
     }
 
     /// Whether the next request has to wait: one is being served, or its response is not sent.
     fn must_wait(&self) -> bool {
-        self.unread > 0 || self.is_flushing || self.place.flow().is_busy()
+        self.unread > 0 || self.is_flushing || self.place.activity().is_busy()
     }
 
     /// Passes on bytes that may be decoded now. Bytes after a head with an upgrade wait: they may be frames.
     fn hand_on(&mut self, buf: &mut ReadBuf<'_>) {
-        let most = self.ahead.len().min(buf.remaining());
+        let most = self.unprocessed.len().min(buf.remaining());
         let mut length = 0;
-        while length < most && self.handed < HEADS_AHEAD_MAX {
-            let byte = self.ahead[length];
+        while length < most && self.heads_passed < HEADS_AHEAD_MAX {
+            let byte = self.unprocessed[length];
             length += 1;
             self.input += 1;
             let is_upgrade = self.upgrade.is_found_with(byte);
             if self.ends.is_end(byte) {
-                self.handed = if is_upgrade { HEADS_AHEAD_MAX } else { self.handed + 1 };
+                self.heads_passed = if is_upgrade { HEADS_AHEAD_MAX } else { self.heads_passed + 1 };
                 self.input = 0;
                 self.upgrade = UpgradeHeader::default();
             }
@@ -94,44 +94,45 @@ impl<S> Paced<S> {
 
     /// Passes on so many of the waiting bytes.
     fn put(&mut self, length: usize, buf: &mut ReadBuf<'_>) {
-        buf.put_slice(&self.ahead[..length]);
-        if length == self.ahead.len() {
-            self.ahead = Vec::new();
+        buf.put_slice(&self.unprocessed[..length]);
+        if length == self.unprocessed.len() {
+            self.unprocessed = Vec::new();
         } else {
-            self.ahead.drain(..length);
+            self.unprocessed.drain(..length);
         }
     }
 
     fn count(&self) {
-        self.place
-            .hold(self.most_input.saturating_sub(UNCOUNTED_BYTES) + self.most_unread.saturating_sub(UNCOUNTED_BYTES));
+        self.place.set_buffered(
+            self.most_input.saturating_sub(UNCOUNTED_BYTES) + self.most_unread.saturating_sub(UNCOUNTED_BYTES),
+        );
     }
 
     /// Wakes the reader of the next request if nothing else delays that. Not for frames, which do not wait for writes:
     /// waking their reader would make the connection wake itself for ever.
     fn wake(&self) {
         if !self.must_wait() && self.frames.is_none() {
-            self.place.flow().wake();
+            self.place.activity().wake();
         }
     }
 }
 
-impl<S: AsyncRead + Unpin> Paced<S> {
+impl<S: AsyncRead + Unpin> PipelineGate<S> {
     /// Reads the client's frames after an upgrade. The stream ends when both sides have closed.
     fn read_frames(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         if self.frames.is_none() {
-            let early = std::mem::take(&mut self.ahead);
-            self.frames.get_or_insert_default().filter(&early, &mut self.ahead);
+            let early = std::mem::take(&mut self.unprocessed);
+            self.frames.get_or_insert_default().filter(&early, &mut self.unprocessed);
             self.most_input = 0;
         }
-        self.place.flow().register(cx.waker());
+        self.place.activity().register(cx.waker());
         let frames = self.frames.get_or_insert_default();
-        while self.ahead.is_empty() {
+        while self.unprocessed.is_empty() {
             if frames.is_too_large() {
-                self.place.flow().set_too_large();
+                self.place.activity().set_too_large();
             }
             if frames.is_closed() {
-                return if self.place.flow().is_ending() { Poll::Ready(Ok(())) } else { Poll::Pending };
+                return if self.place.activity().is_ending() { Poll::Ready(Ok(())) } else { Poll::Pending };
             }
             let mut piece = [0; READ_BYTES];
             let mut piece = ReadBuf::new(&mut piece);
@@ -139,29 +140,29 @@ impl<S: AsyncRead + Unpin> Paced<S> {
             if piece.filled().is_empty() {
                 return Poll::Ready(Ok(()));
             }
-            frames.filter(piece.filled(), &mut self.ahead);
+            frames.filter(piece.filled(), &mut self.unprocessed);
         }
-        self.put(self.ahead.len().min(buf.remaining()), buf);
+        self.put(self.unprocessed.len().min(buf.remaining()), buf);
         Poll::Ready(Ok(()))
     }
 
     fn read(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        if self.handed >= HEADS_AHEAD_MAX {
+        if self.heads_passed >= HEADS_AHEAD_MAX {
             // The server has to decode them first.
             cx.waker().wake_by_ref();
             return Poll::Pending;
         }
-        if self.ahead.is_empty() {
+        if self.unprocessed.is_empty() {
             let mut piece = [0; READ_BYTES];
             let mut piece = ReadBuf::new(&mut piece);
             ready!(Pin::new(&mut self.stream).poll_read(cx, &mut piece))?;
             if piece.filled().is_empty() {
                 return Poll::Ready(Ok(()));
             }
-            self.ahead.extend_from_slice(piece.filled());
+            self.unprocessed.extend_from_slice(piece.filled());
         }
         if self.must_wait() {
-            self.place.flow().register(cx.waker());
+            self.place.activity().register(cx.waker());
             return Poll::Pending;
         }
         self.hand_on(buf);
@@ -169,21 +170,21 @@ impl<S: AsyncRead + Unpin> Paced<S> {
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Paced<S> {
+impl<S: AsyncRead + Unpin> AsyncRead for PipelineGate<S> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        if this.place.flow().is_upgraded() {
+        if this.place.activity().is_upgraded() {
             return this.read_frames(cx, buf);
         }
         let read = this.read(cx, buf);
         if read.is_pending() {
-            this.handed = 0;
+            this.heads_passed = 0;
         }
         read
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Paced<S> {
+impl<S: AsyncWrite + Unpin> AsyncWrite for PipelineGate<S> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         let written = Pin::new(&mut this.stream).poll_write(cx, buf);
@@ -194,9 +195,9 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Paced<S> {
         };
         this.most_unread = if this.unread == 0 { 0 } else { this.most_unread.max(buf.len()) };
         if let Poll::Ready(Ok(length)) = &written
-            && this.place.flow().is_upgraded()
+            && this.place.activity().is_upgraded()
         {
-            this.place.flow().add_sent(*length);
+            this.place.activity().add_sent(*length);
         }
         this.count();
         this.wake();
@@ -273,9 +274,9 @@ mod tests {
 
     const GET: &[u8] = b"GET / HTTP/1.1\r\n\r\n";
 
-    fn paced(room: usize) -> (Paced<DuplexStream>, DuplexStream) {
+    fn pipeline_gate(room: usize) -> (PipelineGate<DuplexStream>, DuplexStream) {
         let (server, client) = duplex(room);
-        (Paced::new(server, Connections::for_few_clients().guard()), client)
+        (PipelineGate::new(server, Connections::for_few_clients().guard()), client)
     }
 
     /// The received bytes, empty at the end; none if there is nothing now.
@@ -298,17 +299,17 @@ mod tests {
 
     #[test]
     fn requests_come_two_at_most_before_they_are_decoded_and_none_while_one_is_under_way() {
-        let (mut server, mut client) = paced(256);
-        let (flow, two) = (server.flow(), Some(GET.repeat(2)));
+        let (mut server, mut client) = pipeline_gate(256);
+        let (activity, two) = (server.activity(), Some(GET.repeat(2)));
         assert_eq!(write(&mut client, &GET.repeat(7)), Some(GET.len() * 7));
         assert_eq!(read(&mut server, 8192), two);
         assert_eq!(read(&mut server, 8192), None, "they are decoded first");
-        let busy = flow.begin();
+        let busy = activity.begin();
         assert_eq!(read(&mut server, 8192), None);
-        flow.wait_for_client(busy.since());
+        activity.wait_for_client(busy.since());
         assert_eq!(read(&mut server, 8192), two, "it waits for its body");
         assert_eq!(read(&mut server, 8192), None);
-        flow.set_busy();
+        activity.set_busy();
         assert_eq!(read(&mut server, 8192), None);
         drop(busy);
         assert_eq!(write(&mut server, &[0; 300]), Some(256));
@@ -330,25 +331,25 @@ mod tests {
         // A frame that contains the bytes of ends of heads, and a close frame.
         const TEXT: &[u8] = b"\x81\x8a\0\0\0\0\r\n\r\n\r\n\r\n\r\n";
         const CLOSE: &[u8] = b"\x88\x80\0\0\0\0";
-        let (mut server, mut client) = paced(256);
-        let flow = server.flow();
+        let (mut server, mut client) = pipeline_gate(256);
+        let activity = server.activity();
         assert_eq!(write(&mut client, &[UPGRADE, TEXT].concat()), Some(UPGRADE.len() + TEXT.len()));
         assert_eq!(read(&mut server, 8192).as_deref(), Some(UPGRADE));
         assert_eq!(read(&mut server, 8192), None);
-        let busy = flow.begin();
-        flow.upgrade();
+        let busy = activity.begin();
+        activity.upgrade();
         assert_eq!(read(&mut server, 8192).as_deref(), Some(TEXT));
         drop(busy);
         assert!(write(&mut client, &[TEXT, CLOSE, TEXT].concat()).is_some());
         assert_eq!(read(&mut server, 8192), Some([TEXT, CLOSE].concat()));
         assert_eq!(read(&mut server, 8192), None, "it is to be answered");
-        flow.end();
+        activity.end();
         assert_eq!(read(&mut server, 8192).as_deref(), Some(&b""[..]));
 
-        let (mut server, mut client) = paced(256);
-        let (flow, large) = (server.flow(), b"\x81\xff\0\0\0\0\xff\0\0\0\0\0\0\0secret");
-        flow.upgrade();
-        let is_too_large = || flow.poll_too_large(&Context::from_waker(Waker::noop())).is_ready();
+        let (mut server, mut client) = pipeline_gate(256);
+        let (activity, large) = (server.activity(), b"\x81\xff\0\0\0\0\xff\0\0\0\0\0\0\0secret");
+        activity.upgrade();
+        let is_too_large = || activity.poll_too_large(&Context::from_waker(Waker::noop())).is_ready();
         assert!(!is_too_large() && write(&mut client, large).is_some());
         assert_eq!(read(&mut server, 8192), None);
         assert!(is_too_large());
@@ -356,16 +357,16 @@ mod tests {
 
     #[test]
     fn after_an_upgrade_who_waits_for_what_is_sent_is_woken_by_it() {
-        let (mut server, mut client) = paced(256);
+        let (mut server, mut client) = pipeline_gate(256);
         assert_eq!(write(&mut server, b"HTTP/1.1 101\r\n"), Some(14));
-        let flow = server.flow();
-        flow.upgrade();
+        let activity = server.activity();
+        activity.upgrade();
         let woken = Arc::new(Woken::default());
         let waker = Waker::from(woken.clone());
-        let is_sent = |bytes| flow.poll_sent(bytes, &Context::from_waker(&waker)).is_ready();
+        let is_sent = |bytes| activity.poll_sent(bytes, &Context::from_waker(&waker)).is_ready();
         assert!(is_sent(0) && !is_sent(243));
         assert_eq!((write(&mut server, &[0; 242]), woken.count()), (Some(242), 0));
-        assert_eq!((write(&mut server, &[0; 9]), flow.sent()), (None, 242));
+        assert_eq!((write(&mut server, &[0; 9]), activity.sent()), (None, 242));
         assert!(read(&mut client, 256).is_some());
         assert_eq!((write(&mut server, &[0; 9]), woken.count()), (Some(9), 1));
         assert!(is_sent(243));
@@ -390,15 +391,15 @@ mod tests {
     /// Failed when only unread bytes were counted: 120 clients of a large page held twice the limit.
     #[test]
     fn an_answer_is_counted_whole_until_all_of_it_is_sent() {
-        let (mut server, mut client) = paced(64 << 10);
-        let flow = server.flow();
+        let (mut server, mut client) = pipeline_gate(64 << 10);
+        let activity = server.activity();
         let answer = vec![0; 100 << 10];
         assert_eq!(write(&mut server, &answer), Some(64 << 10));
         assert_eq!(write(&mut server, &answer[64 << 10..]), None);
-        assert_eq!(flow.held(), (100 << 10) - UNCOUNTED_BYTES);
+        assert_eq!(activity.buffered(), (100 << 10) - UNCOUNTED_BYTES);
         assert!(read(&mut client, 64 << 10).is_some());
         assert_eq!(write(&mut server, &answer[64 << 10..]), Some(36 << 10));
-        assert_eq!(flow.held(), 0);
+        assert_eq!(activity.buffered(), 0);
     }
 
     /// The number of heads that the server's decoder finds in a whole text.
@@ -414,7 +415,7 @@ mod tests {
             room in 1usize..200,
         ) {
             let sent = parts.concat().into_bytes();
-            let (mut server, mut client) = paced(1 << 16);
+            let (mut server, mut client) = pipeline_gate(1 << 16);
             prop_assert_eq!(write(&mut client, &sent), Some(sent.len()));
             drop(client);
             let (mut came, mut at_once) = (Vec::<u8>::new(), Vec::<u8>::new());
