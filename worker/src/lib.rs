@@ -33,14 +33,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep, timeout};
 use tracing::{info, warn};
 use wgkex_common::access_lists::metrics::ListMetrics;
 use wgkex_common::access_lists::records_file;
 use wgkex_common::access_lists::service::{self, ListService};
 use wgkex_common::config::MqttAddress;
-use wgkex_common::mqtt::presence::Reporter;
+use wgkex_common::mqtt::presence::{PresenceEvent, Reporter};
 use wgkex_common::mqtt::{MqttHandle, MqttSession};
 use wgkex_common::runtime::metrics::MetricsRegistry;
 use wgkex_common::runtime::reload::{self, KeyUse};
@@ -285,17 +285,8 @@ impl Worker {
         let (sync_sender, sync_events) = sync::channel();
         let resync = drain::sync_again(self.drain.clone(), sync_sender.clone());
         let (reporter, presence_events) = Reporter::new(Participant::Worker((&config.name).into()));
+        let publisher = self.publisher(reports, presence_events);
         let metrics = self.metrics.bus.clone();
-        let parts = publisher::PublisherParts {
-            bus: self.bus.clone(),
-            confirmations: self.confirmations.clone(),
-            state: reconciler.state(),
-            drain: self.drain.clone(),
-            reports,
-            presence_events,
-            metrics: metrics.clone(),
-        };
-        let publisher = Publisher::new(config, parts);
         let (ticking, domains) = (reserved.clone(), config.domains.clone());
         let on_event =
             subscriber::on_event(domains, reconciler.clone(), reserved, lists.clone(), reporter, metrics.clone());
@@ -312,6 +303,20 @@ impl Worker {
             .spawn("the reserved keys", |_| tick(ticking))
             .spawn("the config", |_| reload::on_hangup(config.clone(), key_use(config), |_| {}));
         services.group(2 * FAREWELL_TIMEOUT, None).spawn("the publisher", |stop| publish(publisher, stop));
+    }
+
+    /// The publisher of this worker's state and of `reports`.
+    fn publisher(&self, reports: Reports, presence_events: mpsc::Receiver<PresenceEvent>) -> Publisher {
+        let parts = publisher::PublisherParts {
+            bus: self.bus.clone(),
+            confirmations: self.confirmations.clone(),
+            state: self.reconciler.state(),
+            drain: self.drain.clone(),
+            reports,
+            presence_events,
+            metrics: self.metrics.bus.clone(),
+        };
+        Publisher::new(&self.config, parts)
     }
 
     /// Starts the client that requests the live keys of brokers.

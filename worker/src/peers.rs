@@ -154,12 +154,8 @@ impl KnownPeers {
             let desired = self.profile.desired(key);
             let networks = desired.as_ref().map_or(&[][..], DesiredPeer::networks);
             let has_peer = self.table.vanished(key).is_some();
-            claimants.extend(networks.iter().map(|network| Claimant {
-                network: *network,
-                key: *key,
-                claims: true,
-                has_peer,
-            }));
+            let claim = |&network| Claimant { network, key: *key, claims: true, has_peer };
+            claimants.extend(networks.iter().map(claim));
         }
         claimants.sort_by_key(Claimant::rank);
         for key in self.owners.rebuild(claimants) {

@@ -52,23 +52,31 @@ pub fn session(config: &Config) -> SessionConfig {
 
 /// The session that publishes keys, and receives those of other brokers.
 pub fn secondary_session(config: &Config) -> SessionConfig {
-    let own = || BrokerName::from(&config.name);
+    let own = BrokerName::from(&config.name);
     let keys = config.domains.iter().map(|domain| Topic::keys(domain.name()));
-    let requests =
-        [Topic::BrokerRequests { broker: own() }, Topic::BrokerChunks { broker: own() }].map(|topic| topic.to_string());
-    let requests = requests.into_iter().chain([Topic::worker_requests()]);
-    let has_hub = config.tenants.as_ref().is_some_and(|tenants| tenants.hub.is_some());
-    let has_leases = config.registry.is_some() || has_hub;
-    let requests = requests.chain(has_leases.then(Topic::lease_requests));
-    let of_tenants = config.tenants.as_ref().map(|_| Topic::BrokerTenants { broker: own() }.to_string());
-    let requests = requests.chain(of_tenants);
+    let servers = has_leases(config).then(Topic::worker_servers);
     SessionConfig {
-        will: Some(hello(&own(), Vec::new())),
-        qos0_filters: [Topic::broker_hellos()].into_iter().chain(has_leases.then(Topic::worker_servers)).collect(),
-        echo: Some(Topic::BrokerEcho { broker: own() }),
-        qos1_filters: keys.chain(requests).chain([Topic::Revocations.to_string()]).collect(),
+        will: Some(hello(&own, Vec::new())),
+        qos0_filters: [Topic::broker_hellos()].into_iter().chain(servers).collect(),
+        qos1_filters: keys.chain(request_filters(config, &own)).chain([Topic::Revocations.to_string()]).collect(),
+        echo: Some(Topic::BrokerEcho { broker: own }),
         ..SessionConfig::secondary(format!("wgkex-broker-{}-keys", config.name))
     }
+}
+
+/// Whether workers request leases from this broker.
+fn has_leases(config: &Config) -> bool {
+    config.registry.is_some() || config.tenants.as_ref().is_some_and(|tenants| tenants.hub.is_some())
+}
+
+/// The filters for requests to this broker, and for the frames of its tenants.
+fn request_filters(config: &Config, own: &BrokerName) -> impl Iterator<Item = String> {
+    let broker = || own.clone();
+    let own_topics = [Topic::BrokerRequests { broker: broker() }, Topic::BrokerChunks { broker: broker() }];
+    let of_tenants = config.tenants.as_ref().map(|_| Topic::BrokerTenants { broker: broker() }.to_string());
+    let of_leases = has_leases(config).then(Topic::lease_requests);
+    let own_topics = own_topics.map(|topic| topic.to_string()).into_iter();
+    own_topics.chain([Topic::worker_requests()]).chain(of_leases).chain(of_tenants)
 }
 
 /// This broker's capabilities; an empty payload removes them.
@@ -114,15 +122,17 @@ impl Primary {
                 self.in_flight.lock().invalidate_late();
             }
             Event::Message(publish) => {
-                let outcome = topic(&publish).and_then(|topic| {
-                    self.reporter.report(&topic, &publish);
-                    let outcome = self.receive(&topic, &publish);
-                    self.invalid.on_message(&topic, &publish.payload, outcome.is_ok(), Instant::now());
-                    outcome
-                });
+                let outcome = topic(&publish).and_then(|topic| self.on_message(&topic, &publish));
                 self.metrics.count(&publish, outcome);
             }
         }
+    }
+
+    fn on_message(&mut self, topic: &Topic, publish: &Publish) -> Result<(), Ignored> {
+        self.reporter.report(topic, publish);
+        let outcome = self.receive(topic, publish);
+        self.invalid.on_message(topic, &publish.payload, outcome.is_ok(), Instant::now());
+        outcome
     }
 
     fn receive(&self, topic: &Topic, publish: &Publish) -> Result<(), Ignored> {

@@ -10,6 +10,7 @@ use anyhow::{Context as _, anyhow, bail};
 use clap::{Args, Subcommand, ValueEnum};
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use ring::rand::{SecureRandom as _, SystemRandom};
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use wgkex_common::Config;
 use wgkex_common::time_text::utc;
@@ -263,15 +264,12 @@ impl AdminCommand {
                 Ok((if json { format!("{answer:#}\n") } else { table(&answer) }, ExitCode::SUCCESS))
             }
             Self::Where { key, json, call } => {
-                let answer = call.make(file, BrokerCall::get(&path("/v1/where", &[("key", Some(key))])))?;
-                let text = |answer| Ok(key_reports::found(&serde_json::from_value(answer)?));
-                Ok((if json { format!("{answer:#}\n") } else { of_this_version(answer, text)? }, ExitCode::SUCCESS))
+                let path = path("/v1/where", &[("key", Some(key))]);
+                call.report(file, &path, json, key_reports::found)
             }
             Self::Explain { key, domain, json, call } => {
-                let answer =
-                    call.make(file, BrokerCall::get(&path("/v1/explain", &[("key", Some(key)), ("domain", domain)])))?;
-                let text = |answer| Ok(key_reports::explained(&serde_json::from_value(answer)?, Colours::of_stdout()));
-                Ok((if json { format!("{answer:#}\n") } else { of_this_version(answer, text)? }, ExitCode::SUCCESS))
+                let path = path("/v1/explain", &[("key", Some(key)), ("domain", domain)]);
+                call.report(file, &path, json, |report| key_reports::explained(report, Colours::of_stdout()))
             }
         }
     }
@@ -317,29 +315,39 @@ impl ConnectionArgs {
         BrokerClient::for_admin(&config, &self.token()?, BROKER_TIMEOUT).send(call)
     }
 
+    /// A report of the broker as it is printed: as JSON, or by `text`.
+    fn report<T: DeserializeOwned>(
+        &self,
+        file: Option<&Path>,
+        path: &str,
+        is_json: bool,
+        text: impl FnOnce(&T) -> String,
+    ) -> anyhow::Result<(String, ExitCode)> {
+        let answer = self.make(file, BrokerCall::get(path))?;
+        if is_json {
+            return Ok((format!("{answer:#}\n"), ExitCode::SUCCESS));
+        }
+        let report = serde_json::from_value(answer).context("the broker's answer is of another version")?;
+        Ok((text(&report), ExitCode::SUCCESS))
+    }
+
     fn token(&self) -> anyhow::Result<String> {
+        let source = self.token_file.as_ref().map_or(TOKEN.into(), |file| file.display().to_string());
         let token = match &self.token_file {
-            Some(file) => fs::read_to_string(file).with_context(|| file.display().to_string())?,
+            Some(file) => fs::read_to_string(file).context(source.clone())?,
             None => {
                 env::var(TOKEN).map_err(|_| anyhow!("a token is needed, in {TOKEN} or in a file (--token-file)"))?
             }
         };
         let token = token.trim().to_owned();
         if token.is_empty() {
-            bail!(
-                "the token in {} is empty",
-                self.token_file.as_ref().map_or(TOKEN.into(), |file| file.display().to_string())
-            );
+            bail!("the token in {source} is empty");
         }
         if token.chars().any(|c| c.is_control() || !c.is_ascii()) {
             bail!("the token is not one line of ASCII");
         }
         Ok(token)
     }
-}
-
-fn of_this_version(answer: Value, text: impl FnOnce(Value) -> anyhow::Result<String>) -> anyhow::Result<String> {
-    text(answer).context("the broker's answer is of another version")
 }
 
 /// The path with these parameters.

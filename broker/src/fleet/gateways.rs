@@ -290,12 +290,7 @@ impl Gateways {
         if retained {
             self.last_retained = Some(now);
         }
-        if let Topic::WorkerStatus { worker } | Topic::ConnectedPeers { worker, .. } | Topic::WorkerHello { worker } =
-            topic
-            && payload.is_empty()
-            && !self.by_name.contains_key(worker)
-        {
-            // A client removes the retained messages of a gateway that is gone.
+        if let Some(worker) = cleared_worker(topic, payload).filter(|worker| !self.by_name.contains_key(*worker)) {
             self.forget_stateless(worker);
             return Ok(());
         }
@@ -660,6 +655,16 @@ impl Gateways {
         let online = self.by_name.iter().filter(|(_, gateway)| gateway.online);
         let online = online.map(|(worker, gateway)| self.ranked_load(worker, gateway, now));
         Shares::new(&self.weights, self.fill_time, online)
+    }
+}
+
+/// The worker of which the message removes a retained state: a client does that when a gateway is gone.
+fn cleared_worker<'a>(topic: &'a Topic, payload: &[u8]) -> Option<&'a WorkerName> {
+    match topic {
+        Topic::WorkerStatus { worker } | Topic::ConnectedPeers { worker, .. } | Topic::WorkerHello { worker } => {
+            payload.is_empty().then_some(worker)
+        }
+        _ => None,
     }
 }
 

@@ -121,10 +121,9 @@ impl PendingRevocation {
         let mut missing: BTreeSet<WorkerName> = online.map(|(name, _)| name.clone()).collect();
         let mut results: BTreeMap<WorkerName, GatewayOutcome> =
             reachability.into_iter().map(|(name, reachability)| (name, without_result(reachability))).collect();
-        while !missing.is_empty() {
-            let Ok(Some(GatewayResult { worker, outcome })) = timeout_at(until, self.results.recv()).await else {
-                break;
-            };
+        while !missing.is_empty()
+            && let Ok(Some(GatewayResult { worker, outcome })) = timeout_at(until, self.results.recv()).await
+        {
             if missing.remove(&worker) {
                 results.insert(worker, outcome.into());
             }

@@ -155,29 +155,11 @@ impl App {
             let gateways = self.fleet.gateways();
             (gateways.domain_statuses(), gateways.shown(now), gateways.problems(now))
         };
-        let lists = list_problems(&self.exchange.lists.borrow());
-        let state = (self.fleet_metrics.state_kept.get() == 0).then(|| Problem {
-            kind: ProblemKind::StateNotKept,
-            subject: String::new(),
-            text: "live keys are not written to disk: a restart of this broker may lose them".into(),
-        });
-        let is_lost = self.tenants.as_ref().is_some_and(|tenants| !tenants.is_kept());
-        let addresses = is_lost.then(|| Problem {
-            kind: ProblemKind::StateNotKept,
-            subject: "tenants".into(),
-            text: "addresses of tenants are not written to disk: after a restart of this broker members may get others"
-                .into(),
-        });
-        let not_ready = not_ready_reason.as_ref().map(|reason| Problem {
-            kind: ProblemKind::NotReady,
-            subject: String::new(),
-            text: format!("not ready: {reason}"),
-        });
+        let registry = self.registry.as_ref().map(Registry::status);
         let mut problems: Vec<_> =
-            not_ready.into_iter().chain(fleet.all()).chain(lists).chain(state).chain(addresses).collect();
+            self.own_problems(not_ready_reason.as_deref()).into_iter().chain(fleet.all()).collect();
         problems.extend(self.unnamed_proxies.problems());
         problems.extend(self.names_in_use(now));
-        let registry = self.registry.as_ref().map(Registry::status);
         problems.extend(registry.as_ref().and_then(registry_problem));
         let refused = self.registry.iter().flat_map(Registry::refused);
         problems.extend(refused.map(|((worker, server), reason)| refused_server(&worker, &server, &reason)));
@@ -197,6 +179,29 @@ impl App {
             tenants: self.tenants.as_ref().map(TenantsHttpState::status),
             registry,
         }
+    }
+
+    /// The problems of this broker itself: why it is not ready, its access lists, and what it cannot write to disk.
+    fn own_problems(&self, not_ready_reason: Option<&str>) -> Vec<Problem> {
+        let not_ready = not_ready_reason.map(|reason| Problem {
+            kind: ProblemKind::NotReady,
+            subject: String::new(),
+            text: format!("not ready: {reason}"),
+        });
+        let lists = list_problems(&self.exchange.lists.borrow());
+        let state = (self.fleet_metrics.state_kept.get() == 0).then(|| Problem {
+            kind: ProblemKind::StateNotKept,
+            subject: String::new(),
+            text: "live keys are not written to disk: a restart of this broker may lose them".into(),
+        });
+        let is_lost = self.tenants.as_ref().is_some_and(|tenants| !tenants.is_kept());
+        let addresses = is_lost.then(|| Problem {
+            kind: ProblemKind::StateNotKept,
+            subject: "tenants".into(),
+            text: "addresses of tenants are not written to disk: after a restart of this broker members may get others"
+                .into(),
+        });
+        not_ready.into_iter().chain(lists).chain(state).chain(addresses).collect()
     }
 
     /// The client ids of MQTT that two programs use: those of this broker, those of clients of its MQTT server, and
@@ -277,16 +282,17 @@ fn tenants_problems(TenantProblems { with_other_rules, hub }: &TenantProblems) -
         );
         Problem { kind: ProblemKind::TenantsApart, subject: broker.to_string(), text }
     });
-    let hub = hub.iter().map(|(worker, trouble)| {
-        let text = match trouble {
-            HubProblem::Missing => format!("worker {worker}, which tenants.hub names, has not announced a hub"),
-            HubProblem::OtherNetworks => {
-                format!("the hub of tenants is not used: worker {worker} has other tenants.pool or tenant_length")
-            }
-        };
-        Problem { kind: ProblemKind::TenantsHub, subject: worker.to_string(), text }
-    });
-    apart.chain(hub).collect()
+    apart.chain(hub.iter().map(|(worker, problem)| hub_problem(worker, problem))).collect()
+}
+
+fn hub_problem(worker: &WorkerName, problem: &HubProblem) -> Problem {
+    let text = match problem {
+        HubProblem::Missing => format!("worker {worker}, which tenants.hub names, has not announced a hub"),
+        HubProblem::OtherNetworks => {
+            format!("the hub of tenants is not used: worker {worker} has other tenants.pool or tenant_length")
+        }
+    };
+    Problem { kind: ProblemKind::TenantsHub, subject: worker.to_string(), text }
 }
 
 /// The problems of the access lists.

@@ -127,12 +127,8 @@ impl ClientSession {
             Packet::Subscribe(Subscribe { filters, .. }) if filters.len() > FILTERS_MAX => Err(TOO_MANY),
             Packet::Unsubscribe(Unsubscribe { topics, .. }) if topics.len() > FILTERS_MAX => Err(TOO_MANY),
             Packet::Subscribe(subscribe) => Ok(self.subscribe(subscribe, log_end, output)),
-            Packet::Unsubscribe(Unsubscribe { pkid, topics }) => {
-                for topic in &topics {
-                    self.subscriptions.remove(topic);
-                }
-                self.end_retained(&topics.iter().map(String::as_str).collect());
-                put(&Packet::UnsubAck(UnsubAck { pkid }), output);
+            Packet::Unsubscribe(unsubscribe) => {
+                self.unsubscribe(unsubscribe, output);
                 Ok(Vec::new())
             }
             Packet::PingReq => {
@@ -148,6 +144,14 @@ impl ClientSession {
             | Packet::UnsubAck(_)
             | Packet::PingResp => Err(Violation("sends what a server sends")),
         }
+    }
+
+    fn unsubscribe(&mut self, Unsubscribe { pkid, topics }: Unsubscribe, output: &mut BytesMut) {
+        for topic in &topics {
+            self.subscriptions.remove(topic);
+        }
+        self.end_retained(&topics.iter().map(String::as_str).collect());
+        put(&Packet::UnsubAck(UnsubAck { pkid }), output);
     }
 
     fn publish(&mut self, publish: Publish, output: &mut BytesMut) -> Result<Vec<SessionAction>, Violation> {

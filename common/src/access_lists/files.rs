@@ -37,11 +37,9 @@ impl Files {
             (allow_dir, allow.and_then(|allow| allow.dir.as_ref()), FileKind::Dir(List::Allow)),
             (trusted_dir, config.trusted_dir.as_ref(), FileKind::Dir(List::Trusted)),
         ];
+        let named = sources.into_iter().filter_map(|(name, path, kind)| Some(ListSource::new(name, path?, kind)));
         Self {
-            sources: sources
-                .into_iter()
-                .filter_map(|(name, path, kind)| Some(ListSource::new(name, path?, kind)))
-                .collect(),
+            sources: named.collect(),
             in_config: config.trusted.iter().map(|key| Entry::new(List::Trusted, *key)).collect(),
             only_allowed: allow.is_some(),
         }

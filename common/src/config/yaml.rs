@@ -71,13 +71,18 @@ pub(super) fn any(text: &str, max: usize) -> Result<Tree, String> {
         // JSON with tabs is not valid YAML.
         Err(mistake @ (Mistake::Yaml { .. } | Mistake::Tab(_))) => match serde_json::from_str(text) {
             Ok(value) => Ok(Tree { value, duplicates: Vec::new() }),
-            Err(_) => Err(if let Mistake::Yaml { line, .. } = mistake {
-                format!("line {}: is not YAML", line.clamp(1, text.lines().count().max(1)))
-            } else {
-                mistake.with_line()
-            }),
+            Err(_) => Err(without_text(text, &mistake)),
         },
         Err(mistake) => Err(mistake.with_line()),
+    }
+}
+
+/// The mistake; nothing of `text` is in it.
+fn without_text(text: &str, mistake: &Mistake) -> String {
+    if let Mistake::Yaml { line, .. } = mistake {
+        format!("line {}: is not YAML", (*line).clamp(1, text.lines().count().max(1)))
+    } else {
+        mistake.with_line()
     }
 }
 

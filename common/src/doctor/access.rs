@@ -177,20 +177,27 @@ pub fn find(path: &Path, user: Result<&Identity, &UnknownUser>, need: Need) -> F
     if path.starts_with(CREDENTIALS) && !path.exists() {
         return FileAccess::OnlyWhileRunning;
     }
-    for dir in path.ancestors().skip(1).collect::<Vec<_>>().into_iter().rev() {
-        let Ok(metadata) = fs::metadata(dir) else { continue };
-        if !user.is_given(dir, &metadata, 1) {
-            return FileAccess::Denied(format!("it may not enter {}", dir.display()));
-        }
+    if let Some(dir) = closed_directory(path, user) {
+        return FileAccess::Denied(format!("it may not enter {}", dir.display()));
     }
-    let metadata = match fs::metadata(path) {
-        Err(error) if error.kind() == ErrorKind::NotFound => return missing(path, user, need),
+    match fs::metadata(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => missing(path, user, need),
         Err(error) if error.kind() == ErrorKind::PermissionDenied && user.is_another() => {
-            return FileAccess::Unknown(error.to_string());
+            FileAccess::Unknown(error.to_string())
         }
-        Err(error) => return FileAccess::Denied(error.to_string()),
-        Ok(metadata) => metadata,
-    };
+        Err(error) => FileAccess::Denied(error.to_string()),
+        Ok(metadata) => by_mode(path, &metadata, user, need),
+    }
+}
+
+/// The uppermost directory above `path` that `user` may not enter.
+fn closed_directory<'a>(path: &'a Path, user: &Identity) -> Option<&'a Path> {
+    let is_closed = |dir: &&Path| fs::metadata(dir).is_ok_and(|metadata| !user.is_given(dir, &metadata, 1));
+    path.ancestors().skip(1).filter(is_closed).last()
+}
+
+/// The access of `user` by the owner and the mode of the file, of which this is the metadata.
+fn by_mode(path: &Path, metadata: &Metadata, user: &Identity, need: Need) -> FileAccess {
     let bits = match need {
         Need::Read => 4,
         Need::List => 5,
@@ -200,8 +207,8 @@ pub fn find(path: &Path, user: Result<&Identity, &UnknownUser>, need: Need) -> F
     if need == Need::Write && is_read_only(path) {
         return FileAccess::Denied("the file system is read-only".into());
     }
-    let (owner, _, mode) = modes(&metadata);
-    if user.is_given(path, &metadata, bits) {
+    let (owner, _, mode) = modes(metadata);
+    if user.is_given(path, metadata, bits) {
         return FileAccess::Granted;
     }
     if !user.is_named && owner != user.uid && mode >> 6 & bits == bits {

@@ -97,17 +97,10 @@ fn echo(program: Program, echo: EchoOutcome) -> Finding {
         Program::Worker => "brokers get no confirmations",
         Program::Broker => "workers hear nothing of revocations, and may miss keys",
     };
+    let warn = |found| Finding::warn(SUBJECT, format!("{found}: {follows}"), lacking(program));
     match echo {
         EchoOutcome::Received => Finding::ok(SUBJECT, "what it publishes below wgkex/ comes back"),
-        EchoOutcome::Lost => Finding::warn(
-            SUBJECT,
-            format!("what it publishes below wgkex/ does not come back: {follows}"),
-            lacking(program),
-        ),
-        EchoOutcome::Closed => Finding::warn(
-            SUBJECT,
-            format!("the server ends the connection when it publishes below wgkex/: {follows}"),
-            lacking(program),
-        ),
+        EchoOutcome::Lost => warn("what it publishes below wgkex/ does not come back"),
+        EchoOutcome::Closed => warn("the server ends the connection when it publishes below wgkex/"),
     }
 }

@@ -44,15 +44,7 @@ pub(crate) fn quarantine(file: &Path, reason: &str) -> io::Result<()> {
 }
 
 fn rename_aside(file: &Path) -> io::Result<PathBuf> {
-    let names = (1_u32..).map(|n| if n == 1 { ".damaged".to_owned() } else { format!(".damaged-{n}") });
-    let mut aside = None;
-    for name in names.map(|suffix| with_suffix(file, suffix.as_ref())) {
-        if is_free(&name)? {
-            aside = Some(name);
-            break;
-        }
-    }
-    let aside = aside.ok_or(io::ErrorKind::AlreadyExists)?;
+    let aside = free_name(file)?;
     for part in PARTS {
         let renamed = std::fs::rename(with_suffix(file, part.as_ref()), with_suffix(&aside, part.as_ref()));
         match renamed {
@@ -61,6 +53,17 @@ fn rename_aside(file: &Path) -> io::Result<PathBuf> {
         }
     }
     Ok(aside)
+}
+
+/// The name for a damaged `file`, which no file has yet.
+fn free_name(file: &Path) -> io::Result<PathBuf> {
+    let names = (1_u32..).map(|n| if n == 1 { ".damaged".to_owned() } else { format!(".damaged-{n}") });
+    for name in names.map(|suffix| with_suffix(file, suffix.as_ref())) {
+        if is_free(&name)? {
+            return Ok(name);
+        }
+    }
+    Err(io::ErrorKind::AlreadyExists.into())
 }
 
 /// Whether neither a file of this name exists, nor one that SQLite would have beside it. An error if that cannot be

@@ -98,15 +98,21 @@ impl Publisher {
         }
     }
 
+    /// The connection was established or lost.
+    fn on_connection(&mut self) {
+        if self.is_up() {
+            self.presence.connected(Instant::now());
+            self.announce_online();
+        } else {
+            self.presence.disconnected();
+        }
+    }
+
     /// Publishes until the reconciler ends.
     pub async fn run(&mut self) {
         loop {
             match self.next().await {
-                Trigger::Connection if self.is_up() => {
-                    self.presence.connected(Instant::now());
-                    self.announce_online();
-                }
-                Trigger::Connection => self.presence.disconnected(),
+                Trigger::Connection => self.on_connection(),
                 Trigger::State => self.publish_changes(),
                 Trigger::Hello => self.hello_changed(),
                 Trigger::Applied(applied) => self.publish_applied(&applied),

@@ -215,22 +215,18 @@ fn shape(vx: &str, attributes: &VxlanAttributes, setup: &Setup, is_setup_named: 
 
 /// The VXLAN sends through the domain's WireGuard, from an address that routers know.
 fn path(vx: &str, attributes: &VxlanAttributes, (wg, link): (&str, &LinkFacts)) -> Finding {
-    let anew = || format!("make it anew: `ip link del {vx}`, then {SETUP}");
     let is_own = |address: &std::net::IpAddr| match address {
         std::net::IpAddr::V6(address) => link.addresses.contains(address),
         std::net::IpAddr::V4(_) => false,
     };
-    let problem = if attributes.under == Some(link.index) {
-        match attributes.local {
-            None => Some(CheckProblem::new("it has no local address", anew())),
-            Some(local) if !is_own(&local) => {
-                Some(CheckProblem::new(format!("its local address {local} is not one of {wg}"), anew()))
-            }
-            Some(_) => None,
-        }
-    } else {
-        Some(CheckProblem::new(format!("the device under it is not {wg}"), anew()))
+    let wrong = match attributes.local {
+        _ if attributes.under != Some(link.index) => Some(format!("the device under it is not {wg}")),
+        None => Some("it has no local address".into()),
+        Some(local) if !is_own(&local) => Some(format!("its local address {local} is not one of {wg}")),
+        Some(_) => None,
     };
+    let problem =
+        wrong.map(|wrong| CheckProblem::new(wrong, format!("make it anew: `ip link del {vx}`, then {SETUP}")));
     Finding::judge(vx, Level::Fail, format!("it sends through {wg}, from its address"), problem)
 }
 

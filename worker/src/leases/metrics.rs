@@ -16,16 +16,12 @@ pub struct Metrics {
 impl Metrics {
     /// Registers them, with a series for each server of the config.
     pub fn register(registry: &MetricsRegistry, config: &Config) -> Result<Self, Error> {
+        let by_server = |name, help| registry.gauges(name, help, &["server"]);
         let metrics = Self {
-            leases: registry.gauges(
-                "wgkex_worker_server_leases",
-                "Leases of the server that are known here.",
-                &["server"],
-            )?,
-            up: registry.gauges(
+            leases: by_server("wgkex_worker_server_leases", "Leases of the server that are known here.")?,
+            up: by_server(
                 "wgkex_worker_server_up",
                 "1 if the server's interface is there and has the peers of all its leases, 0 otherwise.",
-                &["server"],
             )?,
         };
         for (server, _) in sources(config) {

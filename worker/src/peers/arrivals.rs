@@ -86,20 +86,23 @@ impl KnownPeers {
                 deferred.push(peer);
             }
         }
-        // Of two keys of one batch with the same address the first may have been admitted before the second took its
-        // address.
-        let (owners, refused) = (&self.owners, &mut admitted.refused);
         for list in [&mut admitted.known, &mut admitted.new, &mut deferred] {
-            list.retain(|peer| {
-                let stays = owners.owns(&peer.key(), peer.networks());
-                if !stays {
-                    refused.push((peer.key(), RejectReason::AddressTaken));
-                }
-                stays
-            });
+            self.refuse_dispossessed(list, &mut admitted.refused);
         }
         admitted.deferred = deferred.iter().map(DesiredPeer::key).collect();
         admitted
+    }
+
+    /// Moves peers that do not have their networks any more from `peers` to `refused`: of two keys of one batch with the
+    /// same address the first may have been admitted before the second took its address.
+    fn refuse_dispossessed(&self, peers: &mut Vec<DesiredPeer>, refused: &mut Vec<(PublicKey, RejectReason)>) {
+        peers.retain(|peer| {
+            let stays = self.owners.owns(&peer.key(), peer.networks());
+            if !stays {
+                refused.push((peer.key(), RejectReason::AddressTaken));
+            }
+            stays
+        });
     }
 
     /// The desired peer of `key`, or the reason why it is rejected; the owners of its networks, other than foreign

@@ -164,16 +164,18 @@ fn message(family: u16, cmd: WireguardCmd, attributes: Vec<WireguardAttribute>) 
     message
 }
 
+fn removed_peer(key: &PublicKey) -> WireguardPeer {
+    WireguardPeer(vec![
+        WireguardPeerAttribute::PublicKey(*key.as_bytes()),
+        WireguardPeerAttribute::Flags(WireguardPeerFlags::RemoveMe),
+    ])
+}
+
 /// Other settings of the peer stay, except for the allowed-ips of a peer that is replaced.
 fn kernel_peer(change: &PeerChange<'_>) -> WireguardPeer {
     let PeerConfig { key, allowed_ips, keepalive, preshared } = match *change {
         PeerChange::Set(peer) | PeerChange::Replace(peer) => peer,
-        PeerChange::Remove(key) => {
-            return WireguardPeer(vec![
-                WireguardPeerAttribute::PublicKey(*key.as_bytes()),
-                WireguardPeerAttribute::Flags(WireguardPeerFlags::RemoveMe),
-            ]);
-        }
+        PeerChange::Remove(key) => return removed_peer(&key),
     };
     let mut attributes = vec![WireguardPeerAttribute::PublicKey(*key.as_bytes())];
     if let PeerChange::Replace(_) = change {
