@@ -82,8 +82,8 @@ impl Host {
             "--kill-child",
         ]);
         let first = Process::start(name, command.args(["sh", "-c", HOLD, name]));
-        let said = first.wait_for_log("host ");
-        let pid = said.trim_start_matches("host ").parse().expect("a process id");
+        let line = first.wait_for_log("host ");
+        let pid = line.trim_start_matches("host ").parse().expect("a process id");
         let host = Self { name: name.into(), pid, lane, _first: first };
         if lane == Lane::Kernel {
             host.run("ip link add probe type wireguard && ip link del probe");
@@ -110,7 +110,7 @@ impl Host {
         let cable = format!("cable{network}");
         // The process id is valid only in a namespace that sees all processes.
         let add = format!("ip link add {cable} type veth peer name {cable} netns {}", other.pid);
-        succeed(&add, self.enter_by_command().args(["sh", "-c", &add]));
+        text(&add, self.inside(|| Command::new("sh").args(["-c", &add]).output().expect("a shell runs")));
         for (host, address) in [(self, here), (other, there)] {
             host.run(&format!("ip addr add {address}/24 dev {cable} && ip link set {cable} up"));
         }
@@ -120,20 +120,27 @@ impl Host {
     /// Runs a shell command in it, which must succeed; returns its output, without the last newline.
     #[expect(clippy::must_use_candidate, reason = "mostly it is run for what it does")]
     pub fn run(&self, command: &str) -> String {
-        succeed(command, self.shell(command).env("WGKEX_CONFIG_FILE", "/run/wgkex.yaml"))
+        let output = self.shell(command, |shell| {
+            shell.env("WGKEX_CONFIG_FILE", "/run/wgkex.yaml");
+        });
+        text(command, output)
     }
 
     /// Runs a shell command in it, which may fail.
     #[must_use]
     pub fn try_run(&self, command: &str) -> Output {
-        self.shell(command).output().expect("nsenter runs")
+        self.shell(command, |_| {})
     }
 
-    /// A shell whose children stay in the host when they go to the background.
-    fn shell(&self, command: &str) -> Command {
-        let mut shell = self.enter_by_command();
-        shell.args(["--pid", "sh", "-c", command]);
-        shell
+    /// Runs a shell whose children stay in the host when they go to the background. Not by nsenter: each program that is
+    /// executed costs tens of milliseconds in an emulated machine.
+    fn shell(&self, command: &str, prepare: impl FnOnce(&mut Command) + Send) -> Output {
+        self.inside(|| {
+            self.enter_namespace("pid", CloneFlags::CLONE_NEWPID);
+            let mut shell = Command::new("sh");
+            prepare(shell.args(["-c", command]));
+            shell.output().expect("a shell runs")
+        })
     }
 
     fn enter_by_command(&self) -> Command {
@@ -238,10 +245,14 @@ impl Host {
 
     fn enter(&self) {
         unshare(CloneFlags::CLONE_FS).expect("a working directory of its own");
-        for (file, kind) in [("net", CloneFlags::CLONE_NEWNET), ("mnt", CloneFlags::CLONE_NEWNS)] {
-            let namespace = File::open(format!("/proc/{}/ns/{file}", self.pid)).expect("the namespace of a host");
-            setns(namespace, kind).unwrap_or_else(|error| panic!("enter {}: {error}", self.name));
-        }
+        self.enter_namespace("net", CloneFlags::CLONE_NEWNET);
+        self.enter_namespace("uts", CloneFlags::CLONE_NEWUTS);
+        self.enter_namespace("mnt", CloneFlags::CLONE_NEWNS);
+    }
+
+    fn enter_namespace(&self, file: &str, kind: CloneFlags) {
+        let namespace = File::open(format!("/proc/{}/ns/{file}", self.pid)).expect("the namespace of a host");
+        setns(namespace, kind).unwrap_or_else(|error| panic!("enter {}: {error}", self.name));
     }
 
     /// POSTs a key of domain `test_a` as a router does, to the broker on this host. Version 1 or 2.
@@ -253,16 +264,25 @@ impl Host {
     /// The same, with a client that accepts any end of the connection; `None` if there was no answer.
     #[must_use]
     pub fn try_post(&self, version: u8, key: &str) -> Option<u16> {
-        let url = format!("http://127.0.0.1:5000{}", path(version));
-        let body = ask("test_a", key);
-        let status = self.try_run(&format!("curl -s -m 20 -o /dev/null -w '%{{http_code}}' -d '{body}' {url}"));
-        String::from_utf8_lossy(&status.stdout).parse().ok().filter(|status| *status != 0)
+        self.try_post_to("test_a", version, key)
+    }
+
+    /// The same for any domain.
+    #[must_use]
+    pub fn try_post_to(&self, domain: &str, version: u8, key: &str) -> Option<u16> {
+        Some(self.http(5000).ok()?.try_post(&path(version), &ask(domain, key)).ok()?.status)
     }
 
     /// GETs a page from a program on this host.
     #[must_use]
     pub fn get(&self, port: u16, path: &str) -> Option<Response> {
         Some(self.http(port).ok()?.get(path))
+    }
+
+    /// The same from a program that may end meanwhile; `None` if there was no answer.
+    #[must_use]
+    pub fn try_get(&self, port: u16, path: &str) -> Option<Response> {
+        self.http(port).ok()?.try_get(path).ok()
     }
 
     fn http(&self, port: u16) -> io::Result<Http> {
@@ -275,8 +295,9 @@ impl Host {
         let interface = format!("wg-{rest}");
         let lines = |command: String| -> BTreeSet<String> {
             let mut words = command.split(' ');
-            let said = succeed(&command, Command::new(words.next().unwrap_or_default()).args(words));
-            said.lines().map(|line| line.trim().to_owned()).collect()
+            let mut tool = Command::new(words.next().unwrap_or_default());
+            let output = text(&command, tool.args(words).output().expect("a tool runs"));
+            output.lines().map(|line| line.trim().to_owned()).collect()
         };
         let (peers, routes, mut fdb) = self.inside(|| {
             let peers = lines(format!("wg show {interface} allowed-ips"));
@@ -330,8 +351,8 @@ fn path(version: u8) -> String {
     format!("/api/v{version}/wg/key/exchange")
 }
 
-fn succeed(said: &str, command: &mut Command) -> String {
-    let output = command.output().expect("nsenter runs");
-    assert!(output.status.success(), "{said}: {}", String::from_utf8_lossy(&output.stderr));
+/// The output of a command that must succeed, without the last newline.
+fn text(command: &str, output: Output) -> String {
+    assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).expect("text").trim_end_matches('\n').to_owned()
 }

@@ -57,6 +57,12 @@ impl Http {
         self.request("GET", path, &[], b"")
     }
 
+    /// The same, and the error if there is no answer.
+    pub fn try_get(&mut self, path: &str) -> std::io::Result<Response> {
+        self.try_send(format!("GET {path} HTTP/1.1\r\nHost: program\r\n\r\n").as_bytes())?;
+        self.try_response("GET")
+    }
+
     /// Sends `body` to `path` as a router does: with the content type of a form, whatever it is.
     #[must_use]
     pub fn post(&mut self, path: &str, body: &str) -> Response {

@@ -25,7 +25,8 @@ pub mod websocket;
 /// How long a test waits for a condition; long enough for a busy machine.
 pub const DEADLINE: Duration = Duration::from_secs(30);
 
-/// Waits until `found` returns something, and fails after [`DEADLINE`], naming `what`.
+/// Waits until `found` returns something, and fails after [`DEADLINE`], naming `what`. At most half of the time is spent
+/// in `found`, which may start programs: the programs under test need the CPUs.
 pub fn wait_until<T>(what: &str, found: impl FnMut() -> Option<T>) -> T {
     wait_within(DEADLINE, what, found)
 }
@@ -34,11 +35,12 @@ pub fn wait_until<T>(what: &str, found: impl FnMut() -> Option<T>) -> T {
 pub fn wait_within<T>(limit: Duration, what: &str, mut found: impl FnMut() -> Option<T>) -> T {
     let begun = Instant::now();
     loop {
+        let checked = Instant::now();
         if let Some(found) = found() {
             return found;
         }
         assert!(begun.elapsed() < limit, "{what}: not within {limit:?}");
-        std::thread::sleep(Duration::from_millis(5));
+        std::thread::sleep(checked.elapsed().clamp(Duration::from_millis(5), Duration::from_millis(500)));
     }
 }
 

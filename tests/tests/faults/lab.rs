@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use wgkex_tests::gateway::{Host, Lane, Tables, link_local};
-use wgkex_tests::http::{Http, Response, ask};
+use wgkex_tests::http::{Http, ask};
 use wgkex_tests::key;
 use wgkex_tests::probe::{self, Probe};
 use wgkex_tests::process::Process;
@@ -66,7 +66,7 @@ impl Node {
     /// Figures of its metrics, all of the same moment.
     fn figures<const N: usize>(&self, series: [&str; N]) -> Option<[u64; N]> {
         let port = if self.role == Role::Broker { 5000 } else { 9586 };
-        let metrics = self.host.get_if_any(port, "/metrics")?;
+        let metrics = self.host.try_get(port, "/metrics")?;
         let figure = |series| metrics.body.lines().find_map(|line| line.strip_prefix(series)?.trim().parse().ok());
         let found: Vec<u64> = series.into_iter().filter_map(figure).collect();
         found.try_into().ok()
@@ -152,7 +152,7 @@ impl Fleet {
         for broker in &self.brokers {
             within("the broker knows all gateways", CAUGHT_UP, || {
                 let online = broker.figure(r#"wgkex_broker_gateways{state="online"} "#)?;
-                let ready = broker.host.get_if_any(5000, "/readyz")?.status == 200;
+                let ready = broker.host.try_get(5000, "/readyz")?.status == 200;
                 (ready && online >= self.gateways.len() as u64).then_some(())
             });
         }
@@ -173,21 +173,6 @@ impl Fleet {
         for gateway in &self.gateways {
             caught_up(&gateway.host, routers);
         }
-    }
-}
-
-/// Requests to a host whose program may not run.
-pub trait TryGet {
-    fn get_if_any(&self, port: u16, path: &str) -> Option<Response>;
-}
-
-impl TryGet for Host {
-    fn get_if_any(&self, port: u16, path: &str) -> Option<Response> {
-        let said = self.try_run(&format!("curl -s -m 10 -w '\\n%{{http_code}}' http://127.0.0.1:{port}{path}"));
-        let said = String::from_utf8(said.stdout).ok()?;
-        let (body, status) = said.rsplit_once('\n')?;
-        let status = status.parse().ok().filter(|status| *status != 0)?;
-        Some(Response { status, headers: Vec::new(), body: body.into() })
     }
 }
 
