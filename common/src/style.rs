@@ -15,6 +15,8 @@ pub enum Style {
 /// The colour of a word.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Colour {
+    /// The terminal's own.
+    Plain,
     /// No problem.
     Good,
     /// The operator should check it.
@@ -41,7 +43,7 @@ impl Style {
     #[must_use]
     pub fn paint(self, colour: Colour, text: &str) -> String {
         let code = match (self, colour) {
-            (Self::Plain, _) => return text.to_owned(),
+            (Self::Plain, _) | (_, Colour::Plain) => return text.to_owned(),
             (Self::Coloured, Colour::Good) => 32,
             (Self::Coloured, Colour::Odd) => 33,
             (Self::Coloured, Colour::Bad) => 31,

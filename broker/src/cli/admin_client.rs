@@ -13,11 +13,11 @@ use ring::rand::{SecureRandom as _, SystemRandom};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use wgkex_common::Config;
+use wgkex_common::style::Style;
 use wgkex_common::time_text::utc;
 
 use crate::cli::http_client::{BROKER_TIMEOUT, BrokerCall, BrokerClient};
 use crate::cli::key_reports;
-use crate::cli::table::Colours;
 use crate::cli::{MAKE_ENDS, print_error};
 use crate::fleet::revocation;
 use crate::fleet::status::printable;
@@ -269,7 +269,7 @@ impl AdminCommand {
             }
             Self::Explain { key, domain, json, call } => {
                 let path = path("/v1/explain", &[("key", Some(key)), ("domain", domain)]);
-                call.report(file, &path, json, |report| key_reports::explained(report, Colours::of_stdout()))
+                call.report(file, &path, json, |report| key_reports::explained(report, Style::of_stdout()))
             }
         }
     }

@@ -2,9 +2,10 @@
 
 use std::fmt::Write as _;
 
+use wgkex_common::style::{Colour, Style};
 use wgkex_common::time_text::utc;
 
-use crate::cli::table::{Cell, Colours, Tone, table};
+use crate::cli::table::{Cell, table};
 use crate::fleet::live_keys::KeyState;
 use crate::fleet::status::{age, printable};
 use crate::http::key_reports::{
@@ -107,18 +108,18 @@ fn on_list(ListedKey { list, source, domain, name, reason, until }: &ListedKey) 
 }
 
 /// The outcome that a request for a key would have: a table for each domain, and where the key is now.
-pub fn explained(report: &ExplainReport, colours: Colours) -> String {
-    let domains = report.domains.iter().map(|domain| explained_domain(domain, colours));
+pub fn explained(report: &ExplainReport, style: Style) -> String {
+    let domains = report.domains.iter().map(|domain| explained_domain(domain, style));
     format!("{}\nnow:\n{}", domains.collect::<Vec<_>>().join("\n"), found(&report.now))
 }
 
-fn explained_domain(explained: &ExplainedDomain, colours: Colours) -> String {
+fn explained_domain(explained: &ExplainedDomain, style: Style) -> String {
     let ExplainedDomain { domain, refused, gateway, why, is_new, standings } = explained;
     let mut text = String::new();
     let domain = printable(domain);
     if let Some(refused) = refused {
         let line = format!("{domain}: refused with {} ({}): {}", refused.status, refused.reason, refused.detail);
-        let _ = writeln!(text, "{}", colours.paint(&printable(&line), Tone::Bad));
+        let _ = writeln!(text, "{}", style.paint(Colour::Bad, &printable(&line)));
     }
     if let (Some(gateway), Some(why)) = (gateway, why) {
         let would = if refused.is_some() { "would otherwise get" } else { "would get" };
@@ -138,19 +139,19 @@ fn explained_domain(explained: &ExplainedDomain, colours: Colours) -> String {
             (None, Some(reason)) => format!("last resort: {reason}"),
             (None, None) => each.note.clone().unwrap_or_default(),
         };
-        let tone = if is_chosen { Tone::Good } else { Tone::Plain };
+        let colour = if is_chosen { Colour::Good } else { Colour::Plain };
         [
-            Cell::text(&each.name).toned(tone),
+            Cell::text(&each.name).coloured(colour),
             Cell::number(&format!("{:.1}%", each.share * 100.0)),
             Cell::number(&each.connected),
             Cell::number(&each.assigned),
             Cell::number(&format!("{:.1}", each.target)),
             Cell::number(&format!("{:+.1}", each.distance)),
-            Cell::text(&note).toned(tone),
+            Cell::text(&note).coloured(colour),
         ]
     };
     let rows: Vec<_> = standings.iter().map(row).collect();
-    text + &table(["GATEWAY", "SHARE", "CONNECTED", "ASSIGNED", "TARGET", "DISTANCE", "NOTE"], &rows, colours)
+    text + &table(["GATEWAY", "SHARE", "CONNECTED", "ASSIGNED", "TARGET", "DISTANCE", "NOTE"], &rows, style)
 }
 
 #[cfg(test)]
@@ -219,6 +220,6 @@ mod tests {
             \n\
             now:\n\
             no router has sent this key here since it was last forgotten or denied, and no gateway has reported it\n";
-        assert_eq!(explained(&serde_json::from_value(report).unwrap(), Colours(false)), expected);
+        assert_eq!(explained(&serde_json::from_value(report).unwrap(), Style::Plain), expected);
     }
 }

@@ -17,12 +17,13 @@ use qrcode::render::unicode::Dense1x2;
 use serde_json::{Value, json};
 use wgkex_common::Config;
 use wgkex_common::config::Listen;
+use wgkex_common::style::Style;
 
 use crate::cli::http_client::{BROKER_TIMEOUT, BrokerCall, BrokerClient};
 use crate::cli::import::{ImportArgs, OtherClients};
 use crate::cli::print_or_complain;
 use crate::cli::registry_json::{addresses_by_key, peerings, text_of};
-use crate::cli::table::{Cell, Colours, table};
+use crate::cli::table::{Cell, table};
 use crate::registry::login::password;
 
 /// The exit codes.
@@ -360,7 +361,7 @@ impl RegistryClient {
             text_of(&own["server_wg_ip"]),
             endpoint(server),
             text_of(&server["public_key"]),
-            table(["ADDRESS", "CLIENT'S KEY"], &peers, Colours::of_stdout()),
+            table(["ADDRESS", "CLIENT'S KEY"], &peers, Style::of_stdout()),
         ))
     }
 }
@@ -385,7 +386,7 @@ fn servers_table(servers: &Value) -> String {
         [Cell::text(name), Cell::text(&endpoint(server)), Cell::text(text_of(&server["public_key"]))]
     };
     let rows: Vec<_> = servers.as_object().into_iter().flatten().map(row).collect();
-    table(["SERVER", "ENDPOINT", "KEY"], &rows, Colours::of_stdout())
+    table(["SERVER", "ENDPOINT", "KEY"], &rows, Style::of_stdout())
 }
 
 /// With the addresses by server and key.
@@ -396,7 +397,7 @@ fn clients_table(clients: &Value, addresses: &BTreeMap<&str, BTreeMap<String, St
         [name, server, address.map_or("-", String::as_str), key].map(Cell::text)
     };
     let rows: Vec<_> = peerings(clients).map(row).collect();
-    table(["CLIENT", "SERVER", "ADDRESS", "KEY"], &rows, Colours::of_stdout())
+    table(["CLIENT", "SERVER", "ADDRESS", "KEY"], &rows, Style::of_stdout())
 }
 
 /// The file that `wg-quick` reads (wg-quick(8)).

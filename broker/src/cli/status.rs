@@ -11,9 +11,10 @@ use anyhow::Context as _;
 use clap::Args;
 use serde_json::Value;
 use wgkex_common::Config;
+use wgkex_common::style::{Colour, Style};
 
 use crate::cli::http_client::{BROKER_TIMEOUT, BrokerCall, BrokerClient};
-use crate::cli::table::{Cell, Colours, Tone, table};
+use crate::cli::table::{Cell, table};
 use crate::cli::{print, print_error};
 use crate::fleet::status::{DomainGateways, GatewayStatus, Problem, ProblemKind, age, printable};
 use crate::http::status::{Durations, KeyStatus, STATUS_PATH, Status};
@@ -72,8 +73,8 @@ impl GatewaysCommand {
             let text = if self.json {
                 format!("{:#}\n", json["gateways"])
             } else {
-                let colours = Colours::of_stdout();
-                problem_lines(&status.problems, colours) + &gateways(&status.gateways, colours)
+                let style = Style::of_stdout();
+                problem_lines(&status.problems, style) + &gateways(&status.gateways, style)
             };
             print(&text)?;
             Ok(exit_code(&status))
@@ -94,7 +95,7 @@ impl StatusCommand {
         let text = if self.json {
             format!("{:#}\n", sample.json)
         } else {
-            screen(&client.address(), &sample, None, Colours::of_stdout())
+            screen(&client.address(), &sample, None, Style::of_stdout())
         };
         print(&text)?;
         Ok(exit_code(&sample.status))
@@ -102,19 +103,19 @@ impl StatusCommand {
 
     /// Repeats until the output is closed. A broker that does not answer is tried again.
     fn watch(&self, client: &BrokerClient) -> anyhow::Result<ExitCode> {
-        let colours = Colours::of_stdout();
+        let style = Style::of_stdout();
         let is_terminal = io::IsTerminal::is_terminal(&io::stdout());
         let mut before: Option<StatusSample> = None;
         loop {
             let sample = ask(client);
             let text = match &sample {
                 Ok(sample) if self.json => format!("{}\n", sample.json),
-                Ok(sample) => screen(&client.address(), sample, before.as_ref(), colours) + "\n",
+                Ok(sample) => screen(&client.address(), sample, before.as_ref(), style) + "\n",
                 Err(error) if self.json => {
                     print_error(error);
                     String::new()
                 }
-                Err(error) => format!("{}\n\n", colours.paint(&printable(&format!("error: {error:#}")), Tone::Bad)),
+                Err(error) => format!("{}\n\n", style.paint(Colour::Bad, &printable(&format!("error: {error:#}")))),
             };
             let clear = if is_terminal && !self.json { CLEAR } else { "" };
             print(&format!("{clear}{text}"))?;
@@ -148,7 +149,7 @@ fn exit_code(status: &Status) -> ExitCode {
 }
 
 /// Everything on one screen, with rates since the sample `before`.
-fn screen(address: &str, sample: &StatusSample, before: Option<&StatusSample>, colours: Colours) -> String {
+fn screen(address: &str, sample: &StatusSample, before: Option<&StatusSample>, style: Style) -> String {
     let Status {
         version,
         uptime_secs,
@@ -163,10 +164,10 @@ fn screen(address: &str, sample: &StatusSample, before: Option<&StatusSample>, c
         pid: _,
     } = &sample.status;
     let state =
-        if *ready { colours.paint("ready", Tone::Good) } else { colours.paint("cannot serve routers", Tone::Bad) };
+        if *ready { style.paint(Colour::Good, "ready") } else { style.paint(Colour::Bad, "cannot serve routers") };
     let up = age(*uptime_secs);
     let mut text = format!("wgkex-broker {} on {address}: {state}, up for {up}\n", printable(version));
-    text += &problem_lines(problems, colours);
+    text += &problem_lines(problems, style);
     let rates = before.map(|before| ExchangeRates::between(before, sample));
     let unserved = |name: &str| {
         let is_so = |kind, subject: &str| kind == ProblemKind::DomainWithoutGateway && subject == name;
@@ -174,24 +175,24 @@ fn screen(address: &str, sample: &StatusSample, before: Option<&StatusSample>, c
     };
     let row = |DomainGateways { name, gateways }: &DomainGateways| {
         let served = if gateways.is_empty() { Cell::text("none") } else { Cell::text(&gateways.join(", ")) };
-        let tone = if gateways.is_empty() && unserved(name) { Tone::Bad } else { Tone::Plain };
-        [Cell::text(name), served.toned(tone)]
+        let colour = if gateways.is_empty() && unserved(name) { Colour::Bad } else { Colour::Plain };
+        [Cell::text(name), served.coloured(colour)]
     };
     let domains: Vec<_> = domains.iter().map(row).collect();
-    let _ = write!(text, "\n{}\n{}\n", table(["DOMAIN", "SERVED BY"], &domains, colours), gateways(all, colours));
+    let _ = write!(text, "\n{}\n{}\n", table(["DOMAIN", "SERVED BY"], &domains, style), gateways(all, style));
     let tenants = tenants.as_ref().map(tenants_line).unwrap_or_default();
     let registry = registry.as_ref().map(registry_line).unwrap_or_default();
-    text + &keys(now, rates.as_ref()) + &tenants + &registry + &refused(refused_clients, colours)
+    text + &keys(now, rates.as_ref()) + &tenants + &registry + &refused(refused_clients, style)
 }
 
 /// The problems.
-fn problem_lines(problems: &[Problem], colours: Colours) -> String {
-    let line = |problem: &Problem| colours.paint(&format!("! {}", printable(&problem.text)), Tone::Bad) + "\n";
+fn problem_lines(problems: &[Problem], style: Style) -> String {
+    let line = |problem: &Problem| style.paint(Colour::Bad, &format!("! {}", printable(&problem.text))) + "\n";
     problems.iter().map(line).collect()
 }
 
 /// The clients that the MQTT server refused last; nothing if there are none.
-fn refused(clients: &[RefusedClient], colours: Colours) -> String {
+fn refused(clients: &[RefusedClient], style: Style) -> String {
     let row = |client: &RefusedClient| {
         let or_none = |text: &Option<String>| Cell::text(text.as_deref().unwrap_or("-"));
         [
@@ -204,7 +205,7 @@ fn refused(clients: &[RefusedClient], colours: Colours) -> String {
     };
     let rows: Vec<_> = clients.iter().map(row).collect();
     let head = ["REFUSED MQTT USER", "CLIENT ID", "TIMES", "LAST", "WHY"];
-    if rows.is_empty() { String::new() } else { format!("\n{}", table(head, &rows, colours)) }
+    if rows.is_empty() { String::new() } else { format!("\n{}", table(head, &rows, style)) }
 }
 
 fn tenants_line(TenantStatus { tenants, members, held, sockets }: &TenantStatus) -> String {
@@ -286,14 +287,14 @@ fn milliseconds(seconds: Option<f64>) -> String {
 }
 
 /// The table of gateways.
-fn gateways(gateways: &[GatewayStatus], colours: Colours) -> String {
+fn gateways(gateways: &[GatewayStatus], style: Style) -> String {
     if gateways.is_empty() {
         return "no gateway was heard of\n".into();
     }
     let row = |gateway: &GatewayStatus| {
-        let tone = if gateway.online { Tone::Good } else { Tone::Bad };
+        let colour = if gateway.online { Colour::Good } else { Colour::Bad };
         let is_sure = gateway.draining.is_empty() && gateway.last_known_secs.is_none();
-        let tone = if is_sure { tone } else { Tone::Plain };
+        let colour = if is_sure { colour } else { Colour::Plain };
         let domains: Vec<_> =
             gateway.domains.iter().map(|domain| format!("{} {}", domain.domain, domain.note(gateway.online))).collect();
         let offline = gateway.offline.as_ref().map(ToString::to_string);
@@ -307,7 +308,7 @@ fn gateways(gateways: &[GatewayStatus], colours: Colours) -> String {
             .filter(|note| !note.is_empty());
         [
             Cell::text(&gateway.name),
-            Cell::text(gateway.state()).toned(tone),
+            Cell::text(gateway.state()).coloured(colour),
             Cell::text(gateway.version.as_deref().unwrap_or("unknown")),
             Cell::number(&gateway.connected),
             Cell::number(&gateway.assigned),
@@ -319,7 +320,7 @@ fn gateways(gateways: &[GatewayStatus], colours: Colours) -> String {
     };
     let rows: Vec<_> = gateways.iter().map(row).collect();
     let head = ["GATEWAY", "STATE", "VERSION", "CONNECTED", "ASSIGNED", "UNREACHED", "SHARE", "TARGET", "DOMAINS"];
-    table(head, &rows, colours)
+    table(head, &rows, style)
 }
 
 #[cfg(test)]
@@ -391,8 +392,8 @@ mod tests {
             \n\
             REFUSED MQTT USER  CLIENT ID  TIMES      LAST  WHY\n\
             gw1?               -              3  40 s ago  wrong password\n";
-        assert_eq!(screen("127.0.0.1:5000", &sample, None, Colours(false)), expected);
-        let coloured = screen("127.0.0.1:5000", &sample, None, Colours(true));
+        assert_eq!(screen("127.0.0.1:5000", &sample, None, Style::Plain), expected);
+        let coloured = screen("127.0.0.1:5000", &sample, None, Style::Coloured);
         assert!(coloured.contains("\x1b[31mnone\x1b[0m") && coloured.contains("\x1b[32mready\x1b[0m"), "{coloured}");
         assert_eq!(exit_code(&sample.status), EXIT_PROBLEMS.into());
     }
@@ -401,7 +402,7 @@ mod tests {
     fn rates_are_those_between_two_looks() {
         let begun = Instant::now();
         let (before, after) = (sample(begun, 40), sample(begun + Duration::from_secs(2), 140));
-        let text = screen("x", &after, Some(&before), Colours(false));
+        let text = screen("x", &after, Some(&before), Style::Plain);
         assert!(text.contains("keys accepted (50.0/s) 141, refused (0.0/s) 3: domain 3\n"), "{text}");
         assert!(text.contains("confirmation just now: 100 keys, p50 50.0 ms, p99 99.0 ms\n"), "{text}");
     }

@@ -4,13 +4,12 @@ use std::time::Duration;
 
 use actix_ws::{CloseCode, CloseReason};
 use strum::{IntoStaticStr, VariantNames};
+use wgkex_common::http::MESSAGE_MAX;
 
 use crate::tenants::message::JoinMessageError;
 
 /// How long a client may take to join.
 pub const JOIN_TIMEOUT: Duration = Duration::from_secs(10);
-/// The largest message, in all its fragments.
-pub const MESSAGE_MAX: usize = 64 << 10;
 
 /// Why the broker closes a WebSocket.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, IntoStaticStr, VariantNames)]
