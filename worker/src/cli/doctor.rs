@@ -29,11 +29,11 @@ use wgkex_kernel::links::{Link, LinkKind, Links};
 use wgkex_kernel::{Backend, Key, wireguard};
 
 use self::managers::{Machine, ManagedInterface};
-use super::http_client;
+use super::http_client::{self, StatusError};
 use crate::bus::subscriber;
 use crate::doctor::facts::{
-    BusFacts, DomainFacts, Facts, LinkFacts, Received, RunningWorker, ServerFacts, WireguardDevice, WireguardFacts,
-    WireguardSource,
+    BusFacts, DomainFacts, Facts, LinkFacts, Listener, Received, RunningWorker, ServerFacts, WireguardDevice,
+    WireguardFacts, WireguardSource,
 };
 use crate::doctor::findings;
 
@@ -66,14 +66,16 @@ impl Doctor {
         runtime.shutdown_background();
         let (domains, servers) = interfaces.context("netlink")?;
         let is_kernels = |domain: &DomainFacts| matches!(&domain.wireguard, Ok(Some(wireguard)) if wireguard.link.kind == LinkKind::Wireguard);
-        let running = running(config);
+        let answer = http_client::status(&config.worker_listen);
+        let is_other_version = matches!(answer, Err(StatusError::OtherHttpStatus(..) | StatusError::OtherContent(..)));
+        let running = answer.ok().map(RunningWorker::from);
         let pid = running.as_ref().and_then(worker_process);
         let sources = Sources { named: self.user.as_deref(), pid, config: config.worker_user.as_deref() };
         let user = identity::find(Program::Worker, sources);
         Ok(Facts {
             config_warnings: config.warnings.clone(),
             is_setup_named: config.is_setup_named,
-            listener: listener(&config.worker_listen),
+            listener: Listener { is_other_version, ..listener(&config.worker_listen) },
             uplinks: uplinks::find(),
             has_net_admin: caps::has_cap(None, CapSet::Effective, Capability::CAP_NET_ADMIN).unwrap_or(false),
             wireguard: WireguardSource {
@@ -94,9 +96,10 @@ impl Doctor {
     }
 }
 
-fn listener(listen: &Listen) -> (String, PortOwner) {
+fn listener(listen: &Listen) -> Listener {
     let address = listen.host.parse().unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
-    (listen.to_string(), sockets::of_listener(address, listen.port))
+    let owner = sockets::of_listener(address, listen.port);
+    Listener { listen: listen.to_string(), owner, is_other_version: false }
 }
 
 /// The interfaces that no other program may manage.
@@ -108,11 +111,6 @@ fn managed(config: &Config) -> Vec<ManagedInterface> {
     let servers = config.servers.values().map(|server| &server.interface);
     let others = servers.chain(config.hub.iter().map(|hub| &hub.interface));
     of_domains.chain(others.cloned().map(ManagedInterface::Wireguard)).collect()
-}
-
-/// The worker that answers on `worker_listen`.
-fn running(config: &Config) -> Option<RunningWorker> {
-    http_client::status(&config.worker_listen).ok().map(RunningWorker::from)
 }
 
 /// The process of the worker that answers, if its process id is the same in this process's namespace.

@@ -1,8 +1,10 @@
 //! An HTTP client of the worker on this machine, and of a broker.
 
+use std::io;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
+use ureq::http::StatusCode;
 use wgkex_common::config::Listen;
 use wgkex_common::http::client::agent;
 
@@ -13,19 +15,30 @@ const HTTP_TIMEOUT: Duration = Duration::from_secs(5);
 /// The largest answer, in bytes.
 const ANSWER_MAX: u64 = 16 << 20;
 
+/// Why the worker's status is not known.
+#[derive(Debug, thiserror::Error)]
+pub enum StatusError {
+    /// Nothing answers.
+    #[error("worker_listen {0}: is the worker running?")]
+    NoAnswer(Listen, #[source] io::Error),
+    /// The answer has another HTTP status than 200.
+    #[error("worker_listen {0}: answers {1}: is it a worker, of this version?")]
+    OtherHttpStatus(Listen, StatusCode),
+    /// The answer is not a status of this version.
+    #[error("worker_listen {0}: is it a worker, of this version?")]
+    OtherContent(Listen, #[source] serde_json::Error),
+}
+
 /// The worker's status.
-pub fn status(listen: &Listen) -> anyhow::Result<WorkerStatus> {
-    let is_running = || format!("worker_listen {listen}: is the worker running?");
-    let answer = agent(HTTP_TIMEOUT).get(format!("http://{}/status.json", listen.reachable())).call();
-    let mut answer = answer.map_err(ureq::Error::into_io).with_context(is_running)?;
-    let text = answer.body_mut().with_config().limit(ANSWER_MAX).read_to_string();
-    let text = text.map_err(ureq::Error::into_io).with_context(is_running)?;
-    ensure!(
-        answer.status() == 200,
-        "worker_listen {listen}: answers {}: is it a worker, of this version?",
-        answer.status()
-    );
-    serde_json::from_str(&text).with_context(|| format!("worker_listen {listen}: is it a worker, of this version?"))
+pub fn status(listen: &Listen) -> Result<WorkerStatus, StatusError> {
+    let no_answer = |error: ureq::Error| StatusError::NoAnswer(listen.clone(), error.into_io());
+    let url = format!("http://{}/status.json", listen.reachable());
+    let mut answer = agent(HTTP_TIMEOUT).get(url).call().map_err(no_answer)?;
+    let text = answer.body_mut().with_config().limit(ANSWER_MAX).read_to_string().map_err(no_answer)?;
+    if answer.status() != StatusCode::OK {
+        return Err(StatusError::OtherHttpStatus(listen.clone(), answer.status()));
+    }
+    serde_json::from_str(&text).map_err(|error| StatusError::OtherContent(listen.clone(), error))
 }
 
 /// The header `Date` of a server's answer, whatever its status.

@@ -45,7 +45,7 @@ impl StatusCommand {
     }
 
     fn show_once(&self, listen: &Listen) -> ExitCode {
-        match http_client::status(listen) {
+        match http_client::status(listen).map_err(anyhow::Error::from) {
             Ok(status) if print(&self.text(&status, None, Style::of_stdout())).is_err() => ExitCode::FAILURE,
             Ok(status) if status.problems.is_empty() => ExitCode::SUCCESS,
             Ok(_) => EXIT_PROBLEMS.into(),
@@ -62,7 +62,7 @@ impl StatusCommand {
         let (style, begin) = (Style::of_stdout(), if io::stdout().is_terminal() && !self.json { CLEAR } else { "" });
         loop {
             let now = Instant::now();
-            let text = match http_client::status(listen) {
+            let text = match http_client::status(listen).map_err(anyhow::Error::from) {
                 Ok(status) => {
                     let text = self.text(&status, before.as_ref().map(|(then, before)| (before, now - *then)), style);
                     before = Some((now, status));

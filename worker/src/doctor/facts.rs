@@ -23,8 +23,8 @@ pub struct Facts {
     pub config_warnings: Vec<ConfigProblem>,
     /// Whether the config has a section `setup`.
     pub is_setup_named: bool,
-    /// `worker_listen`, and the process that listens there.
-    pub listener: (String, PortOwner),
+    /// The listener on `worker_listen`.
+    pub listener: Listener,
     /// The interfaces by which this machine reaches the internet.
     pub uplinks: BTreeSet<Uplink>,
     /// Whether this process has `CAP_NET_ADMIN`.
@@ -51,6 +51,17 @@ pub struct Facts {
     pub needed: Vec<FileFacts>,
     /// The MQTT server, and the rights of the client there.
     pub mqtt: MqttFacts<BusFacts>,
+}
+
+/// The listener on `worker_listen`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listener {
+    /// The address and port.
+    pub listen: String,
+    /// The process that listens there.
+    pub owner: PortOwner,
+    /// It answers, but not as a worker of this version.
+    pub is_other_version: bool,
 }
 
 /// The interface of a default route, of IPv4 or IPv6.

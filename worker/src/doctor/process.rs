@@ -4,7 +4,7 @@ use wgkex_common::doctor::bus::SUBJECT;
 use wgkex_common::doctor::sockets::PortOwner;
 use wgkex_common::doctor::{CheckProblem, Finding, Level};
 
-use super::facts::{DomainFacts, Facts, RunningWorker};
+use super::facts::{DomainFacts, Facts, Listener, RunningWorker};
 
 const WORKER: &str = "worker";
 /// The name of the worker's process.
@@ -12,7 +12,8 @@ const PROGRAM: &str = "wgkex-worker";
 const LISTEN: &str = "worker_listen";
 
 /// Whether a worker runs and answers; none if another process has its state file, which has a check of its own.
-pub(super) fn runs(Facts { listener: (listen, owner), running, state, .. }: &Facts) -> Option<Finding> {
+pub(super) fn runs(Facts { listener, running, state, .. }: &Facts) -> Option<Finding> {
+    let Listener { listen, owner, is_other_version } = listener;
     if running.is_some() {
         return Some(Finding::ok(WORKER, format!("one runs here, and answers on {listen}")));
     }
@@ -21,6 +22,11 @@ pub(super) fn runs(Facts { listener: (listen, owner), running, state, .. }: &Fac
         PortOwner::Nobody => {
             let found = "no worker runs here: what only a running one knows is not checked";
             return Some(Finding::warn(WORKER, found, "`systemctl start wgkex-worker`; its log says why it ended"));
+        }
+        PortOwner::Process { pid, name } if name == PROGRAM && *is_other_version => {
+            let found = format!("process {pid} ({PROGRAM}) has {listen}, and is of another version than this doctor");
+            let advice = "`systemctl restart wgkex-worker`: what only a running worker knows is not checked";
+            return Some(Finding::warn(WORKER, found, advice));
         }
         PortOwner::Process { pid, name } if name == PROGRAM => {
             let found = format!("process {pid} ({PROGRAM}) has {listen}, and does not answer there");

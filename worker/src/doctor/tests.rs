@@ -33,7 +33,7 @@ const GLOBAL: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
 fn well() -> Facts {
     let mut facts = stopped();
     facts.running = Some(running());
-    facts.listener.1 = PortOwner::Process { pid: 7, name: "wgkex-worker".into() };
+    facts.listener.owner = PortOwner::Process { pid: 7, name: "wgkex-worker".into() };
     facts.state.holder = Ok(Some(LockHolder { pid: Some(7), program: None }));
     bus(&mut facts).online = Some(true);
     bus(&mut facts).published_keys = [("ffmuc_welt".to_owned(), key(1))].into();
@@ -63,7 +63,7 @@ fn stopped() -> Facts {
     Facts {
         config_warnings: Vec::new(),
         is_setup_named: true,
-        listener: ("127.0.0.1:9586".into(), PortOwner::Nobody),
+        listener: Listener { listen: "127.0.0.1:9586".into(), owner: PortOwner::Nobody, is_other_version: false },
         uplinks: [Uplink { name: "eth0".into(), mtu: 1500, has_ipv6: true }].into(),
         has_net_admin: true,
         wireguard: WireguardSource { kernel: true, userspace: false },
@@ -241,7 +241,7 @@ fn each_problem_of_the_running_workers_status_is_a_finding() {
 fn a_worker_that_does_not_answer_is_to_be_restarted_and_its_port_not_to_be_changed() {
     let hung = || {
         let mut facts = stopped();
-        facts.listener.1 = process("wgkex-worker");
+        facts.listener.owner = process("wgkex-worker");
         facts.state.holder = Ok(Some(LockHolder { pid: Some(7), program: None }));
         facts
     };
@@ -250,6 +250,19 @@ fn a_worker_that_does_not_answer_is_to_be_restarted_and_its_port_not_to_be_chang
     assert_eq!(problems[0].found, "process 7 (wgkex-worker) has 127.0.0.1:9586, and does not answer there");
     let advice = problems[0].advice.as_deref().unwrap();
     assert!(advice.contains("log") && advice.contains("systemctl restart wgkex-worker"), "{advice}");
+}
+
+/// As after an upgrade without a restart.
+#[test]
+fn a_worker_of_another_version_is_to_be_restarted() {
+    let mut facts = stopped();
+    facts.listener.owner = process("wgkex-worker");
+    facts.listener.is_other_version = true;
+    facts.state.holder = Ok(Some(LockHolder { pid: Some(7), program: None }));
+    let problems: Vec<_> = problems(&facts).into_iter().filter(|problem| problem.subject != "state").collect();
+    assert!(problems.len() == 1 && problems[0].level == Level::Warn, "{problems:?}");
+    let found = "process 7 (wgkex-worker) has 127.0.0.1:9586, and is of another version than this doctor";
+    assert_eq!(problems[0].found, found);
 }
 
 #[test]
@@ -605,7 +618,7 @@ fn each_trouble_of_files_is_named_with_what_to_do() {
         &[
             (
                 Level::Fail,
-                |facts| facts.listener.1 = PortOwner::Process { pid: 9, name: "exporter".into() },
+                |facts| facts.listener.owner = PortOwner::Process { pid: 9, name: "exporter".into() },
                 "worker_listen: 127.0.0.1:9586 is taken by process 9 (exporter), which does not answer as a worker",
                 "another port",
             ),
