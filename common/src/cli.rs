@@ -31,8 +31,9 @@ pub fn run<A: Parser>(program: impl FnOnce(A) -> ExitCode) -> ExitCode {
     A::try_parse().map_or_else(|error| refused(&error), program)
 }
 
-/// Prints the error of a command line, or the requested help or version.
-fn refused(error: &clap::Error) -> ExitCode {
+/// Prints the error of a command line, or the requested help or version, and returns the exit code.
+#[must_use]
+pub fn refused(error: &clap::Error) -> ExitCode {
     match error.print() {
         Err(_) => ExitCode::FAILURE,
         Ok(()) if error.use_stderr() => USAGE.into(),

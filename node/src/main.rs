@@ -2,9 +2,9 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
-use wgkex_common::cli;
-use wgkex_node::command::Command;
+use clap::{CommandFactory as _, Parser, Subcommand};
+use wgkex_common::cli::{self, Documents};
+use wgkex_node::lease::Lease;
 
 const ABOUT: &str = "Leases addresses from the registry of a wgkex broker, and writes the files for the tunnels";
 
@@ -15,6 +15,17 @@ struct Args {
     command: Command,
 }
 
+#[derive(Subcommand)]
+enum Command {
+    /// Leases an address of each server, and writes /etc/wireguard/SERVER.conf for wg-quick; repeating it changes only what changed
+    Lease(Lease),
+    #[command(flatten)]
+    Documents(Documents),
+}
+
 fn main() -> ExitCode {
-    cli::run(|Args { command }| command.run())
+    cli::run(|Args { command }| match command {
+        Command::Lease(lease) => lease.run(),
+        Command::Documents(documents) => documents.run(Args::command()),
+    })
 }

@@ -17,16 +17,9 @@ const NAME_MAX: usize = 15;
 /// The longest name of a host (RFC 1035, section 2.3.4).
 const HOST_MAX: usize = 253;
 
-/// The name of a server that is also a valid interface name for `wg-quick`.
+/// A name that `wg-quick` allows for an interface.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InterfaceName(String);
-
-impl InterfaceName {
-    /// The text.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
 
 impl fmt::Display for InterfaceName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -193,9 +186,9 @@ mod tests {
     }
 
     #[test]
-    fn a_server_is_called_as_its_interface() {
+    fn the_name_of_an_interface_is_one_that_wg_quick_allows() {
         for name in ["s1", "wg_a=b+c.d-e", "a23456789012345"] {
-            assert_eq!(name.parse::<InterfaceName>().unwrap().as_str(), name);
+            assert_eq!(name.parse::<InterfaceName>().unwrap().to_string(), name);
         }
         for name in ["", ".", "..", "a/b", "a b", "a;b", "\u{fc}", "a234567890123456"] {
             assert!(name.parse::<InterfaceName>().is_err(), "{name:?}");

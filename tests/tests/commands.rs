@@ -140,17 +140,21 @@ fn the_example_is_valid() {
 
 #[test]
 fn each_program_writes_completions_for_five_shells_and_a_manual_page_for_each_command() {
-    for (program, command) in [("wgkex-broker", "hash-password"), ("wgkex-worker", "setup")] {
+    for (program, command, other) in [
+        ("wgkex-broker", "hash-password", "check-config"),
+        ("wgkex-worker", "setup", "check-config"),
+        ("wgkex-node", "lease", "completions"),
+    ] {
         for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
             let output = run(program, &["completions", shell]);
             assert!(output.status.success(), "{output:?}");
             let text = String::from_utf8(output.stdout).unwrap();
-            assert!([program, command, "check-config"].iter().all(|part| text.contains(part)), "{shell}: {text}");
+            assert!([program, command, other].iter().all(|part| text.contains(part)), "{shell}: {text}");
         }
         let dir = TempDir::new().unwrap();
         assert!(run(program, &["man-pages", dir.path().to_str().unwrap()]).status.success());
         let page = |name: &str| fs::read_to_string(dir.path().join(name)).unwrap();
-        assert!(page(&format!("{program}.1")).contains("WGKEX_CONFIG_FILE"));
+        assert!(page(&format!("{program}.1")).contains("with 64 if it is called wrongly"));
         assert!(page(&format!("{program}-{command}.1")).starts_with(".ie"));
         let missing = run(program, &["man-pages", "/nonexistent"]);
         assert_eq!(missing.status.code(), Some(1));
@@ -209,7 +213,7 @@ fn every_command_says_how_it_ends_and_is_in_the_table_of_exit_codes() {
     let text = fs::read_to_string(root.join("deploy/docs/commands.md")).unwrap();
     let (_, table) = text.split_once("## Exit codes").unwrap();
     let (table, _) = table.split_once("\n## ").unwrap();
-    for (program, number) in [("wgkex-broker", 26), ("wgkex-worker", 8), ("wgkex-node", 1)] {
+    for (program, number) in [("wgkex-broker", 26), ("wgkex-worker", 8), ("wgkex-node", 2)] {
         assert!(help(program, &[]).contains("Exits with 64 if it is called wrongly"), "{program}");
         let commands = commands(program, &[]);
         assert!(commands.len() >= number, "{commands:?}");
@@ -226,6 +230,13 @@ fn every_command_says_how_it_ends_and_is_in_the_table_of_exit_codes() {
         assert_eq!(run(program, &["--version"]).status.code(), Some(0));
     }
     assert_eq!(run("wgkex-node", &[]).status.code(), Some(64), "a command is needed");
+    let lease =
+        ["lease", "--registry", "http://127.0.0.1:1", "--password-file", "none", "--interface", "wg1", "s1", "s2"];
+    let output = run("wgkex-node", &lease);
+    assert_eq!(
+        (output.status.code(), &*output.stderr),
+        (Some(64), b"error: --interface is for one server only\n".as_slice())
+    );
 }
 
 #[test]

@@ -101,17 +101,22 @@ fn wa28_calls_come_over_tls_and_no_password_is_logged() {
             "--config-dir",
             ".",
         ]);
-        let output =
-            command.args(["--registry", &format!("https://127.0.0.1:{tls}/")]).args(more).arg("s1").output().unwrap();
+        let output = command.args(["--registry", &format!("https://127.0.0.1:{tls}/")]).args(more).output().unwrap();
         (
             output.status.success(),
             String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr),
         )
     };
-    let (is_done, said) = node(&["--name", "c1"]);
+    let (is_done, said) = node(&["--name", "c1", "s1"]);
     assert!(!is_done && said.contains("certificate") && !said.contains("s3cret"), "{said}");
-    assert_eq!(node(&["--name", "c1", "--ca-file", &cert]), (true, "s1: ./s1.conf written\n".into()));
+    assert_eq!(node(&["--name", "c1", "--ca-file", &cert, "s1"]), (true, "s1: ./s1.conf written\n".into()));
     assert_eq!(registry.get("client/list_all", &json!({})).json()["c1"].as_object().unwrap().len(), 1);
+    // A server whose name is none of an interface.
+    registry.add_server("Level 1 (north)", "192.168.3.0", 24, 20);
+    let (is_done, said) = node(&["--name", "c1", "--ca-file", &cert, "--interface", "north", "Level 1 (north)"]);
+    assert!(is_done && said == "Level 1 (north): ./north.conf written\n", "{said}");
+    assert!(fs::read_to_string(dir.join("north.conf")).unwrap().contains("Address = 192.168.3.21\n"));
+    assert!(dir.join("keys/north.key").exists());
     assert!(registry.stack.stop_broker().success());
     let log = registry.stack.broker().log();
     let (_, login) = LOGIN.rsplit_once(' ').unwrap();
