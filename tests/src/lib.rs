@@ -23,7 +23,7 @@ pub mod unread_answers;
 pub mod websocket;
 
 /// How long a test waits for a condition; long enough for a busy machine.
-pub const DEADLINE: Duration = Duration::from_secs(30);
+pub const DEADLINE: Duration = Duration::from_secs(60);
 
 /// Waits until `found` returns something, and fails after [`DEADLINE`], naming `what`. At most half of the time is spent
 /// in `found`, which may start programs: the programs under test need the CPUs.

@@ -113,11 +113,14 @@ impl Single {
     }
 }
 
-/// Waits until both domains are served by the broker on `host` and some gateway.
+/// Waits until both domains are served by the broker on `host` and some gateway. A 200 alone is not enough: v1 is answered
+/// with it as long as no gateway has ever published its state.
 fn serves(host: &Host) {
     for domain in ["test_a", "test_b"] {
         wait_until(&format!("{domain} is served"), || {
-            (host.try_post_to(domain, 1, READINESS_KEY) == Some(200)).then_some(())
+            let ready = host.try_get(5000, "/readyz").filter(|ready| ready.status == 200)?;
+            let is_served = !ready.body.contains(domain) && host.try_post_to(domain, 1, READINESS_KEY) == Some(200);
+            is_served.then_some(())
         });
     }
 }
