@@ -29,6 +29,7 @@ mod tenants;
 #[cfg(test)]
 mod testing;
 mod tls;
+mod token_buckets;
 
 use std::net::TcpListener;
 use std::sync::Arc;
@@ -92,7 +93,7 @@ const FAREWELL_TIMEOUT: Duration = Duration::from_secs(1);
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long the embedded MQTT server may take to stop.
 const SERVER_STOP_TIMEOUT: Duration = Duration::from_secs(2);
-/// How often expired live keys are removed, and idle rate limits.
+/// How often expired live keys are removed, idle rate limits, and clients of the registry that were long silent.
 const EXPIRY_INTERVAL: Duration = Duration::from_secs(10);
 /// How often to check for idle connections.
 const IDLE_CHECK: Duration = Duration::from_secs(1);
@@ -359,7 +360,7 @@ impl Broker {
                 let in_flight = exchange.in_flight.clone();
                 KeyPublisher { in_flight, bus: keys.clone(), fleet: fleet.clone() }.run()
             })
-            .spawn("the expiry", |_| expire(fleet.clone(), exchange.clone()))
+            .spawn("the expiry", |_| expire(fleet.clone(), exchange.clone(), self.registry.clone()))
             .spawn("the config", |_| {
                 let fleet = fleet.clone();
                 reload::on_hangup(config.clone(), key_use(), move |config| fleet.gateways().reconfigure(config))
@@ -497,7 +498,7 @@ fn exchange(config: &Config, fleet: Fleet, lists: &Handle, metrics: exchange::Me
     Exchange {
         fleet,
         in_flight: InFlightHandle::new(config.domains.clone(), lists.admission()),
-        limits: Arc::new(RateLimits::new(config.limits, MonotonicClock)),
+        limits: Arc::new(RateLimits::new(config.limits, &MonotonicClock)),
         warned_domains: Arc::default(),
         refused: Arc::new(Mutex::new(LoggedOnce::new(Instant::now()))),
         lists: lists.snapshot(),
@@ -599,11 +600,14 @@ fn apply_lists(fleet: Fleet, exchange: Exchange, metrics: fleet::Metrics) -> imp
     }
 }
 
-async fn expire(fleet: Fleet, exchange: Exchange) {
+async fn expire(fleet: Fleet, exchange: Exchange, registry: Option<registry::Registry>) {
     loop {
         sleep(EXPIRY_INTERVAL).await;
         fleet.gateways().tick(Instant::now());
         exchange.limits.evict_idle();
+        if let Some(registry) = &registry {
+            registry.login.forget_old();
+        }
         exchange.in_flight.expire();
         let expired = fleet.live().expire(Instant::now());
         if expired > 0 {

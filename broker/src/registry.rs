@@ -10,6 +10,7 @@ mod call_error;
 pub mod holder;
 pub mod lease_events;
 pub mod login;
+mod login_limit;
 mod metrics;
 pub mod model;
 pub mod pending;
@@ -33,11 +34,12 @@ use wgkex_common::{BrokerName, WorkerName};
 
 use crate::database::{AccessMode, Database, DatabaseState, Location, Migrations, Transaction};
 use crate::registry::holder::RegistryHolder;
-use crate::registry::login::{LoginDigest, password_of};
+use crate::registry::login::{Login, password_of};
 use crate::registry::pending::PendingLeases;
 use crate::registry::store::{ConfigCache, RegistryCounts, ServerChange};
 
 pub use self::call_error::{CallError, CallRefusal};
+pub(crate) use self::login_limit::LoginRefusal;
 pub use self::metrics::Metrics;
 
 /// Large answers that callers do not share, at the same time.
@@ -57,7 +59,7 @@ pub const FILE: StateFile = StateFile::sqlite("registry.sqlite", Schema { migrat
 #[derive(Clone)]
 pub struct Registry {
     database: Database,
-    pub(crate) login: LoginDigest,
+    pub(crate) login: Arc<Login>,
     holder: RegistryHolder,
     /// Whether the config of a client is open to every caller that knows its name.
     pub(crate) is_client_config_open: bool,
@@ -101,7 +103,7 @@ impl Registry {
         holder: RegistryHolder,
         metrics: Metrics,
     ) -> anyhow::Result<(Self, oneshot::Receiver<()>)> {
-        let login = LoginDigest::read(registry)?;
+        let login = Arc::new(Login::read(registry)?);
         let (database, end) = Database::start(location(config)?, MIGRATIONS, holder.mark())?;
         Ok((
             Self {

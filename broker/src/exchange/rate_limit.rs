@@ -1,23 +1,11 @@
-//! How often unknown keys may be requested, so that a flood of them costs next to nothing and keeps no others out. The
-//! token buckets are governor's. No IO; the clock is a parameter.
-
-use std::convert::Infallible;
-use std::hash::Hash;
-use std::sync::Arc;
-use std::time::Duration;
+//! How often unknown keys may be requested, so that a flood of them costs next to nothing and keeps no others out. No IO;
+//! the clock is a parameter.
 
 use governor::clock::{Clock, MonotonicClock};
-use governor::middleware::NoOpMiddleware;
-use governor::nanos::Nanos;
-use governor::state::keyed::{HashMapStateStore, ShrinkableKeyedStateStore};
-use governor::state::{InMemoryState, StateStore};
-use governor::{NotUntil, RateLimiter};
 use wgkex_common::{PublicKey, config};
 
 use crate::client_ip::Client;
-
-/// The most keys, and clients, with a bucket of their own. A full bucket is dropped.
-const BUCKETS_MAX: usize = 65_536;
+use crate::token_buckets::{ClientBuckets, KeyedBuckets, SingleBucket};
 
 /// A limit that was exceeded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,110 +29,36 @@ pub struct Limited {
     pub seconds: u32,
 }
 
-type Keyed<K, C> = Limiter<HashMapStateStore<K>, C>;
-type BucketLimiter<S, C> = RateLimiter<<S as StateStore>::Key, Buckets<S>, C, NoOpMiddleware<<C as Clock>::Instant>>;
-
 /// The limits, each with its buckets.
 pub struct RateLimits<C: Clock = MonotonicClock> {
-    clock: C,
-    keys: Option<Keyed<(String, PublicKey), C>>,
-    clients: Option<Keyed<ClientBucket, C>>,
-    domains: Option<Keyed<String, C>>,
-    global: Option<Limiter<InMemoryState, C>>,
-}
-
-/// A limit by its buckets.
-struct Limiter<S: StateStore, C: Clock> {
-    /// Takes from them.
-    consume: BucketLimiter<S, C>,
-    /// Checks them, and takes nothing.
-    peek: BucketLimiter<S, C>,
-}
-
-/// Buckets that several limits share; `is_taken` is true for a limit that takes from them.
-struct Buckets<S> {
-    store: Arc<S>,
-    is_taken: bool,
-}
-
-impl<S> Buckets<S> {
-    /// The buckets in `store`, once to take from and once only to check.
-    fn twice(store: S) -> [Self; 2] {
-        let store = Arc::new(store);
-        [true, false].map(|is_taken| Self { store: Arc::clone(&store), is_taken })
-    }
-}
-
-impl<S: StateStore> StateStore for Buckets<S> {
-    type Key = S::Key;
-
-    fn measure_and_replace<T, F, E>(&self, key: &S::Key, measure: F) -> Result<T, E>
-    where
-        F: Fn(Option<Nanos>) -> Result<(T, Nanos), E>,
-    {
-        if self.is_taken {
-            return self.store.measure_and_replace(key, measure);
-        }
-        // An error leaves the bucket in the store unchanged.
-        let looked: Result<Infallible, _> =
-            self.store.measure_and_replace(key, |bucket| Err(measure(bucket).map(|(found, _)| found)));
-        match looked {
-            Ok(never) => match never {},
-            Err(found) => found,
-        }
-    }
-}
-
-impl<K: Hash + Eq + Clone, S: ShrinkableKeyedStateStore<K>> ShrinkableKeyedStateStore<K> for Buckets<S> {
-    fn retain_recent(&self, drop_below: Nanos) {
-        self.store.retain_recent(drop_below);
-    }
-
-    fn shrink_to_fit(&self) {
-        self.store.shrink_to_fit();
-    }
-
-    fn len(&self) -> usize {
-        self.store.len()
-    }
-
-    fn is_empty(&self) -> bool {
-        self.store.is_empty()
-    }
-}
-
-/// The bucket of one client, or the one that all clients without a bucket share.
-#[derive(Clone, PartialEq, Eq, Hash)]
-enum ClientBucket {
-    One(Client),
-    Overflow,
+    keys: Option<KeyedBuckets<(String, PublicKey), C>>,
+    clients: Option<ClientBuckets<C>>,
+    domains: Option<KeyedBuckets<String, C>>,
+    global: Option<SingleBucket<C>>,
 }
 
 impl<C: Clock + Clone> RateLimits<C> {
     /// The limits with full buckets.
     #[must_use]
-    pub fn new(config: config::Limits, clock: C) -> Self {
+    pub fn new(config: config::Limits, clock: &C) -> Self {
         Self {
-            keys: config.per_key.map(|quota| Limiter::new(quota, HashMapStateStore::default(), &clock)),
-            clients: config.per_client.map(|quota| Limiter::new(quota, HashMapStateStore::default(), &clock)),
-            domains: config.per_domain.map(|quota| Limiter::new(quota, HashMapStateStore::default(), &clock)),
-            global: config.global.map(|quota| Limiter::new(quota, InMemoryState::default(), &clock)),
-            clock,
+            keys: config.per_key.map(|quota| KeyedBuckets::new(quota, clock)),
+            clients: config.per_client.map(|quota| ClientBuckets::new(quota, clock)),
+            domains: config.per_domain.map(|quota| KeyedBuckets::new(quota, clock)),
+            global: config.global.map(|quota| SingleBucket::new(quota, clock)),
         }
     }
 
     /// Whether a request for an unknown key would be within the limits that do not depend on its client. Nothing is counted.
     pub fn peek(&self, key: &PublicKey, domain: &str) -> Result<(), Limited> {
         if let Some(domains) = &self.domains {
-            self.limited(Limit::Domain, domains.peek.check_key(&domain.to_owned()))?;
+            domains.peek_at(&domain.to_owned()).map_err(Limit::Domain.exceeded())?;
         }
         if let Some(global) = &self.global {
-            self.limited(Limit::Global, global.peek.check())?;
+            global.peek().map_err(Limit::Global.exceeded())?;
         }
         match &self.keys {
-            Some(keys) if keys.peek.len() < BUCKETS_MAX => {
-                self.limited(Limit::Key, keys.peek.check_key(&(domain.to_owned(), *key)))
-            }
+            Some(keys) if !keys.is_crowded() => keys.peek_at(&(domain.to_owned(), *key)).map_err(Limit::Key.exceeded()),
             _ => Ok(()),
         }
     }
@@ -154,18 +68,13 @@ impl<C: Clock + Clone> RateLimits<C> {
     /// only if a limit needs it: it parses headers.
     pub fn check(&self, key: &PublicKey, client: impl FnOnce() -> Client, domain: &str) -> Result<(), Limited> {
         if let Some(clients) = &self.clients {
-            let has_room = clients.consume.len() < BUCKETS_MAX;
-            let client = client();
-            let bucket = if has_room { ClientBucket::One(client) } else { ClientBucket::Overflow };
-            if !client.is_this_machine() {
-                self.limited(Limit::Client, clients.consume.check_key(&bucket))?;
-            }
+            clients.take(client()).map_err(Limit::Client.exceeded())?;
         }
         if let Some(domains) = &self.domains {
-            self.limited(Limit::Domain, domains.consume.check_key(&domain.to_owned()))?;
+            domains.take_from(&domain.to_owned()).map_err(Limit::Domain.exceeded())?;
         }
         if let Some(global) = &self.global {
-            self.limited(Limit::Global, global.consume.check())?;
+            global.take().map_err(Limit::Global.exceeded())?;
         }
         self.check_key(key, domain)
     }
@@ -174,8 +83,8 @@ impl<C: Clock + Clone> RateLimits<C> {
     /// public, so requests for it in one domain must not use up that of another.
     pub fn check_key(&self, key: &PublicKey, domain: &str) -> Result<(), Limited> {
         match &self.keys {
-            Some(keys) if keys.consume.len() < BUCKETS_MAX => {
-                self.limited(Limit::Key, keys.consume.check_key(&(domain.to_owned(), *key)))
+            Some(keys) if !keys.is_crowded() => {
+                keys.take_from(&(domain.to_owned(), *key)).map_err(Limit::Key.exceeded())
             }
             _ => Ok(()),
         }
@@ -183,50 +92,34 @@ impl<C: Clock + Clone> RateLimits<C> {
 
     /// Drops full buckets: a missing bucket counts as full.
     pub fn evict_idle(&self) {
-        evict_idle(self.keys.as_ref());
-        evict_idle(self.clients.as_ref());
-    }
-
-    fn limited(&self, limit: Limit, result: Result<(), NotUntil<C::Instant>>) -> Result<(), Limited> {
-        result.map_err(|until| {
-            let wait = until.wait_time_from(self.clock.now());
-            let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
-            Limited { limit, seconds: u32::try_from(seconds.max(1)).unwrap_or(u32::MAX) }
-        })
+        if let Some(keys) = &self.keys {
+            keys.evict_idle();
+        }
+        if let Some(clients) = &self.clients {
+            clients.evict_idle();
+        }
     }
 }
 
-impl<S: StateStore, C: Clock + Clone> Limiter<S, C> {
-    fn new(quota: config::Quota, store: S, clock: &C) -> Self {
-        let [consume, peek] =
-            Buckets::twice(store).map(|buckets| RateLimiter::new(rate(quota), buckets, clock.clone()));
-        Self { consume, peek }
+impl Limit {
+    /// That it is exceeded for some seconds.
+    fn exceeded(self) -> impl Fn(u32) -> Limited {
+        move |seconds| Limited { limit: self, seconds }
     }
-}
-
-fn evict_idle<K: Hash + Eq + Clone, C: Clock>(limiter: Option<&Keyed<K, C>>) {
-    if let Some(limiter) = limiter {
-        limiter.consume.retain_recent();
-        limiter.consume.shrink_to_fit();
-    }
-}
-
-fn rate(config::Quota { burst, per_second }: config::Quota) -> governor::Quota {
-    let interval = Duration::from_secs_f64(per_second.recip()).max(Duration::from_nanos(1));
-    // None is for an interval of 0 only.
-    governor::Quota::with_period(interval).unwrap_or(governor::Quota::per_second(burst)).allow_burst(burst)
 }
 
 #[cfg(test)]
 mod tests {
     use std::net::{IpAddr, Ipv6Addr};
     use std::num::NonZeroU32;
+    use std::time::Duration;
 
     use governor::clock::FakeRelativeClock;
     use proptest::prelude::*;
 
     use super::*;
     use crate::testing::key;
+    use crate::token_buckets::BUCKETS_MAX;
 
     const SECOND: Duration = Duration::from_secs(1);
 
@@ -242,7 +135,7 @@ mod tests {
 
     fn limits(config: config::Limits) -> (RateLimits<FakeRelativeClock>, FakeRelativeClock) {
         let clock = FakeRelativeClock::default();
-        (RateLimits::new(config, clock.clone()), clock)
+        (RateLimits::new(config, &clock), clock)
     }
 
     fn limited(limit: Limit, seconds: u32) -> Result<(), Limited> {
@@ -310,7 +203,7 @@ mod tests {
         assert_eq!(limits.peek(&key(0), "a"), Ok(()));
         clock.advance(SECOND * 10);
         limits.evict_idle();
-        assert!(limits.keys.as_ref().unwrap().consume.is_empty(), "nothing is left of a look");
+        assert!(limits.keys.as_ref().unwrap().len() == 0, "nothing is left of a look");
     }
 
     #[test]
@@ -364,7 +257,7 @@ mod tests {
             (0..100_000).filter(pass).count()
         };
         assert!(taken(&one, 1) <= 1_000 + 20 * 61);
-        let many = RateLimits::new(config, clock.clone());
+        let many = RateLimits::new(config, &clock);
         assert!(taken(&many, 5_000) <= 25_000 + 250 * 61);
     }
 
@@ -375,13 +268,11 @@ mod tests {
         let most = u32::try_from(BUCKETS_MAX).unwrap();
         let passed = (0..most + 1_000).filter(|n| limits.check(&key(*n), || client(*n), "a").is_ok()).count();
         assert_eq!(passed, BUCKETS_MAX + 2, "the rest counts as one");
-        assert_eq!(limits.clients.as_ref().unwrap().consume.len(), BUCKETS_MAX + 1);
-        assert!(limits.keys.as_ref().unwrap().consume.len() <= BUCKETS_MAX);
+        assert_eq!(limits.clients.as_ref().unwrap().len(), BUCKETS_MAX + 1);
+        assert!(limits.keys.as_ref().unwrap().len() <= BUCKETS_MAX);
         clock.advance(SECOND * 10);
         limits.evict_idle();
-        assert!(
-            limits.clients.as_ref().unwrap().consume.is_empty() && limits.keys.as_ref().unwrap().consume.is_empty()
-        );
+        assert!(limits.clients.as_ref().unwrap().len() == 0 && limits.keys.as_ref().unwrap().len() == 0);
         assert_eq!(limits.check(&key(1), || client(1), "a"), Ok(()));
     }
 

@@ -5,7 +5,7 @@ use std::future::Future;
 use std::time::Duration;
 
 use actix_web::body::SizedStream;
-use actix_web::http::header::{ContentType, ETAG, HeaderValue, IF_NONE_MATCH, WWW_AUTHENTICATE};
+use actix_web::http::header::{ContentType, ETAG, HeaderValue, IF_NONE_MATCH, RETRY_AFTER, WWW_AUTHENTICATE};
 use actix_web::http::{Method, StatusCode};
 use actix_web::web::{self, Data, Payload, Query, ServiceConfig};
 use actix_web::{HttpRequest, HttpResponse};
@@ -20,10 +20,10 @@ use wgkex_common::http::resource_refusing;
 
 use crate::database::{DatabaseError, Transaction};
 use crate::http::body::{self, BodyError};
-use crate::http::retry_later;
+use crate::http::{App, retry_later};
 use crate::registry::model::{CallFields, InvalidField};
 use crate::registry::store::{self, ServerConfig};
-use crate::registry::{CallError, CallRefusal, Registry};
+use crate::registry::{CallError, CallRefusal, LoginRefusal, Registry};
 
 /// The largest body of a call.
 const BODY_MAX: usize = 64 << 10;
@@ -87,6 +87,9 @@ enum CallRejection {
         "user and password are missing or wrong (Authorization: Basic); the broker has read the password at its start"
     )]
     Unauthorized,
+    /// The seconds until the next password is compared.
+    #[error("too many wrong passwords came from this address: try again later")]
+    TooManyWrong(u32),
     #[error("{0}")]
     Body(&'static str),
     #[error("other large answers are not read yet")]
@@ -106,8 +109,9 @@ pub fn routes(registry: &Registry, config: &mut ServiceConfig) {
     config.app_data(Data::new(registry.clone()));
     for (path, operation) in ROUTES {
         for path in [path.to_owned(), format!("{path}/")] {
-            let handler = move |registry: Data<Registry>, request: HttpRequest, body: Payload| async move {
-                registry.answer(operation, &request, body).await
+            let handler = move |app: Data<App>, registry: Data<Registry>, request: HttpRequest, body: Payload| async move {
+                let admitted = registry.admit(operation, &app, &request);
+                registry.answer(operation, &request, body, admitted).await
             };
             let allow = if operation.is_read() { "GET, HEAD, POST, OPTIONS" } else { "POST, OPTIONS" };
             let refuse = |status, message: &str| error(status, message, None);
@@ -147,12 +151,24 @@ impl Operation {
 }
 
 impl Registry {
-    async fn answer(&self, operation: Operation, request: &HttpRequest, body: Payload) -> HttpResponse {
-        let is_open = self.is_client_config_open && operation == Operation::Read(ReadOperation::ClientConfig);
-        let result = if is_open || self.login.admits(request.headers()) {
-            self.call(operation, request, body).await
-        } else {
-            Err(CallRejection::Unauthorized)
+    /// Whether the caller may do this.
+    fn admit(&self, operation: Operation, app: &App, request: &HttpRequest) -> Result<(), LoginRefusal> {
+        if self.is_client_config_open && operation == Operation::Read(ReadOperation::ClientConfig) {
+            return Ok(());
+        }
+        self.login.check(request.headers(), || app.client(request))
+    }
+
+    async fn answer(
+        &self,
+        operation: Operation,
+        request: &HttpRequest,
+        body: Payload,
+        admitted: Result<(), LoginRefusal>,
+    ) -> HttpResponse {
+        let result = match admitted {
+            Ok(()) => self.call(operation, request, body).await,
+            Err(refusal) => Err(refusal.into()),
         };
         result.unwrap_or_else(|rejection| {
             self.metrics.refused.with_label_values(&[rejection.label()]).inc();
@@ -333,6 +349,7 @@ impl CallRejection {
     fn status(&self) -> StatusCode {
         match self {
             Self::Unauthorized => StatusCode::UNAUTHORIZED,
+            Self::TooManyWrong(_) => StatusCode::TOO_MANY_REQUESTS,
             Self::Body(_) | Self::Field(_) => StatusCode::BAD_REQUEST,
             Self::Slow => StatusCode::REQUEST_TIMEOUT,
             Self::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
@@ -364,6 +381,7 @@ impl CallRejection {
                 CallRefusal::NetworkTaken | CallRefusal::NetworkChanged => Some("network_address"),
             },
             Self::Unauthorized
+            | Self::TooManyWrong(_)
             | Self::Body(_)
             | Self::Busy
             | Self::Slow
@@ -376,6 +394,7 @@ impl CallRejection {
     fn label(&self) -> &'static str {
         match self {
             Self::Unauthorized => "unauthorized",
+            Self::TooManyWrong(_) => "guesses",
             Self::Body(_) => "body",
             Self::Busy => "busy",
             Self::Slow => "slow",
@@ -398,8 +417,19 @@ impl CallRejection {
         if *self == Self::Unauthorized {
             let challenge = HeaderValue::from_static("Basic realm=\"Login Required\"");
             response.headers_mut().insert(WWW_AUTHENTICATE, challenge);
+        } else if let Self::TooManyWrong(seconds) = *self {
+            response.headers_mut().insert(RETRY_AFTER, seconds.into());
         }
         response
+    }
+}
+
+impl From<LoginRefusal> for CallRejection {
+    fn from(refusal: LoginRefusal) -> Self {
+        match refusal {
+            LoginRefusal::Wrong => Self::Unauthorized,
+            LoginRefusal::TooManyWrong(seconds) => Self::TooManyWrong(seconds),
+        }
     }
 }
 

@@ -1,39 +1,57 @@
 //! The login of callers: one user with one password, by HTTP Basic (RFC 7617).
 
 use std::path::Path;
-use std::sync::Arc;
 
 use actix_web::http::header::{AUTHORIZATION, HeaderMap};
 use anyhow::anyhow;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use governor::clock::MonotonicClock;
 use sha2::{Digest as _, Sha256};
 use subtle::ConstantTimeEq as _;
+use tracing::warn;
 use wgkex_common::config;
 
-/// The digest of the one pair of user and password.
-#[derive(Debug, Clone)]
-pub struct LoginDigest(Arc<[u8; 32]>);
+use crate::client_ip::Client;
+use crate::registry::login_limit::{LoginLimit, LoginRefusal};
 
-impl LoginDigest {
+/// The one pair of user and password, and the limit of wrong ones.
+pub struct Login {
+    digest: [u8; 32],
+    limit: LoginLimit,
+}
+
+impl Login {
     /// The login with the user of the config, and the password in the file.
     pub fn read(config: &config::RegistrySettings) -> anyhow::Result<Self> {
-        Ok(Self::of(&format!("{}:{}", config.user, password(config)?)))
+        let digest = Sha256::digest(format!("{}:{}", config.user, password(config)?)).into();
+        Ok(Self { digest, limit: LoginLimit::new(MonotonicClock) })
     }
 
-    /// The login with a user and a password, with a colon between.
-    pub(super) fn of(credentials: &str) -> Self {
-        Self(Arc::new(Sha256::digest(credentials).into()))
+    /// Whether a request of `client` has the user and the password. It takes the same time whichever part is wrong. A
+    /// request without any does not count as a wrong one.
+    pub fn check(&self, headers: &HeaderMap, client: impl FnOnce() -> Client) -> Result<(), LoginRefusal> {
+        let credentials = credentials(headers).ok_or(LoginRefusal::Wrong)?;
+        let result = self.limit.check(client(), || Sha256::digest(credentials).ct_eq(&self.digest).into());
+        if let Err(LoginRefusal::TooManyWrong(_)) = result
+            && let Some(refused) = self.limit.line()
+        {
+            warn!(refused, "the registry refuses clients that have sent too many wrong passwords");
+        }
+        result
     }
 
-    /// Whether a request has the user and the password. It takes the same time whichever part is wrong.
-    pub fn admits(&self, headers: &HeaderMap) -> bool {
-        let value = headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok()).unwrap_or_default();
-        let (scheme, encoded) = value.trim().split_once(' ').unwrap_or_default();
-        let credentials = STANDARD.decode(encoded.trim()).unwrap_or_default();
-        let is_right: bool = Sha256::digest(credentials).ct_eq(&*self.0).into();
-        is_right && scheme.eq_ignore_ascii_case("basic")
+    /// Forgets clients that were long silent.
+    pub fn forget_old(&self) {
+        self.limit.forget_old();
     }
+}
+
+/// User and password, with a colon between.
+fn credentials(headers: &HeaderMap) -> Option<Vec<u8>> {
+    let (scheme, encoded) = headers.get(AUTHORIZATION)?.to_str().ok()?.trim().split_once(' ')?;
+    let credentials = STANDARD.decode(encoded.trim()).ok()?;
+    scheme.eq_ignore_ascii_case("basic").then_some(credentials)
 }
 
 /// The password of the one user.

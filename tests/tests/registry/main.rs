@@ -11,3 +11,4 @@ mod old_agent;
 mod push;
 mod registry_broker;
 mod validation;
+mod wrong_passwords;
