@@ -47,7 +47,7 @@ pub fn table<const COLUMNS: usize>(head: [&str; COLUMNS], rows: &[[Cell; COLUMNS
         let mut line = String::new();
         for (cell, width_of_column) in row.iter().zip(widths) {
             let fill = " ".repeat(width_of_column - width(cell));
-            let text = style.paint(&cell.text, cell.colour);
+            let text = style.paint(cell.colour, &cell.text);
             let _ = if cell.is_number { write!(line, "{fill}{text}  ") } else { write!(line, "{text}{fill}  ") };
         }
         lines.push_str(line.trim_end());
