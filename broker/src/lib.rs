@@ -30,6 +30,7 @@ mod tenants;
 mod testing;
 mod tls;
 
+use std::future::pending;
 use std::net::TcpListener;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -48,10 +49,10 @@ use wgkex_common::doctor::sockets::taken_by;
 use wgkex_common::http::connections::{Capacity, Closed, Connections};
 use wgkex_common::http::listener::{everywhere, prepare};
 use wgkex_common::mqtt::presence::Reporter;
-use wgkex_common::mqtt::{MqttHandle, MqttSession};
+use wgkex_common::mqtt::{ConnectionState, MqttHandle, MqttSession};
+use wgkex_common::runtime::heartbeat::Heartbeat;
 use wgkex_common::runtime::logged_once::LoggedOnce;
 use wgkex_common::runtime::reload::{self, KeyUse};
-use wgkex_common::runtime::service_manager::{self, Watched};
 use wgkex_common::runtime::services::Services;
 use wgkex_common::storage::key_store::{self, Clocks, KeyStore};
 use wgkex_common::storage::versions::{self, StateFile};
@@ -169,6 +170,12 @@ struct Listeners {
 /// The services are stopped in the reverse order of their start: requests in flight still need MQTT for their answers,
 /// the farewell needs the sessions, and all of them need the embedded server.
 pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
+    let (_broker, services) = start(config).await?;
+    Ok(services.run_until("broker", stop).await?)
+}
+
+/// Starts all services.
+async fn start(config: Config) -> anyhow::Result<(Broker, Services)> {
     let metrics = Metrics::register().context("metrics")?;
     versions::check(&config.state_dir, &state_files(&config))?;
     let (list_service, lists) = ListService::open(&config, Participant::Broker((&config.name).into()))?;
@@ -197,10 +204,9 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
 
     let mut services = Services::default();
     if let Some(embedded) = embedded {
-        start_mqtt_server(&mut services, embedded);
+        start_mqtt_server(&mut services, embedded, broker.bus.connection_state());
     }
     broker.start_storage(&mut services, store, list_service);
-    let watched = [("the MQTT session", session.heartbeat()), ("the MQTT session for keys", keys_session.heartbeat())];
     if let Some(end) = database_end {
         services.background().spawn("the database", |_| async move { drop(end.await) });
     }
@@ -208,14 +214,14 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Resu
     broker.start_bus(&mut services, session, keys_session, shared);
     broker.start_registry(&mut services, lease_events);
     let service = tenant_tasks.map(|tasks| broker.start_tenant_files(&mut services, tasks));
-    broker.start_http(&mut services, listeners, watched, tenants_http)?;
+    broker.start_http(&mut services, listeners, tenants_http)?;
     // Stopped before the HTTP server, which waits for its WebSockets to end.
     if let Some(service) = service {
         services.group(STOP_TIMEOUT, None).spawn("the tenants", |stop| service.run(broker.keys.clone(), stop));
     }
     let Config { name, broker_listen, .. } = &broker.config;
     info!(version = env!("CARGO_PKG_VERSION"), broker = name.as_str(), %broker_listen, "broker started");
-    Ok(services.run_until("broker", stop).await?)
+    Ok((broker, services))
 }
 
 /// The registry, if it is enabled, and the end of its database's thread.
@@ -230,10 +236,14 @@ async fn open_registry(
     Ok(Some((registry, end)))
 }
 
-/// The embedded MQTT server, and the task that loads its certificate again.
-fn start_mqtt_server(services: &mut Services, embedded: MqttServer) {
-    let certificate = embedded.certificate();
-    services.group(SERVER_STOP_TIMEOUT, None).spawn("the MQTT server", |stop| serve_mqtt(embedded, stop));
+/// The embedded MQTT server, the task that watches it by the broker's own session, and the one that loads its
+/// certificate again.
+fn start_mqtt_server(services: &mut Services, embedded: MqttServer, connection: watch::Receiver<ConnectionState>) {
+    let (certificate, heartbeat) = (embedded.certificate(), Heartbeat::default());
+    services
+        .group(SERVER_STOP_TIMEOUT, None)
+        .spawn_watched("the MQTT server", heartbeat.clone(), |stop| serve_mqtt(embedded, stop));
+    services.background().spawn("the check of the MQTT server", |_| check_mqtt_server(connection, heartbeat));
     if let Some(certificate) = certificate {
         services.background().spawn("the certificate of the MQTT server", |_| certificate.watch());
     }
@@ -296,10 +306,15 @@ impl Broker {
             online_log,
         )
         .with_services(shared.announced_tenants, shared.holder);
+        let [of_session, of_keys] = [session.heartbeat(), keys_session.heartbeat()];
         services
             .group(STOP_TIMEOUT, None)
-            .spawn("the MQTT session", |stop| session.run(move |event| primary.on_event(event), stop))
-            .spawn("the MQTT session for keys", |stop| keys_session.run(move |event| secondary.on_event(event), stop));
+            .spawn_watched("the MQTT session", of_session, |stop| {
+                session.run(move |event| primary.on_event(event), stop)
+            })
+            .spawn_watched("the MQTT session for keys", of_keys, |stop| {
+                keys_session.run(move |event| secondary.on_event(event), stop)
+            });
         self.start_keys(services, sync_requests, sync_events);
         services
             .group(STOP_TIMEOUT, Some("the disk did not take the last drains in time"))
@@ -382,11 +397,10 @@ impl Broker {
     }
 
     /// The servers for routers and operators, and the task that reports this broker's state to the service manager.
-    fn start_http<const N: usize>(
+    fn start_http(
         &self,
         services: &mut Services,
         listeners: Listeners,
-        watched: [Watched; N],
         tenants: Option<TenantsHttpState>,
     ) -> anyhow::Result<()> {
         let app = self.app(tenants);
@@ -397,7 +411,7 @@ impl Broker {
             info!(admin_listen = %self.config.admin_listen, "admin calls are taken");
         }
         let observed = app.clone();
-        services.spawn("the service manager", |_| service_manager::run(watched, move || observed.not_ready_reason()));
+        services.spawn_service_manager(move || observed.not_ready_reason());
         let budget = self.config.confirm.budget;
         let plain = http::server(listeners.plain, None, app.clone(), budget)?;
         // Each ends when its requests are answered, at the latest when the budget of a request is spent.
@@ -521,6 +535,20 @@ async fn serve_mqtt(mut server: MqttServer, stop: impl Future<Output = ()>) {
     }
 }
 
+/// The embedded MQTT server makes progress while this broker's own session is connected to it. If one of the server's
+/// threads is stuck, the session's echoes do not come back, and it reconnects in vain: only a restart of the program
+/// helps. The session's own heartbeat goes on then, as with a server elsewhere that is down.
+async fn check_mqtt_server(mut connection: watch::Receiver<ConnectionState>, heartbeat: Heartbeat) {
+    loop {
+        let is_up = *connection.borrow_and_update() == ConnectionState::Up;
+        let changed = connection.changed();
+        let changed = if is_up { heartbeat.wait_for(changed).await } else { changed.await };
+        if changed.is_err() {
+            return pending().await;
+        }
+    }
+}
+
 /// Publishes this broker's presence until `stop` returns, and then its farewell; or until a session ends.
 async fn announce(
     announcer: Announcer,
@@ -618,4 +646,49 @@ fn listen(key: &str, host: &str, port: u16) -> anyhow::Result<TcpListener> {
         let owner = taken_by(host, port, &error).map_or_else(String::new, |owner| format!(": {owner}"));
         anyhow!("{key} {}: {error}{owner}", Listen { host: host.to_owned(), port })
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use wgkex_common::runtime::heartbeat::HEARTBEAT_INTERVAL;
+
+    use super::*;
+
+    /// The tasks that the service manager watches, with these lines in the config.
+    async fn watched(more: &str) -> Vec<&'static str> {
+        let dir = tempfile::tempdir().unwrap();
+        let state_dir = dir.path().display();
+        let yaml = format!("domains: [x_a]\ndomain_prefixes: [x_]\nstate_dir: {state_dir}\n{more}");
+        let mut config = Config::parse("f", &yaml, "b").unwrap();
+        // Any free port; the config has no word for that.
+        config.broker_listen = Listen { host: "127.0.0.1".into(), port: 0 };
+        if let Some(listen) = &mut config.mqtt_listen {
+            listen.address.set_port(0);
+        }
+        start(config).await.unwrap().1.watched()
+    }
+
+    #[tokio::test]
+    async fn the_service_manager_watches_the_sessions_and_the_brokers_own_mqtt_server() {
+        let sessions = ["the MQTT session", "the MQTT session for keys"];
+        assert_eq!(watched("mqtt: {broker_url: 127.0.0.1}").await, sessions);
+        assert_eq!(watched("").await, [&["the MQTT server"], &sessions[..]].concat());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_mqtt_server_makes_progress_while_this_broker_is_connected_to_it() {
+        let (heartbeat, minute) = (Heartbeat::default(), Duration::from_secs(60));
+        let (connection, state) = watch::channel(ConnectionState::Down("not yet".into()));
+        tokio::spawn(check_mqtt_server(state, heartbeat.clone()));
+        sleep(minute).await;
+        assert!(heartbeat.age() >= minute);
+        connection.send_replace(ConnectionState::Up);
+        sleep(minute).await;
+        assert!(heartbeat.age() <= HEARTBEAT_INTERVAL);
+        for reason in ["lost", "refused"] {
+            connection.send_replace(ConnectionState::Down(reason.into()));
+            sleep(minute).await;
+        }
+        assert!(heartbeat.age() >= 2 * minute - HEARTBEAT_INTERVAL, "{:?}", heartbeat.age());
+    }
 }

@@ -13,6 +13,9 @@
 //! the file. Threads: two for all clients, one for this broker's own connections, which no crowd of clients can hold up,
 //! one at each endpoint that verifies passwords, and rumqttd's router.
 //!
+//! The service manager restarts the broker if the server is stuck: if the broker's own session, which sends echoes
+//! through the router, stays without a connection.
+//!
 //! Previous stop: workers and other brokers, over TCP. Next stop: [`crate::bus`], which connects like any client, to the
 //! endpoint of its own ([`MqttServer::access`]).
 

@@ -3,13 +3,22 @@
 
 #![expect(clippy::unwrap_used, reason = "the lint knows test functions, not what they call")]
 
+use std::fs;
 use std::os::unix::net::UnixDatagram;
+use std::path::Path;
 use std::time::Duration;
 
+use nix::sys::ptrace;
 use nix::sys::signal::Signal;
+use nix::unistd::Pid;
 use tempfile::TempDir;
-use wgkex_tests::DEADLINE;
+use wgkex_tests::gateway::{Host, Lane};
+use wgkex_tests::process::{Process, binary};
 use wgkex_tests::stack::{Bus, Plan, Stack};
+use wgkex_tests::{DEADLINE, wait_until};
+
+/// A task without progress for so long is stuck.
+const WATCHDOG: (&str, &str) = ("WATCHDOG_USEC", "5000000");
 
 /// The service manager's end of the socket.
 struct Manager {
@@ -25,10 +34,23 @@ impl Manager {
         Self { dir, socket }
     }
 
-    /// A stack whose programs have a watchdog of a minute.
+    /// The variables of a program that it watches.
+    fn variables(&self) -> [(&'static str, String); 2] {
+        let (name, limit) = WATCHDOG;
+        [("NOTIFY_SOCKET", self.dir.path().join("notify").to_str().unwrap().to_owned()), (name, limit.to_owned())]
+    }
+
+    /// A stack whose programs it watches.
     fn plan(&self, bus: Bus) -> Plan {
-        let socket = self.dir.path().join("notify");
-        Plan::new(bus).variable("NOTIFY_SOCKET", socket.to_str().unwrap()).variable("WATCHDOG_USEC", "60000000")
+        self.variables().iter().fold(Plan::new(bus), |plan, (name, value)| plan.variable(name, value))
+    }
+
+    /// A worker of this host that it watches.
+    fn start_worker(&self, host: &Host) -> Process {
+        let variables = self.variables().map(|(name, value)| format!("{name}={value}"));
+        let program = binary("wgkex-worker");
+        let words = [variables[0].as_str(), variables[1].as_str(), program.to_str().unwrap()];
+        host.start("worker", Path::new("/usr/bin/env"), &words, &[])
     }
 
     fn next(&self) -> String {
@@ -45,6 +67,44 @@ impl Manager {
         }
         messages
     }
+
+    /// Waits until the program reports that this task is stuck, and checks that it does not feed the watchdog then.
+    fn sees_stuck(&self, task: &str) {
+        self.until(&format!("STATUS=no progress: {task}"));
+        self.socket.set_read_timeout(Some(Duration::from_secs(3))).unwrap();
+        let length = self.socket.recv(&mut [0; 4096]);
+        assert!(length.is_err(), "a message of {length:?} bytes");
+        self.socket.set_read_timeout(Some(DEADLINE)).unwrap();
+    }
+}
+
+/// A thread of a program that does not run as long as this value lives.
+struct FrozenThread(Pid);
+
+impl FrozenThread {
+    fn of(program: &Process, name: &str) -> Self {
+        let mut threads = fs::read_dir(format!("/proc/{}/task", program.pid())).unwrap().map(|dir| dir.unwrap());
+        let thread = threads.find(|dir| fs::read_to_string(dir.path().join("comm")).unwrap().trim_end() == name);
+        let thread = Pid::from_raw(thread.unwrap().file_name().to_str().unwrap().parse().unwrap());
+        ptrace::seize(thread, ptrace::Options::empty()).unwrap();
+        ptrace::interrupt(thread).unwrap();
+        Self(thread)
+    }
+}
+
+impl Drop for FrozenThread {
+    /// Otherwise the end of the program could not be waited for.
+    fn drop(&mut self) {
+        let _ = ptrace::detach(self.0, None);
+    }
+}
+
+/// Starts the process of this WireGuard interface.
+fn start_wireguard(host: &Host, interface: &str) -> Process {
+    let process = host.start(interface, Path::new("wireguard-go"), &["--foreground", interface], &[]);
+    let show = format!("wg show {interface}");
+    wait_until("WireGuard answers", || host.try_run(&show).status.success().then_some(()));
+    process
 }
 
 #[test]
@@ -78,4 +138,36 @@ fn a_broker_without_its_mqtt_server_feeds_the_watchdog_and_one_that_stands_still
     while manager.socket.recv(&mut [0; 4096]).is_ok() {}
     assert!(stack.broker().is_running());
     stack.broker().signal(Signal::SIGKILL);
+}
+
+/// The server's own thread, as the broker's other threads go on: its sessions reconnect, which does not help.
+#[test]
+fn a_broker_whose_own_mqtt_server_is_stuck_does_not_feed_the_watchdog() {
+    let manager = Manager::new();
+    let mut stack = Stack::start(manager.plan(Bus::Embedded));
+    manager.until("STATUS=ready");
+    let router = FrozenThread::of(stack.broker(), "router-0");
+    manager.sees_stuck("the MQTT server");
+    drop(router);
+    manager.until("WATCHDOG=1");
+}
+
+/// The processes of userspace interfaces are stopped, so calls of the kernel take longer than the watchdog allows here.
+#[test]
+#[ignore = "needs root: tests/run netns"]
+fn a_worker_with_a_stuck_task_of_the_kernel_does_not_feed_the_watchdog() {
+    let (manager, host) = (Manager::new(), Host::new("gateway", Lane::Userspace));
+    host.configure("servers: {s1: {network: 10.77.0.0/24, listen_port: 52820}}\n");
+    let interfaces = ["s1", "wg-a"].map(|interface| start_wireguard(&host, interface));
+    host.setup();
+    let _worker = manager.start_worker(&host);
+    manager.until("WATCHDOG=1");
+    for (interface, task) in interfaces.iter().zip(["the leases", "the reconciler"]) {
+        interface.signal(Signal::SIGSTOP);
+        // After a change of addresses both tasks read their interfaces.
+        host.run("ip addr add 198.18.0.1/32 dev lo && ip addr del 198.18.0.1/32 dev lo");
+        manager.sees_stuck(task);
+        interface.signal(Signal::SIGCONT);
+        manager.until("WATCHDOG=1");
+    }
 }

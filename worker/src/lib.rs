@@ -44,7 +44,6 @@ use wgkex_common::mqtt::presence::{PresenceEvent, Reporter};
 use wgkex_common::mqtt::{MqttHandle, MqttSession};
 use wgkex_common::runtime::metrics::MetricsRegistry;
 use wgkex_common::runtime::reload::{self, KeyUse};
-use wgkex_common::runtime::service_manager::{self, Watched};
 use wgkex_common::runtime::services::Services;
 use wgkex_common::storage::key_store::{self, Clocks, KeyStore};
 use wgkex_common::storage::versions::{self, StateFile};
@@ -152,6 +151,16 @@ pub async fn run<K: Kernel>(
     servers_kernel: impl FnOnce() -> io::Result<K>,
     stop: impl Future<Output = ()>,
 ) -> anyhow::Result<()> {
+    let services = start(config, kernel, servers_kernel)?;
+    Ok(services.run_until("worker", stop).await?)
+}
+
+/// Starts all services.
+fn start<K: Kernel>(
+    config: Config,
+    kernel: K,
+    servers_kernel: impl FnOnce() -> io::Result<K>,
+) -> anyhow::Result<Services> {
     let metrics = Metrics::register(&config).context("metrics")?;
     versions::check(&config.state_dir, &STATE_FILES)?;
     let (list_service, lists) = ListService::open(&config, Participant::Worker((&config.name).into()))?;
@@ -203,8 +212,7 @@ pub async fn run<K: Kernel>(
     let services = worker.start(tasks);
     let Config { name, domains, .. } = &worker.config;
     info!(version = env!("CARGO_PKG_VERSION"), worker = name.as_str(), domains = domains.len(), "worker started");
-    drop(worker);
-    Ok(services.run_until("worker", stop).await?)
+    Ok(services)
 }
 
 /// The tasks that a worker starts, and the parts that they alone use.
@@ -240,24 +248,21 @@ fn open_leases<K: Kernel>(
 impl Worker {
     fn start<K: Kernel>(&self, tasks: Tasks<K>) -> Services {
         let Tasks { reconciler, sessions, drain, leases, .. } = tasks;
-        let [session, confirming] = &sessions;
-        let watched = [
-            ("the reconciler", reconciler.heartbeat()),
-            ("the MQTT session", session.heartbeat()),
-            ("the MQTT session for confirmations", confirming.heartbeat()),
-        ];
         let mut services = Services::default();
         self.start_storage(&mut services, tasks.store, tasks.lists);
-        services.group(STOP_TIMEOUT, None).spawn("the reconciler", |stop| reconciler.run(stop));
+        let heartbeat = reconciler.heartbeat();
+        services.group(STOP_TIMEOUT, None).spawn_watched("the reconciler", heartbeat, |stop| reconciler.run(stop));
         // Before the publisher, which ends when the drain watch ends, and has to publish the status offline.
         services.background().spawn("the drain", |_| drain.run());
         self.start_bus(&mut services, sessions, tasks.reports, tasks.reserved, tasks.lease_sender, tasks.clocks);
         if let Some(task) = leases {
-            services
-                .group(STOP_TIMEOUT, Some("the disk did not take the last leases in time"))
-                .spawn("the leases", |stop| task.run(stop));
+            services.group(STOP_TIMEOUT, Some("the disk did not take the last leases in time")).spawn_watched(
+                "the leases",
+                task.heartbeat(),
+                |stop| task.run(stop),
+            );
         }
-        self.start_http(&mut services, watched);
+        self.start_http(&mut services);
         services
     }
 
@@ -292,10 +297,13 @@ impl Worker {
             subscriber::on_event(domains, reconciler.clone(), reserved, lists.clone(), reporter, metrics.clone());
         let on_confirming_event =
             subscriber::on_secondary_event(reconciler.clone(), sync_sender, lists.clone(), leases, clocks, metrics);
+        let [of_session, of_confirming] = [session.heartbeat(), confirming.heartbeat()];
         services
             .group(STOP_TIMEOUT, None)
-            .spawn("the MQTT session", |stop| session.run(on_event, stop))
-            .spawn("the MQTT session for confirmations", |stop| confirming.run(on_confirming_event, stop));
+            .spawn_watched("the MQTT session", of_session, |stop| session.run(on_event, stop))
+            .spawn_watched("the MQTT session for confirmations", of_confirming, |stop| {
+                confirming.run(on_confirming_event, stop)
+            });
         self.start_sync(services, sync_events);
         services
             .background()
@@ -331,7 +339,7 @@ impl Worker {
     }
 
     /// Starts the services that report the worker's state: to Prometheus, and to the service manager.
-    fn start_http<const N: usize>(&self, services: &mut Services, watched: [Watched; N]) {
+    fn start_http(&self, services: &mut Services) {
         let state = http::HttpState {
             registry: self.metrics.registry.clone(),
             links: [&self.bus, &self.confirmations].map(MqttHandle::connection_state),
@@ -352,7 +360,7 @@ impl Worker {
         services
             .background()
             .spawn("worker_listen", |_| http::serve(listen, served))
-            .spawn("the service manager", |_| service_manager::run(watched, move || state.not_ready_reason()));
+            .spawn_service_manager(move || state.not_ready_reason());
     }
 }
 
@@ -403,11 +411,33 @@ async fn learn(reconciler: ReconcilerHandle, domain: Domain, chunk: SnapshotChun
 
 #[cfg(test)]
 mod tests {
+    use wgkex_kernel::memory::MemoryKernel;
+
     use super::*;
 
     fn unused(more: &str) -> Vec<&'static str> {
         let yaml = format!("domains: [x_a]\ndomain_prefixes: [x_]\n{more}");
         key_use(&Config::parse("f", &yaml, "gw1").unwrap()).unused
+    }
+
+    /// The tasks that the service manager watches, with these lines in the config.
+    fn watched(more: &str) -> Vec<&'static str> {
+        let dir = tempfile::tempdir().unwrap();
+        let state_dir = dir.path().display();
+        let yaml = format!("domains: [x_a]\ndomain_prefixes: [x_]\nstate_dir: {state_dir}\n{more}");
+        let config = Config::parse("f", &yaml, "gw1").unwrap();
+        let kernel = MemoryKernel::with(&config.domains);
+        start(config, kernel.clone(), || Ok(kernel)).unwrap().watched()
+    }
+
+    /// The tasks that use the kernel or MQTT connections.
+    #[tokio::test]
+    async fn the_service_manager_watches_the_sessions_and_the_tasks_of_the_kernel() {
+        let always = ["the reconciler", "the MQTT session", "the MQTT session for confirmations"];
+        assert_eq!(watched(""), always);
+        let server = "servers: {s1: {network: 10.77.0.0/24, listen_port: 52820}}";
+        assert_eq!(watched(server), [&always[..], &["the leases"]].concat());
+        assert_eq!(watched("hub: {enabled: true}"), [&always[..], &["the leases"]].concat());
     }
 
     #[test]

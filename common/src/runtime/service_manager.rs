@@ -1,12 +1,14 @@
 //! The reports of a program to the service manager (systemd): that it is ready, its status, that it makes progress,
 //! that it reloads, and that it stops (`sd_notify(3)`). Without a service manager nothing is sent.
 //!
-//! One task, [`run`], which `run` of the broker and of the worker start.
+//! One task, [`run`], which [`Services::spawn_service_manager`](super::services::Services::spawn_service_manager) starts.
 
 use std::env;
 use std::future::pending;
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use sd_notify::NotifyState;
 use tokio::time::{Instant, sleep};
 use tracing::{debug, error};
@@ -20,8 +22,9 @@ const NOTIFY_INTERVAL: Duration = Duration::from_secs(1);
 /// Otherwise a boot, or the installation of a package, would wait for as long as an MQTT server is down.
 const READY_WITHIN: Duration = Duration::from_secs(10);
 
-/// A task that is watched, and its name in the log.
-pub type Watched = (&'static str, Heartbeat);
+/// The heartbeats of the tasks that are watched, with their names in the log. Clones share them.
+#[derive(Debug, Clone, Default)]
+pub struct WatchedTasks(Arc<Mutex<Vec<(&'static str, Heartbeat)>>>);
 
 /// The state of the reports, with the last ones.
 struct ManagerReport {
@@ -41,7 +44,7 @@ enum ManagerMessage {
 }
 
 /// Runs for ever. `not_ready_reason` returns why the program is not ready, if it is not, as in `/readyz`.
-pub async fn run<const N: usize>(watched: [Watched; N], not_ready_reason: impl Fn() -> Option<String>) {
+pub async fn run(watched: WatchedTasks, not_ready_reason: impl Fn() -> Option<String>) {
     if env::var_os("NOTIFY_SOCKET").is_none() {
         return pending().await;
     }
@@ -81,15 +84,32 @@ fn send(state: NotifyState<'_>) {
     }
 }
 
+impl WatchedTasks {
+    /// Watches a task, too.
+    pub fn add(&self, task: &'static str, heartbeat: Heartbeat) {
+        self.0.lock().push((task, heartbeat));
+    }
+
+    /// The names of the tasks.
+    #[must_use]
+    pub fn names(&self) -> Vec<&'static str> {
+        self.0.lock().iter().map(|(task, _)| *task).collect()
+    }
+
+    /// The first task without progress for longer than `limit`.
+    fn stuck(&self, limit: Duration) -> Option<&'static str> {
+        self.0.lock().iter().find(|(_, heartbeat)| heartbeat.age() > limit).map(|(task, _)| *task)
+    }
+}
+
 impl ManagerReport {
     fn new(limit: Option<Duration>, begun: Instant) -> Self {
         Self { begun, limit, is_started: false, status: String::new() }
     }
 
     /// The first task that is stuck.
-    fn stuck(&self, watched: &[Watched]) -> Option<&'static str> {
-        let limit = self.limit?;
-        watched.iter().find(|(_, heartbeat)| heartbeat.age() > limit).map(|(task, _)| *task)
+    fn stuck(&self, watched: &WatchedTasks) -> Option<&'static str> {
+        self.limit.and_then(|limit| watched.stuck(limit))
     }
 
     /// The messages to send now.
@@ -159,7 +179,9 @@ mod tests {
     async fn the_watchdog_is_fed_without_a_server_and_not_while_a_task_is_stuck() {
         let mut report = ManagerReport::new(Some(LIMIT), Instant::now());
         let (works, stuck) = (Heartbeat::default(), Heartbeat::default());
-        let watched = [("works", works.clone()), ("stuck", stuck.clone())];
+        let watched = WatchedTasks::default();
+        watched.add("works", works.clone());
+        watched.add("stuck", stuck.clone());
         let mut next = |not_ready_reason: Option<&str>| {
             let stuck = report.stuck(&watched);
             report.next(not_ready_reason.map(str::to_owned), stuck, Instant::now())

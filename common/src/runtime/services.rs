@@ -10,7 +10,8 @@ use tokio::time::timeout;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tracing::{error, info};
 
-use super::service_manager;
+use super::heartbeat::Heartbeat;
+use super::service_manager::{self, WatchedTasks};
 
 tokio::task_local! {
     /// The name of the task that runs.
@@ -22,6 +23,7 @@ tokio::task_local! {
 pub struct Services {
     tasks: JoinSet<&'static str>,
     groups: Vec<ServiceGroup>,
+    watched: WatchedTasks,
 }
 
 /// Tasks that are stopped together.
@@ -75,6 +77,37 @@ impl Services {
             group.running.insert(name, handle);
         }
         self
+    }
+
+    /// Starts a task in the last group that the service manager watches: it restarts the program if there is no
+    /// heartbeat for too long.
+    pub fn spawn_watched<F>(
+        &mut self,
+        name: &'static str,
+        heartbeat: Heartbeat,
+        task: impl FnOnce(WaitForCancellationFutureOwned) -> F,
+    ) -> &mut Self
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        self.watched.add(name, heartbeat);
+        self.spawn(name, task)
+    }
+
+    /// Starts the reports to the service manager in the last group, see [`service_manager::run`]. Watched tasks that
+    /// start later are in them, too.
+    pub fn spawn_service_manager(
+        &mut self,
+        not_ready_reason: impl Fn() -> Option<String> + Send + 'static,
+    ) -> &mut Self {
+        let watched = self.watched.clone();
+        self.spawn("the service manager", |_| service_manager::run(watched, not_ready_reason))
+    }
+
+    /// The names of the watched tasks.
+    #[must_use]
+    pub fn watched(&self) -> Vec<&'static str> {
+        self.watched.names()
     }
 
     /// Runs until `stop` returns, or until a task ends, which is the error; then stops all, group by group. `program`

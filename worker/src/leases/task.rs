@@ -10,6 +10,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::sleep_until;
 use tracing::{info, warn};
 use wgkex_common::mqtt::{ConnectionState, Message, MqttHandle};
+use wgkex_common::runtime::heartbeat::Heartbeat;
 use wgkex_common::storage::writes::Writes;
 use wgkex_common::storage::{Health, Noun, StorageError};
 use wgkex_common::wire::lease::{AnnouncedServers, LeaseMessage, LeaseRequest};
@@ -91,6 +92,7 @@ pub struct LeaseTask<K> {
     others: BTreeMap<String, KeptServer>,
     health: Health,
     states: watch::Sender<BTreeMap<String, ServerStatus>>,
+    heartbeat: Heartbeat,
 }
 
 impl<K: Kernel> LeaseTask<K> {
@@ -124,12 +126,18 @@ impl<K: Kernel> LeaseTask<K> {
             writes: Writes::default(),
             others,
             states,
+            heartbeat: Heartbeat::default(),
         })
     }
 
     /// The states of the servers.
     pub fn states(&self) -> watch::Receiver<BTreeMap<String, ServerStatus>> {
         self.states.subscribe()
+    }
+
+    /// The heartbeat of the task.
+    pub fn heartbeat(&self) -> Heartbeat {
+        self.heartbeat.clone()
     }
 
     fn set_state(&self, index: usize, reason: Option<&str>) {
@@ -155,21 +163,26 @@ impl<K: Kernel> LeaseTask<K> {
     }
 
     async fn follow(&mut self) {
+        let heartbeat = self.heartbeat();
+        while heartbeat.wait_for(self.next_due()).await.is_some() {
+            self.on_due().await;
+        }
+    }
+
+    /// Handles events until a request or a comparison is due. Returns none when no more events can come.
+    async fn next_due(&mut self) -> Option<()> {
         loop {
             let due = self.servers.iter().map(ServerState::due).min();
             let due = due.unwrap_or_else(|| Instant::now() + IDLE_SLEEP);
             tokio::select! {
                 biased;
-                changed = self.connection.changed() => match changed {
-                    Ok(()) => self.announce(),
-                    Err(_) => return,
-                },
-                event = self.events.recv() => match event {
-                    Some(event) => self.on_events(event),
-                    None => return,
-                },
+                changed = self.connection.changed() => {
+                    changed.ok()?;
+                    self.announce();
+                }
+                event = self.events.recv() => self.on_events(event?),
                 () = self.kernel.changed() => self.expedite(),
-                () = sleep_until(due.into()) => self.on_due().await,
+                () = sleep_until(due.into()) => return Some(()),
             }
         }
     }
@@ -267,14 +280,18 @@ impl<K: Kernel> LeaseTask<K> {
     /// Sets the peers of a server's interface by its leases.
     async fn reconcile(&mut self, index: usize) {
         let interface = self.servers[index].interface.clone();
-        let device = match self.kernel.read(&interface).await {
+        let read = self.kernel.read(&interface).await;
+        self.heartbeat.beat();
+        let device = match read {
             Ok(device) => device,
             Err(error) => return self.on_failure(index, &error.to_string()),
         };
         // A hub is neither published nor gets peers as long as its forwarding does not keep tenants apart.
         let now = Instant::now();
         if self.servers[index].is_forwarding_check_due(now) {
-            if let Err(error) = forward(&self.servers[index]).await {
+            let forwards = forward(&self.servers[index]).await;
+            self.heartbeat.beat();
+            if let Err(error) = forwards {
                 return self.on_failure(index, &format!("members do not reach each other by it: {error}"));
             }
             self.servers[index].on_forwarding_checked(now);
@@ -284,8 +301,11 @@ impl<K: Kernel> LeaseTask<K> {
         let plan = server.plan(&device);
         let leases = i64::try_from(server.table.leases().len()).unwrap_or(i64::MAX);
         self.metrics.leases.with_label_values(&[server.name.as_str()]).set(leases);
-        self.save().await;
+        // A restart does not help against a disk that does not answer, and would stop the reconciler, which can do
+        // without.
+        self.heartbeat().wait_for(self.save()).await;
         let results = self.kernel.apply(&interface, changes(&plan.steps)).await;
+        self.heartbeat.beat();
         let failed = outcomes(&plan.steps, results).into_iter().find_map(|(_, outcome)| outcome.err());
         match failed {
             Some(error) => self.on_failure(index, &error.to_string()),
