@@ -662,17 +662,21 @@ mod tests {
     async fn watched(more: &str) -> Vec<&'static str> {
         let dir = tempfile::tempdir().unwrap();
         let state_dir = dir.path().display();
-        let yaml = format!(
-            "domains: [x_a]\ndomain_prefixes: [x_]\nbroker_listen: \"127.0.0.1:0\"\nstate_dir: {state_dir}\n{more}"
-        );
-        start(Config::parse("f", &yaml, "b").unwrap()).await.unwrap().1.watched()
+        let yaml = format!("domains: [x_a]\ndomain_prefixes: [x_]\nstate_dir: {state_dir}\n{more}");
+        let mut config = Config::parse("f", &yaml, "b").unwrap();
+        // Any free port, which the config does not allow.
+        config.broker_listen = Listen { host: "127.0.0.1".into(), port: 0 };
+        if let Some(listen) = &mut config.mqtt_listen {
+            listen.address.set_port(0);
+        }
+        start(config).await.unwrap().1.watched()
     }
 
     #[tokio::test]
     async fn the_service_manager_watches_the_sessions_and_the_brokers_own_mqtt_server() {
         let sessions = ["the MQTT session", "the MQTT session for keys"];
         assert_eq!(watched("mqtt: {broker_url: 127.0.0.1}").await, sessions);
-        assert_eq!(watched("mqtt_listen: \"127.0.0.1:0\"").await, [&["the MQTT server"], &sessions[..]].concat());
+        assert_eq!(watched("").await, [&["the MQTT server"], &sessions[..]].concat());
     }
 
     #[tokio::test(start_paused = true)]
