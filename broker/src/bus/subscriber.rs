@@ -309,7 +309,18 @@ impl Secondary {
             }
             Topic::BrokerTenants { .. } => self.on_tenants(TenantEvent::Frame(json(payload)?)),
             Topic::Revocations => self.lists.on_event(ListEvent::Records(json(payload)?)),
-            _ => return Err(Ignored::Topic),
+            Topic::ConnectedPeers { .. }
+            | Topic::WorkerStatus { .. }
+            | Topic::WorkerData { .. }
+            | Topic::BrokerStatus { .. }
+            | Topic::WorkerHello { .. }
+            | Topic::Applied { .. }
+            | Topic::Handshakes { .. }
+            | Topic::Revoked { .. }
+            | Topic::WorkerChunks { .. }
+            | Topic::WorkerLeases { .. }
+            | Topic::WorkerEcho { .. }
+            | Topic::BrokerEcho { .. } => return Err(Ignored::Topic),
         }
         Ok(())
     }

@@ -294,26 +294,23 @@ impl Gateways {
             self.forget_stateless(worker);
             return Ok(());
         }
-        match topic {
-            Topic::WorkerStatus { worker } => {
-                let online = status(payload)?;
-                self.gateway(worker)?.apply_status(online, retained, now);
+        if let Topic::WorkerStatus { worker } = topic {
+            let online = status(payload)?;
+            self.gateway(worker)?.apply_status(online, retained, now);
+        } else if let Topic::WorkerData { worker, domain } = topic {
+            let data = WorkerData::parse(payload);
+            let Some(domain) = self.domains.get(domain.as_str()).cloned() else { return Ok(()) };
+            match data.map_err(|_| InvalidPayload("worker data"))? {
+                Some(data) => self.apply_data(worker, domain, data, retained, now)?,
+                None => self.apply_removed_data(worker, &domain, now),
             }
-            Topic::WorkerHello { worker } => self.on_hello(worker, payload, retained, now)?,
-            Topic::BrokerStatus { broker } => self.apply_broker(broker, payload, retained, now)?,
-            Topic::WorkerData { worker, domain } => {
-                let data = WorkerData::parse(payload);
-                let Some(domain) = self.domains.get(domain.as_str()).cloned() else { return Ok(()) };
-                match data.map_err(|_| InvalidPayload("worker data"))? {
-                    Some(data) => self.apply_data(worker, domain, data, retained, now)?,
-                    None => self.apply_removed_data(worker, &domain, now),
-                }
-            }
-            Topic::ConnectedPeers { domain, worker } => {
-                let Some(domain) = self.domains.get(domain.as_str()).cloned() else { return Ok(()) };
-                self.on_count(worker, domain, peer_count(payload)?, retained, now)?;
-            }
-            _ => {}
+        } else if let Topic::ConnectedPeers { domain, worker } = topic {
+            let Some(domain) = self.domains.get(domain.as_str()).cloned() else { return Ok(()) };
+            self.on_count(worker, domain, peer_count(payload)?, retained, now)?;
+        } else if let Topic::WorkerHello { worker } = topic {
+            self.on_hello(worker, payload, retained, now)?;
+        } else if let Topic::BrokerStatus { broker } = topic {
+            self.apply_broker(broker, payload, retained, now)?;
         }
         Ok(())
     }

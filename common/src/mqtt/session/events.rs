@@ -32,7 +32,7 @@ impl MqttSession {
                 }
                 match &self.joined_session {
                     Some(joined_session) if joined_session.wants(&publish) => {
-                        joined_session.on_event(Event::Message(publish))
+                        joined_session.on_event(Event::Message(publish));
                     }
                     _ => on_event(Event::Message(publish)),
                 }
