@@ -25,14 +25,14 @@ pub struct Command {
 #[must_use]
 pub fn commands(interface: &Interface, device: &Device, planned: &[Planned]) -> Vec<Command> {
     let commands = planned.iter().flat_map(|Planned { reason, changes }| {
-        let changes = changes.iter().filter(|change| *reason == Reason::Silent || !is_so(device, change));
+        let changes = changes.iter().filter(|change| *reason == Reason::Silent || !is_applied(device, change));
         changes.map(|change| Command { command: command(interface, device, change), reason: reason.text() })
     });
     commands.collect()
 }
 
 /// Whether the change is already in the tables: the worker applies it all the same, as it is idempotent.
-fn is_so(device: &Device, change: &Change) -> bool {
+fn is_applied(device: &Device, change: &Change) -> bool {
     match change {
         Change::SetPeer(PeerConfig { key, allowed_ips, keepalive, preshared }) => {
             device.peers.get(key).is_some_and(|actual| {
@@ -45,7 +45,7 @@ fn is_so(device: &Device, change: &Change) -> bool {
         Change::AddFdb(address) => device.fdb.contains(address),
         Change::ReplacePeer(peer) => {
             let has = |actual: &Peer| actual.allowed_ips.iter().all(|network| peer.allowed_ips.contains(network));
-            is_so(device, &Change::SetPeer(peer.clone())) && device.peers.get(&peer.key).is_some_and(has)
+            is_applied(device, &Change::SetPeer(peer.clone())) && device.peers.get(&peer.key).is_some_and(has)
         }
         Change::RemovePeer(key) => !device.peers.contains_key(key),
         Change::RemoveRoute(network) => !device.routes.contains(network),

@@ -71,18 +71,18 @@ pub struct HttpState {
 
 /// Serves for ever. A port that is taken is logged once and tried again: keys matter more than metrics.
 pub async fn serve(listen: Listen, state: HttpState) {
-    let mut said = false;
+    let mut is_logged = false;
     loop {
         match bind(&listen, &state) {
             Ok(servers) => {
                 info!(worker_listen = %listen, "metrics are served");
-                said = false;
+                is_logged = false;
                 if let Err(error) = try_join_all(servers.into_iter().map(|server| server.run(pending()))).await {
                     error!(worker_listen = %listen, %error, "metrics are not served any more");
                 }
             }
-            Err(error) if !said => {
-                said = true;
+            Err(error) if !is_logged => {
+                is_logged = true;
                 let owner = taken_by(&listen.host, listen.port, &error);
                 error!(worker_listen = %listen, %error, owner, "metrics are not served, this is tried again");
             }

@@ -11,7 +11,7 @@ use crate::http::status::Status;
 use crate::tls::Validity;
 
 /// The name of the broker's process.
-const PROGRAM: &str = "wgkex-broker";
+const BROKER_PROGRAM: &str = "wgkex-broker";
 /// The advice for a broker that does not answer.
 pub(super) const RESTART: &str = "look at its log (`journalctl -u wgkex-broker`), and `systemctl restart wgkex-broker`";
 const DAY: Duration = Duration::from_secs(86_400);
@@ -20,7 +20,7 @@ const SOON: Duration = Duration::from_secs(30 * 86_400);
 
 /// Whether it is a process of the broker, whether or not it answers.
 pub(super) fn is_broker(owner: &PortOwner) -> bool {
-    matches!(owner, PortOwner::Process { name, .. } if name == PROGRAM)
+    matches!(owner, PortOwner::Process { name, .. } if name == BROKER_PROGRAM)
 }
 
 /// Whether the broker has the port, or can have it.
@@ -38,7 +38,7 @@ pub(super) fn port(PortFacts { key, listen, owner }: &PortFacts, running: Option
             "restart it: it was started with another config",
         ),
         (Ok(owner @ PortOwner::Process { pid, .. }), None) if is_broker(owner) => {
-            Finding::warn(key, format!("process {pid} ({PROGRAM}) has {listen}, and does not answer"), RESTART)
+            Finding::warn(key, format!("process {pid} ({BROKER_PROGRAM}) has {listen}, and does not answer"), RESTART)
         }
         // It may have another number in its container.
         (Ok(owner @ PortOwner::Process { pid, .. }), Some(status)) if *pid == status.pid || is_broker(owner) => {

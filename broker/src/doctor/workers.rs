@@ -75,8 +75,8 @@ fn never_published(facts: &Facts, named: &Names<'_>) -> Option<Finding> {
         return None;
     };
     let never_published: Vec<_> = named.iter().copied().filter(|name| !retained_received.contains(*name)).collect();
-    let is_said = facts.running.is_ok() || named.is_empty();
-    (!is_said).then(|| {
+    let is_announced = facts.running.is_ok() || named.is_empty();
+    (!is_announced).then(|| {
         if never_published.is_empty() {
             return Finding::ok("workers", "something is retained of each of them");
         }

@@ -6,32 +6,37 @@ use wgkex_common::doctor::{CheckProblem, Finding, Level};
 
 use super::facts::{DomainFacts, Facts, Listener, RunningWorker};
 
-const WORKER: &str = "worker";
+const WORKER_SUBJECT: &str = "worker";
 /// The name of the worker's process.
-const PROGRAM: &str = "wgkex-worker";
+const WORKER_PROGRAM: &str = "wgkex-worker";
 const LISTEN: &str = "worker_listen";
 
 /// Whether a worker runs and answers; none if another process has its state file, which has a check of its own.
 pub(super) fn runs(Facts { listener, running, state, .. }: &Facts) -> Option<Finding> {
     let Listener { listen, owner, is_other_version } = listener;
     if running.is_some() {
-        return Some(Finding::ok(WORKER, format!("one runs here, and answers on {listen}")));
+        return Some(Finding::ok(WORKER_SUBJECT, format!("one runs here, and answers on {listen}")));
     }
     let who = match owner {
         PortOwner::Nobody if matches!(state.holder, Ok(Some(_))) => return None,
         PortOwner::Nobody => {
             let found = "no worker runs here: what only a running one knows is not checked";
-            return Some(Finding::warn(WORKER, found, "`systemctl start wgkex-worker`; its log says why it ended"));
+            return Some(Finding::warn(
+                WORKER_SUBJECT,
+                found,
+                "`systemctl start wgkex-worker`; its log says why it ended",
+            ));
         }
-        PortOwner::Process { pid, name } if name == PROGRAM && *is_other_version => {
-            let found = format!("process {pid} ({PROGRAM}) has {listen}, and is of another version than this doctor");
+        PortOwner::Process { pid, name } if name == WORKER_PROGRAM && *is_other_version => {
+            let found =
+                format!("process {pid} ({WORKER_PROGRAM}) has {listen}, and is of another version than this doctor");
             let advice = "`systemctl restart wgkex-worker`: what only a running worker knows is not checked";
-            return Some(Finding::warn(WORKER, found, advice));
+            return Some(Finding::warn(WORKER_SUBJECT, found, advice));
         }
-        PortOwner::Process { pid, name } if name == PROGRAM => {
-            let found = format!("process {pid} ({PROGRAM}) has {listen}, and does not answer there");
+        PortOwner::Process { pid, name } if name == WORKER_PROGRAM => {
+            let found = format!("process {pid} ({WORKER_PROGRAM}) has {listen}, and does not answer there");
             let advice = "look at its log (`journalctl -u wgkex-worker`), and `systemctl restart wgkex-worker`";
-            return Some(Finding::fail(WORKER, found, advice));
+            return Some(Finding::fail(WORKER_SUBJECT, found, advice));
         }
         PortOwner::Process { pid, name } => format!("process {pid} ({})", name.escape_debug()),
         PortOwner::Kernel => "a process that is not seen from here".to_owned(),

@@ -751,7 +751,7 @@ fn a_broker_whose_registration_is_long_keeps_its_members() {
         rig.wait(Duration::from_secs(1));
     }
     assert_eq!(watcher.received(), Vec::<String>::new());
-    rig.wait(SILENCE_TIMEOUT);
+    rig.wait(FRAME_SILENCE_TIMEOUT);
     assert_eq!(watcher.received(), ["-10.64.0.2"], "it does not end");
 }
 

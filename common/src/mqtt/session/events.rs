@@ -31,7 +31,7 @@ impl MqttSession {
                     self.echo.message(Instant::now());
                 }
                 match &self.joined_session {
-                    Some(joined_session) if joined_session.wants(&publish) => {
+                    Some(joined_session) if joined_session.matches(&publish) => {
                         joined_session.on_event(Event::Message(publish))
                     }
                     _ => on_event(Event::Message(publish)),
