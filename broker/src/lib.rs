@@ -396,7 +396,7 @@ impl Broker {
         if let Some((listener, token_hash)) = listeners.admin {
             let server = http::admin::server(listener, self.admin(token_hash))?;
             services.spawn("admin_listen", |stop| serve("admin_listen", server, stop));
-            info!(admin_listen = %self.config.admin_listen, "admin calls are taken");
+            info!(admin_listen = %self.config.admin_listen, "admin calls are served");
         }
         let observed = app.clone();
         services.spawn("the service manager", |_| service_manager::run(watched, move || observed.not_ready_reason()));

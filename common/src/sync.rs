@@ -350,7 +350,7 @@ pub async fn run<F: Future<Output = ()>>(
         let now = Instant::now();
         if let Some((broker, request)) = client.ask(now) {
             if request.younger_than.is_none() && request.after.is_none() {
-                info!(broker = broker.as_str(), domain = request.domain, "asking for all live keys");
+                info!(broker = broker.as_str(), domain = request.domain, "requesting all live keys");
             }
             let payload = serde_json::to_vec(&request).unwrap_or_default();
             // A lost request is sent again.

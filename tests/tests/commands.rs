@@ -174,7 +174,7 @@ fn hash_password_says_what_is_missing() {
 fn the_commands_that_look_at_a_program_say_how_they_end() {
     for (program, command, said) in [
         ("wgkex-worker", "status", "with 3 if something is wrong, with 1 if the worker cannot be reached"),
-        ("wgkex-worker", "dry-run", "with 1 if that cannot be told"),
+        ("wgkex-worker", "dry-run", "with 1 if the changes cannot be computed"),
         ("wgkex-worker", "doctor", "with 1 for warnings, with 3 for failures"),
         ("wgkex-broker", "doctor", "with 1 for warnings, with 3 for failures"),
     ] {

@@ -359,11 +359,8 @@ impl Worker {
 impl Metrics {
     fn register(config: &Config) -> Result<Self, prometheus::Error> {
         let registry = MetricsRegistry::default();
-        let version = registry.gauges(
-            "wgkex_worker_build_info",
-            "Always 1; the label says which program this is.",
-            &["version"],
-        )?;
+        let version =
+            registry.gauges("wgkex_worker_build_info", "Always 1; the label names the program.", &["version"])?;
         version.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         Ok(Self {
             bus: bus::Metrics::register(&registry)?,

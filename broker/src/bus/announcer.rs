@@ -222,7 +222,7 @@ impl Announcer {
             self.status_published.is_some_and(|published| now.saturating_duration_since(published) >= timeout);
         if is_late && !gateways.has_echo() {
             warn!(
-                "own status did not come back: the MQTT server may not let this broker read wireguard-broker/+/status"
+                "own status was not received: the MQTT server may not let this broker read wireguard-broker/+/status"
             );
             gateways.force_echo(now);
         }

@@ -289,7 +289,7 @@ fn milliseconds(seconds: Option<f64>) -> String {
 /// The table of gateways.
 fn gateways(gateways: &[GatewayStatus], style: Style) -> String {
     if gateways.is_empty() {
-        return "no gateway was heard of\n".into();
+        return "no gateway is known\n".into();
     }
     let row = |gateway: &GatewayStatus| {
         let colour = if gateway.online { Colour::Good } else { Colour::Bad };
@@ -382,7 +382,7 @@ mod tests {
             \n\
             GATEWAY  STATE     VERSION  CONNECTED  ASSIGNED  UNREACHED  SHARE  TARGET  DOMAINS\n\
             gw1      online    9.9              7         2          0  66.7%     6.0  ff_a 7\n\
-            gw3      offline   unknown          0         0          0   1.0%     0.1  nothing heard for 2 min, offline for 60 s; ff_b offline\n\
+            gw3      offline   unknown          0         0          0   1.0%     0.1  nothing received for 2 min, offline for 60 s; ff_b offline\n\
             gw4      draining  9.9              1         0          0   1.0%     0.1  draining by this broker, since 1970-01-01T00:00:00Z, until 1970-01-01T00:01:00Z: kernel\n\
             \n\
             keys accepted 41, refused 3: domain 3\n\

@@ -41,12 +41,12 @@ fn does_not_answer(facts: &Facts, error: &str) -> Finding {
     let listen = facts.ports.iter().find(|port| port.key == "broker_listen");
     if listen.is_none_or(|port| port.owner == Ok(PortOwner::Nobody)) {
         let found = "none runs here: what only a running one knows is not checked";
-        return Finding::warn(BROKER_SUBJECT, found, "`systemctl start wgkex-broker`; its log says why it ended");
+        return Finding::warn(BROKER_SUBJECT, found, "`systemctl start wgkex-broker`; its log has the reason");
     }
     let advice = if listen.is_some_and(|port| matches!(&port.owner, Ok(owner) if is_broker(owner))) {
         RESTART
     } else {
-        "if it is a broker, `systemctl restart wgkex-broker` and look at its log; else see below who has the port"
+        "if it is a broker, `systemctl restart wgkex-broker` and look at its log; else see below which process has the port"
     };
     Finding::fail(BROKER_SUBJECT, printable(error), advice)
 }
@@ -110,7 +110,7 @@ fn advice(kind: ProblemKind) -> &'static str {
             "`wgkex-broker gateways` shows why; run `wgkex-worker doctor` on a gateway that is to serve it, or take it out of \
              domains"
         }
-        ProblemKind::AllowListUnread | ProblemKind::ListDamaged => "its log says why, with the line",
+        ProblemKind::AllowListUnread | ProblemKind::ListDamaged => "its log has the reason, with the line",
         ProblemKind::StateNotKept | ProblemKind::ListsNotKept => {
             "see the lines about the state, and whether the disk is full or read-only"
         }
@@ -130,7 +130,7 @@ fn advice(kind: ProblemKind) -> &'static str {
         ProblemKind::ServerRefused => {
             "give it a name and a network of its own in `servers` there, or delete the other one: `wgkex-broker server delete NAME`"
         }
-        ProblemKind::RegistryUnavailable => "its log says why; look at storage, and at the server that it names",
+        ProblemKind::RegistryUnavailable => "its log has the reason; look at storage, and at the server that it names",
         ProblemKind::RegistryEmptied => {
             "see whether storage names the right database; what becomes of gateways is in docs/registry.md, \"An empty database\""
         }

@@ -25,11 +25,11 @@ pub(super) fn is_broker(owner: &PortOwner) -> bool {
 
 /// Whether the broker has the port, or can have it.
 pub(super) fn port(PortFacts { key, listen, owner }: &PortFacts, running: Option<&Status>) -> Finding {
-    let other = || format!("end that, or set {key} to another port; `ss -tlnp` shows who has it");
+    let other = || format!("end that, or set {key} to another port; `ss -tlnp` shows which process has it");
     match (owner, running) {
         (Err(error), _) => {
             let advice = format!("set {key} to an address of this machine, or to \"::\" for all");
-            Finding::fail(key, format!("nobody can listen on {listen}: {error}"), advice)
+            Finding::fail(key, format!("no program can listen on {listen}: {error}"), advice)
         }
         (Ok(PortOwner::Nobody), None) => Finding::ok(key, format!("{listen} is free")),
         (Ok(PortOwner::Nobody), Some(_)) => Finding::fail(
@@ -48,7 +48,7 @@ pub(super) fn port(PortFacts { key, listen, owner }: &PortFacts, running: Option
             Finding::fail(key, format!("{listen} is taken by process {pid} ({})", printable(name)), other())
         }
         (Ok(PortOwner::Kernel), Some(_)) => {
-            Finding::ok(key, format!("somebody listens on {listen}; who it is, only root sees"))
+            Finding::ok(key, format!("a process listens on {listen}; only root sees which one"))
         }
         (Ok(PortOwner::Kernel), None) => {
             Finding::fail(key, format!("{listen} is taken by a process that is not seen from here"), other())
@@ -91,7 +91,9 @@ pub(super) fn certificate(facts: &CertificateFacts) -> Finding {
 pub(super) fn tokens(tokens: &Result<usize, String>) -> Finding {
     let key = "tenants.tokens_file";
     match tokens {
-        Ok(0) => Finding::warn(key, "has no token: nobody can join a tenant", "wgkex-broker tenant-token ID makes one"),
+        Ok(0) => {
+            Finding::warn(key, "has no token: no client can join a tenant", "wgkex-broker tenant-token ID makes one")
+        }
         Ok(count) => Finding::ok(key, format!("has {count} tokens")),
         Err(problem) => {
             Finding::fail(key, problem.clone(), "mend it; the running broker goes on with what it read before")

@@ -96,7 +96,7 @@ impl App {
             refused.on_refused(&name, Instant::now())
         });
         if let Some(domain) = logged {
-            warn!(domain, "routers ask for a domain that is not served here");
+            warn!(domain, "routers request a domain that is not served here");
         }
     }
 

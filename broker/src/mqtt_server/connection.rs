@@ -386,7 +386,7 @@ impl ClientConnection {
     fn slow_down(&mut self, reason: ThrottleReason, wait: Duration, slot: &ClientSlot) {
         self.pause(reason, wait);
         if self.account.may_warn(Offence::Excess) {
-            warn!(client = %slot, reason = reason.reason(), "does more than it may: is slowed down");
+            warn!(client = %slot, reason = reason.reason(), "exceeds its rate limit: is slowed down");
         }
     }
 

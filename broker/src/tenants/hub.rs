@@ -93,7 +93,7 @@ impl TenantHub {
             let missing = "the hub of tenants is gone: its worker has none any more";
             let other = "the hub of tenants is not used: its worker has other tenants.pool or tenant_length";
             match problem {
-                None => info!(%worker, "the hub of tenants is there"),
+                None => info!(%worker, "the hub of tenants is ready"),
                 Some(HubProblem::Missing) => warn!(%worker, "{missing}"),
                 Some(HubProblem::OtherNetworks) => warn!(%worker, "{other}"),
             }

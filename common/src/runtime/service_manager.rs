@@ -50,7 +50,7 @@ pub async fn run<const N: usize>(watched: [Watched; N], not_ready_reason: impl F
     loop {
         let stuck = report.stuck(&watched);
         if let Some(task) = stuck.filter(|_| stuck != was_stuck) {
-            error!(task, "no progress, so the watchdog is not fed any more");
+            error!(task, "no progress, so the watchdog is not notified any more");
         }
         was_stuck = stuck;
         for message in report.next(not_ready_reason(), stuck, Instant::now()) {
@@ -77,7 +77,7 @@ pub fn stopping() {
 
 fn send(state: NotifyState<'_>) {
     if let Err(error) = sd_notify::notify(&[state]) {
-        debug!(%error, "the service manager cannot be told");
+        debug!(%error, "the service manager cannot be notified");
     }
 }
 

@@ -81,7 +81,7 @@ fn wireguard(wg: &str, facts: &WireguardFacts, domain: &DomainFacts, is_setup_na
     match device {
         Ok(None) => {}
         Err(error) => {
-            let advice = "run the doctor as root, or as the user who owns the userspace WireGuard";
+            let advice = "run the doctor as root, or as the owner of the userspace WireGuard";
             findings.push(Finding::fail(wg, format!("WireGuard does not answer: {error}"), advice));
         }
         Ok(Some(device)) => {
@@ -115,7 +115,7 @@ fn port(
     }
     let again = listen_again(wg, port);
     let bound = match &domain.port_owner {
-        PortOwner::Nobody => Finding::fail(wg, format!("nobody listens on its UDP port {port}"), again),
+        PortOwner::Nobody => Finding::fail(wg, format!("nothing listens on its UDP port {port}"), again),
         PortOwner::Process { pid, name } if is_kernels || !name.starts_with("wireguard") => {
             let found = format!("its UDP port {port} is taken by process {pid} ({name})");
             Finding::fail(wg, found, format!("end that, then {again}; or set another port"))
@@ -125,7 +125,7 @@ fn port(
     let differs = is_setup_named && port != wanted;
     let differing = differs.then(|| {
         let found = format!("its UDP port is {port}, and {wanted} in the config");
-        Finding::warn(wg, found, format!("routers are told {port}: let it through, or run `wgkex-worker setup`"))
+        Finding::warn(wg, found, format!("routers get port {port}: let it through, or run `wgkex-worker setup`"))
     });
     [bound].into_iter().chain(differing).collect()
 }

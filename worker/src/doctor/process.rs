@@ -24,7 +24,7 @@ pub(super) fn runs(Facts { listener, running, state, .. }: &Facts) -> Option<Fin
             return Some(Finding::warn(
                 WORKER_SUBJECT,
                 found,
-                "`systemctl start wgkex-worker`; its log says why it ended",
+                "`systemctl start wgkex-worker`; its log has the reason",
             ));
         }
         PortOwner::Process { pid, name } if name == WORKER_PROGRAM && *is_other_version => {
@@ -49,7 +49,11 @@ pub(super) fn runs(Facts { listener, running, state, .. }: &Facts) -> Option<Fin
 pub(super) fn mqtt(running: &RunningWorker) -> Option<Finding> {
     let cause = running.mqtt_cause.as_ref()?;
     let found = format!("the running worker is not connected: {cause}");
-    Some(Finding::fail(SUBJECT, found, "restart it if the config was changed since it started; else its log says why"))
+    Some(Finding::fail(
+        SUBJECT,
+        found,
+        "restart it if the config was changed since it started; else its log has the reason",
+    ))
 }
 
 /// The state that the worker cannot keep on disk, by its own report.
@@ -61,7 +65,7 @@ pub(super) fn kept(RunningWorker { process, keeps_lists, .. }: &RunningWorker) -
         (false, false) => "keys and list entries of admin calls",
     };
     let found = format!("the running worker cannot keep {lost} on the disk: a restart would lose them");
-    Some(Finding::warn("state", found, "see whether the disk is full or read-only; its log says why"))
+    Some(Finding::warn("state", found, "see whether the disk is full or read-only; its log has the reason"))
 }
 
 /// Why the running worker cannot use a domain whose interfaces pass all checks: its user may have fewer rights than the
@@ -74,7 +78,7 @@ pub(super) fn domain_down(domain: &DomainFacts, running: Option<&RunningWorker>)
             (Level::Warn, CheckProblem::new(found, "look again in a moment, then at its log"))
         }
         Some(reason) => {
-            let advice = "its log says why; it is another user than the doctor: run the doctor, and `wgkex-worker setup`, as the \
+            let advice = "its log has the reason; it is another user than the doctor: run the doctor, and `wgkex-worker setup`, as the \
                           worker's user";
             (Level::Fail, CheckProblem::new(format!("the running worker cannot use it: {reason}"), advice))
         }

@@ -304,7 +304,7 @@ fn each_trouble_of_interfaces_is_named_with_what_to_do() {
                 Level::Warn,
                 |facts| wg(facts).device = Ok(Some(WireguardDevice { public_key: Some(key(1)), port: 40011 })),
                 "its UDP port is 40011, and 51820 in the config",
-                "routers are told 40011",
+                "routers get port 40011",
             ),
             (
                 Level::Warn,
@@ -324,7 +324,7 @@ fn each_trouble_of_interfaces_is_named_with_what_to_do() {
             (
                 Level::Fail,
                 |facts| facts.domains[0].port_owner = PortOwner::Nobody,
-                "nobody listens on its UDP port 51820",
+                "nothing listens on its UDP port 51820",
                 "wg set wg-welt listen-port 51820",
             ),
         ],
@@ -651,7 +651,7 @@ fn each_trouble_of_files_is_named_with_what_to_do() {
                 "two workers on one machine",
                 "end one",
             ),
-            (Level::Warn, |facts| facts.state.holder = Err("denied".into()), "cannot be told: denied", "as root"),
+            (Level::Warn, |facts| facts.state.holder = Err("denied".into()), "cannot be determined: denied", "as root"),
             (
                 Level::Fail,
                 |facts| facts.lists[0].access = FileAccess::Creatable,

@@ -765,7 +765,7 @@ fn the_standings_agree_with_the_choice() {
     assert_eq!(Some(best.name.clone()), gateways.best("ff_a"));
     assert_eq!((best.name.as_str(), best.target, best.distance), ("b", 4.0, -1.0));
     let texts: Vec<_> = standings.iter().filter_map(|standing| standing.unfit.as_deref()).collect();
-    assert_eq!(texts, ["the interface is missing there (-1)", "offline: it has not said that it is online"]);
+    assert_eq!(texts, ["the interface is missing there (-1)", "offline: it has not published that it is online"]);
 }
 
 proptest! {

@@ -95,7 +95,7 @@ impl MqttSession {
             warn!(
                 server,
                 client = self.id,
-                "nothing comes back of what this program publishes to itself: may it do that?"
+                "this program does not receive what it publishes to itself: the server may not allow that"
             );
         }
         if self.echo_topic.as_ref().is_some_and(|(_, topic)| self.subscriptions.is_granted(topic)) {
