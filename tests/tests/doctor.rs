@@ -71,7 +71,7 @@ fn issue(stack: &Stack, not_after: Option<i32>) {
 }
 
 #[test]
-fn a_broker_on_which_all_is_well_passes_and_a_stopped_one_is_said_to_be_stopped() {
+fn a_broker_on_which_all_is_well_passes_and_a_stopped_one_is_a_finding() {
     let mut stack = Stack::start(Plan::new(Bus::Embedded));
     let _worker = Worker::start(&stack, "gw1", WorkerBehaviour::Confirms, 7);
     stack.wait_for_gateways(1);

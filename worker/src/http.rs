@@ -1,7 +1,8 @@
 //! `/metrics`, `/healthz`, `/readyz` and `/status.json`, for monitoring a gateway.
 //!
 //! One task, [`serve`]; each address has a server with one thread of actix's. Owner: `run` of the worker. No key passes
-//! here: each room registers its metrics in the [`MetricsRegistry`] that is read here.
+//! here. Previous stop of a number: the [`MetricsRegistry`], in which each room registers its metrics, and the states that
+//! [`crate::reconciler`], [`crate::leases`] and [`crate::bus`] publish; next stop: [`crate::status`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::pending;

@@ -1,6 +1,7 @@
 //! The state that a worker reports on one screen, and as `/status.json`: no keys, no addresses. No IO.
 //!
-//! [`crate::http`] makes a [`WorkerStatus`] from the state of the rooms; [`crate::cli`] shows it.
+//! No task. Previous stop: [`crate::http`], which makes a [`WorkerStatus`] from the state of the rooms and serves it; next
+//! stop: [`crate::cli`], which shows it.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;

@@ -138,7 +138,7 @@ fn each_is_found(begin: fn() -> Facts, table: &[(Level, Spoil, &str, &str)]) {
 }
 
 #[test]
-fn a_broker_on_which_all_is_well_has_only_ok_lines_and_one_that_is_stopped_says_so() {
+fn a_broker_on_which_all_is_well_has_only_ok_lines_and_a_stopped_one_is_a_finding() {
     for facts in [well(), own_server()] {
         let findings = findings(&facts);
         assert!(worst(&findings) == Level::Ok && findings.len() >= 10, "{findings:?}");

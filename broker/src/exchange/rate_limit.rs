@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn each_limit_counts_for_itself_and_tells_when_to_try_again() {
+    fn each_limit_counts_for_itself_and_has_the_time_of_the_next_try() {
         let two = quota(2, 0.4);
         let cases = [
             (config::Limits { per_key: two, ..NO_LIMITS }, Limit::Key, [true, false, false]),
@@ -287,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn a_look_says_what_a_request_would_hear_and_takes_nothing() {
+    fn a_peek_predicts_the_outcome_and_consumes_nothing() {
         let two = quota(2, 0.5);
         let cases = [
             (config::Limits { per_key: two, ..NO_LIMITS }, Limit::Key),

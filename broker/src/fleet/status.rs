@@ -328,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn why_a_gateway_is_offline_is_said_in_words() {
+    fn the_reason_why_a_gateway_is_offline_is_shown_in_words() {
         let text = |reason, for_secs| Offline { reason, for_secs }.to_string();
         assert_eq!(text(OfflineReason::Stopped, Some(7)), "stopped, offline for 7 s");
         assert_eq!(text(OfflineReason::Silent(150), Some(7)), "nothing received for 2 min, offline for 7 s");

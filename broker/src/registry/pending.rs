@@ -168,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn a_worker_that_missed_too_much_is_told_which_version_there_is() {
+    fn a_worker_that_missed_too_much_gets_the_current_version() {
         let current = |revision| [message(7, revision, LeaseContent::Current)];
         let many = (1..=1001).map(|n| change(7, i64::from(n), &[n], &[]));
         assert_eq!(merged(many), current(1001));

@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_program_is_started_when_it_is_ready_and_each_status_is_said_once() {
+    async fn a_program_is_started_when_it_is_ready_and_each_status_is_sent_once() {
         let mut report = ManagerReport::new(None, Instant::now());
         let mut next =
             |not_ready_reason: Option<&str>| report.next(not_ready_reason.map(str::to_owned), None, Instant::now());

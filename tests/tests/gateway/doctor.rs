@@ -31,7 +31,7 @@ fn assert_reports(host: &Host, trouble: &str, advice: &str) {
     assert!(code == expected || (code == 3 && expected == 1), "{code}: {said}");
 }
 
-pub fn a_gateway_on_which_all_is_well_passes_and_one_without_its_worker_says_so(lane: Lane) {
+pub fn a_gateway_on_which_all_is_well_passes_and_a_stopped_worker_is_a_finding(lane: Lane) {
     let Single { broker: _broker, worker: mut process, host } = Single::new(lane, "");
     assert_eq!(host.post(2, &key(0)).status, 200);
     let before = (host.tables("a"), host.wireguard("wg-a"));

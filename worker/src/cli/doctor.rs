@@ -19,7 +19,7 @@ use wgkex_common::config::{Listen, Setup};
 use wgkex_common::doctor::bus::{MqttFacts, Rights};
 use wgkex_common::doctor::files::{FileFacts, ListFacts, StateFacts};
 use wgkex_common::doctor::identity::{self, Sources};
-use wgkex_common::doctor::sockets::{self, PortOwner};
+use wgkex_common::doctor::sockets;
 use wgkex_common::doctor::{self, Program};
 use wgkex_common::mqtt::trial::{self, RetainedPublish};
 use wgkex_common::wire::lease::HUB;

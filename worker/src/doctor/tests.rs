@@ -159,7 +159,7 @@ fn each_is_found(begin: fn() -> Facts, table: &[(Level, Spoil, &str, &str)]) {
 }
 
 #[test]
-fn a_gateway_on_which_all_is_well_has_only_ok_lines_and_one_whose_worker_does_not_run_says_so() {
+fn a_gateway_on_which_all_is_well_has_only_ok_lines_and_a_stopped_worker_is_a_finding() {
     let all = findings(&well());
     assert!(worst(&all) == Level::Ok && all.len() > 15, "{all:?}");
     let problems = problems(&stopped());
@@ -427,7 +427,7 @@ fn each_trouble_of_a_vxlan_and_of_kinds_is_named_with_what_to_do() {
 }
 
 #[test]
-fn a_domain_that_the_running_worker_cannot_use_is_named_unless_its_interfaces_say_why() {
+fn a_domain_that_the_running_worker_cannot_use_is_named_unless_its_interfaces_have_the_cause() {
     let mut facts = well();
     let down = [("ffmuc_welt".to_owned(), Some("denied".to_owned()))].into();
     facts.running = Some(RunningWorker { domains_down: down, ..running() });
@@ -441,7 +441,7 @@ fn a_domain_that_the_running_worker_cannot_use_is_named_unless_its_interfaces_sa
 }
 
 #[test]
-fn a_missing_wireguard_interface_is_told_together_with_who_has_its_port() {
+fn a_missing_wireguard_interface_is_named_together_with_the_process_at_its_port() {
     let mut facts = well();
     facts.domains[0].wireguard = Ok(None);
     facts.domains[0].port_owner = PortOwner::Nobody;

@@ -222,7 +222,7 @@ mod tests {
 
     /// Two coordinators would remove each other's peers, again and again.
     #[test]
-    fn of_two_brokers_that_publish_to_a_hub_one_counts_as_long_as_it_is_heard() {
+    fn of_two_brokers_that_publish_to_a_hub_one_counts_as_long_as_it_publishes() {
         let start = Instant::now();
         let mut state = hub(start);
         state.on_message(all(1, 1), start);

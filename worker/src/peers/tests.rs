@@ -248,7 +248,7 @@ fn peers_of_an_interface_that_returns_have_their_grace_again() {
 }
 
 #[test]
-fn a_vanished_peer_that_somebody_else_puts_back_has_its_past() {
+fn a_vanished_peer_that_another_program_puts_back_has_its_past() {
     let mut world = World::with(&[key(1)]);
     world.handshake(key(1));
     world.read();
@@ -443,7 +443,7 @@ fn an_established_key_cannot_be_reserved_by_worker_data() {
 }
 
 #[test]
-fn an_address_that_somebody_gave_to_another_peer_is_not_taken() {
+fn an_address_that_another_program_gave_to_another_peer_is_not_taken() {
     let mut world = World::with(&[key(1), key(2)]);
     world.memory.alter(&domain(), |device| {
         device.peers.get_mut(&key(1)).unwrap().allowed_ips.push(host(key(3).link_local()));

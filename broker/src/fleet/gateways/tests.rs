@@ -642,7 +642,7 @@ fn connected_peers_are_those_that_are_counted_and_assigned_ones_stand_apart() {
 
 /// Failed before: the version was shown as an original's, and no reason was shown.
 #[test]
-fn an_offline_gateway_keeps_its_version_and_says_since_when_and_why() {
+fn an_offline_gateway_keeps_its_version_and_has_time_and_reason() {
     let mut gateways = gateways(&[]);
     let offline = |gateways: &Gateways, after: u64| {
         let now = Instant::now() + Duration::from_secs(after);
