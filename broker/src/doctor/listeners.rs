@@ -95,9 +95,7 @@ pub(super) fn tokens(tokens: &Result<usize, String>) -> Finding {
             Finding::warn(key, "has no token: no client can join a tenant", "wgkex-broker tenant-token ID makes one")
         }
         Ok(count) => Finding::ok(key, format!("has {count} tokens")),
-        Err(problem) => {
-            Finding::fail(key, problem.clone(), "mend it; the running broker goes on with what it read before")
-        }
+        Err(problem) => Finding::fail(key, problem.clone(), "correct it; the running broker uses what it read before"),
     }
 }
 
@@ -105,7 +103,7 @@ pub(super) fn tokens(tokens: &Result<usize, String>) -> Finding {
 pub(super) fn embedded(facts: &EmbeddedFacts) -> Finding {
     let key = "mqtt_listen";
     match facts {
-        EmbeddedFacts { has_users: true, .. } => Finding::ok(key, "users and their passwords are asked for"),
+        EmbeddedFacts { has_users: true, .. } => Finding::ok(key, "users and their passwords are required"),
         EmbeddedFacts { is_reachable: false, .. } => {
             Finding::ok(key, "only programs of this machine reach it, and each may do everything")
         }

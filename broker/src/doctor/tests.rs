@@ -251,7 +251,12 @@ fn each_trouble_of_ports_and_certificates_is_named_with_what_to_do() {
                 "/r cannot be looked at: denied",
                 "as root",
             ),
-            (Level::Fail, |facts| facts.tokens = Some(Err("line 3".into())), "tenants.tokens_file: line 3", "mend it"),
+            (
+                Level::Fail,
+                |facts| facts.tokens = Some(Err("line 3".into())),
+                "tenants.tokens_file: line 3",
+                "correct it",
+            ),
             (Level::Warn, |facts| facts.tokens = Some(Ok(0)), "tenants.tokens_file: has no token", "tenant-token"),
         ],
     );

@@ -78,7 +78,7 @@ fn never_published(facts: &Facts, named: &Names<'_>) -> Option<Finding> {
     let is_announced = facts.running.is_ok() || named.is_empty();
     (!is_announced).then(|| {
         if never_published.is_empty() {
-            return Finding::ok("workers", "something is retained of each of them");
+            return Finding::ok("workers", "a message of each is retained");
         }
         let found = format!("no message is retained of {}", listed(&never_published));
         Finding::warn("workers", found, "start a worker there: its host name has to be this one; or take it out")

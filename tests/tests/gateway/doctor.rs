@@ -85,7 +85,7 @@ pub fn each_fault_of_interfaces_is_named(lane: Lane) {
     };
     assert_reports(&host, "fail wg-a: it is missing", "run `wgkex-worker setup`");
     let taken = take();
-    assert_reports(&host, "fail wg-a: UDP port 51820, which it is to have, is taken by process ", "setup.listen_port");
+    assert_reports(&host, "fail wg-a: its configured UDP port 51820 is taken by process ", "setup.listen_port");
     drop(taken);
 
     host.setup();
@@ -94,7 +94,7 @@ pub fn each_fault_of_interfaces_is_named(lane: Lane) {
     let (open, trouble) = match lane {
         Lane::Userspace => {
             host.run("wg set wg-a listen-port 51999");
-            let trouble = "fail wg-a: it has no UDP port: 51820, which it is to have, is taken by process ";
+            let trouble = "fail wg-a: it has no UDP port: the configured 51820 is taken by process ";
             ("wg set wg-a listen-port 51820", trouble)
         }
         Lane::Kernel => {

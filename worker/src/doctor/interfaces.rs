@@ -50,12 +50,12 @@ pub(super) fn domain(facts: &DomainFacts, is_setup_named: bool) -> Vec<Finding> 
 }
 
 fn taken_before_setup(wg: &str, setup: &Setup, owner: &PortOwner) -> Option<Finding> {
-    let who = match owner {
+    let holder = match owner {
         PortOwner::Nobody => return None,
         PortOwner::Kernel => "something in the kernel".to_owned(),
         PortOwner::Process { pid, name } => format!("process {pid} ({name})"),
     };
-    let found = format!("UDP port {}, which it is to have, is taken by {who}", setup.listen_port);
+    let found = format!("its configured UDP port {} is taken by {holder}", setup.listen_port);
     Some(Finding::fail(wg, found, "end that, or set another setup.listen_port"))
 }
 
@@ -65,7 +65,7 @@ fn wireguard(wg: &str, facts: &WireguardFacts, domain: &DomainFacts, is_setup_na
         LinkKind::Wireguard => "the kernel's WireGuard",
         LinkKind::Tun if *is_userspace => "a userspace WireGuard",
         LinkKind::Tun if *is_socket_inaccessible => {
-            let found = "it is a TUN device: whether a WireGuard is behind it is not seen without rights";
+            let found = "it is a TUN device: only root sees whether it belongs to a userspace WireGuard";
             return vec![Finding::warn(wg, found, "run this as root")];
         }
         kind @ (LinkKind::Tun | LinkKind::Vxlan(_) | LinkKind::Other(_) | LinkKind::Physical) => {
@@ -139,8 +139,7 @@ fn listen_again(wg: &str, port: u16) -> String {
 fn no_port(wg: &str, wanted: u16, owner: &PortOwner) -> Finding {
     match owner {
         PortOwner::Process { pid, name } => {
-            let found =
-                format!("it has no UDP port: {wanted}, which it is to have, is taken by process {pid} ({name})");
+            let found = format!("it has no UDP port: the configured {wanted} is taken by process {pid} ({name})");
             Finding::fail(wg, found, format!("end that, then {}; or set another port", listen_again(wg, wanted)))
         }
         PortOwner::Nobody | PortOwner::Kernel => Finding::fail(wg, "it has no UDP port", SETUP),

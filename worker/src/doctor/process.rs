@@ -17,7 +17,7 @@ pub(super) fn runs(Facts { listener, running, state, .. }: &Facts) -> Option<Fin
     if running.is_some() {
         return Some(Finding::ok(WORKER_SUBJECT, format!("one runs here, and answers on {listen}")));
     }
-    let who = match owner {
+    let holder = match owner {
         PortOwner::Nobody if matches!(state.holder, Ok(Some(_))) => return None,
         PortOwner::Nobody => {
             let found = "no worker runs here: what only a running one knows is not checked";
@@ -41,7 +41,7 @@ pub(super) fn runs(Facts { listener, running, state, .. }: &Facts) -> Option<Fin
         PortOwner::Process { pid, name } => format!("process {pid} ({})", name.escape_debug()),
         PortOwner::Kernel => "a process that is not seen from here".to_owned(),
     };
-    let found = format!("{listen} is taken by {who}, which does not answer as a worker");
+    let found = format!("{listen} is taken by {holder}, which does not answer as a worker");
     Some(Finding::fail(LISTEN, found, "end that, or set worker_listen to another port; if it is a worker, restart it"))
 }
 

@@ -297,7 +297,7 @@ fn each_trouble_of_interfaces_is_named_with_what_to_do() {
                     wg(facts).device = Ok(Some(WireguardDevice { public_key: Some(key(1)), port: 0 }));
                     facts.domains[0].port_owner = process("openvpn");
                 },
-                "it has no UDP port: 51820, which it is to have, is taken by process 7 (openvpn)",
+                "it has no UDP port: the configured 51820 is taken by process 7 (openvpn)",
                 "wg set wg-welt listen-port 51820",
             ),
             (
@@ -394,7 +394,7 @@ fn each_trouble_of_a_vxlan_and_of_kinds_is_named_with_what_to_do() {
             (
                 Level::Warn,
                 |facts| (wg(facts).link.kind, wg(facts).is_socket_inaccessible) = (LinkKind::Tun, true),
-                "it is a TUN device: whether a WireGuard is behind it is not seen without rights",
+                "it is a TUN device: only root sees whether it belongs to a userspace WireGuard",
                 "run this as root",
             ),
             (
@@ -455,7 +455,7 @@ fn a_missing_wireguard_interface_is_named_together_with_the_process_at_its_port(
     };
     assert_eq!(missing(&facts), ["it is missing"]);
     facts.domains[0].port_owner = process("openvpn");
-    assert_eq!(missing(&facts)[1], "UDP port 51820, which it is to have, is taken by process 7 (openvpn)");
+    assert_eq!(missing(&facts)[1], "its configured UDP port 51820 is taken by process 7 (openvpn)");
 }
 
 #[test]
