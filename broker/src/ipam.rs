@@ -1,6 +1,6 @@
-//! Which addresses are free: the arithmetic of pools. A pool is a range of addresses
-//! in a network ([`Range`]), or a network that is cut into equal ones ([`Blocks`]); both number their members, and
-//! callers hand out the lowest free number.
+//! Which addresses are free: the arithmetic of pools. A pool is a range of addresses in a network
+//! ([`Range`]), or a network that is cut into equal ones ([`Blocks`]); both number their members, and callers hand out
+//! the lowest free number.
 //!
 //! Callers keep the taken numbers: in a database, of which [`lowest_free`] gets the taken numbers in order; or in
 //! memory, by a [`FreeList`].
