@@ -206,7 +206,7 @@ mod tests {
     }
 
     /// The client of a request with these headers: an address, [`UNNAMED`] or [`LOCAL`].
-    fn said(peer: &str, forwarded: &[&str], x_forwarded_for: &[&str]) -> String {
+    fn client_of(peer: &str, forwarded: &[&str], x_forwarded_for: &[&str]) -> String {
         let is_proxied = !forwarded.is_empty() || !x_forwarded_for.is_empty();
         let (forwarded, listed) = (forwarded.iter().copied(), x_forwarded_for.iter().copied());
         let (peer, trusted) = (peer.parse().unwrap(), trusted());
@@ -221,12 +221,12 @@ mod tests {
     #[test]
     fn only_a_trusted_proxy_is_believed() {
         for peer in ["203.0.113.9", "2001:db8::"] {
-            assert_eq!(said(peer, &["for=198.51.100.1"], &["198.51.100.1"]), peer);
+            assert_eq!(client_of(peer, &["for=198.51.100.1"], &["198.51.100.1"]), peer);
         }
         for peer in [PROXY, "::ffff:192.0.2.1", "2001:db8:ffff::1"] {
-            assert_eq!(said(peer, &["for=198.51.100.1"], &[]), "198.51.100.1");
+            assert_eq!(client_of(peer, &["for=198.51.100.1"], &[]), "198.51.100.1");
         }
-        assert_eq!(said(PROXY, &[], &[]), UNNAMED);
+        assert_eq!(client_of(PROXY, &[], &[]), UNNAMED);
     }
 
     #[test]
@@ -256,22 +256,22 @@ mod tests {
     #[test]
     fn only_a_client_on_loopback_that_is_no_proxy_has_no_limit() {
         for peer in ["127.0.0.1", "::1", "::ffff:127.0.0.1"] {
-            assert_eq!(said(peer, &[], &[]), LOCAL, "{peer}");
+            assert_eq!(client_of(peer, &[], &[]), LOCAL, "{peer}");
             for value in ["", "nonsense", "for=unknown", "198.51.100.1", "127.0.0.1"] {
-                assert_eq!(said(peer, &[value], &[]), UNNAMED, "{peer} {value}");
-                assert_eq!(said(peer, &[], &[value]), UNNAMED, "{peer} {value}");
+                assert_eq!(client_of(peer, &[value], &[]), UNNAMED, "{peer} {value}");
+                assert_eq!(client_of(peer, &[], &[value]), UNNAMED, "{peer} {value}");
             }
         }
         let trusted: [IpNet; 2] = ["127.0.0.0/8".parse().unwrap(), "::1/128".parse().unwrap()];
         for peer in ["127.0.0.1", "::1", "::ffff:127.0.0.1"] {
             let peer = peer.parse().unwrap();
-            let said = |forwarded: Option<&'static str>, listed: Option<&'static str>| {
+            let client_of = |forwarded: Option<&'static str>, listed: Option<&'static str>| {
                 let address = address_of_request(peer, &trusted, true, forwarded.into_iter(), listed.into_iter());
                 client_of_request(peer, &trusted, address)
             };
-            assert!(said(None, None) == Client::Unnamed && said(Some("x"), None) == Client::Unnamed);
-            assert!(said(Some("for=1.1.1.1"), Some("2.2.2.2")) == Client::Unnamed);
-            assert!(said(None, Some("127.0.0.1")) == Client::Address(Ipv4Addr::LOCALHOST.into()));
+            assert!(client_of(None, None) == Client::Unnamed && client_of(Some("x"), None) == Client::Unnamed);
+            assert!(client_of(Some("for=1.1.1.1"), Some("2.2.2.2")) == Client::Unnamed);
+            assert!(client_of(None, Some("127.0.0.1")) == Client::Address(Ipv4Addr::LOCALHOST.into()));
         }
     }
 
@@ -327,7 +327,7 @@ mod tests {
             (&["for=1.1.1.1;x=\", for=198.51.100.1;proto=\"https\""], UNNAMED),
             (&["for=1.1.1.1;x=\"", "for=198.51.100.1"], "198.51.100.1"),
         ] {
-            assert_eq!(said(PROXY, values, &[]), client, "{values:?}");
+            assert_eq!(client_of(PROXY, values, &[]), client, "{values:?}");
         }
     }
 
@@ -344,16 +344,16 @@ mod tests {
             (&["198.51.100.1,"], UNNAMED),
             (&[""], UNNAMED),
         ] {
-            assert_eq!(said(PROXY, &[], values), client, "{values:?}");
+            assert_eq!(client_of(PROXY, &[], values), client, "{values:?}");
         }
     }
 
     #[test]
     fn two_headers_count_only_if_they_agree() {
-        assert_eq!(said(PROXY, &["for=198.51.100.1"], &["198.51.100.1"]), "198.51.100.1");
-        assert_eq!(said(PROXY, &["for=1.1.1.1"], &["198.51.100.1"]), UNNAMED);
-        assert_eq!(said(PROXY, &["for=198.51.100.1"], &["1.1.1.1"]), UNNAMED);
-        assert_eq!(said(PROXY, &["nonsense"], &["198.51.100.1"]), UNNAMED);
+        assert_eq!(client_of(PROXY, &["for=198.51.100.1"], &["198.51.100.1"]), "198.51.100.1");
+        assert_eq!(client_of(PROXY, &["for=1.1.1.1"], &["198.51.100.1"]), UNNAMED);
+        assert_eq!(client_of(PROXY, &["for=198.51.100.1"], &["1.1.1.1"]), UNNAMED);
+        assert_eq!(client_of(PROXY, &["nonsense"], &["198.51.100.1"]), UNNAMED);
     }
 
     #[test]
@@ -385,11 +385,11 @@ mod tests {
         ) {
             let is_proxys = |found: &str| found == "198.51.100.1" || found == UNNAMED;
             for added in ["for=198.51.100.1", "for=\"198.51.100.1:4711\"", "for=198.51.100.1;proto=\"https\";by=\"_x\""] {
-                let found = said(PROXY, &[&format!("{text}, {added}")], &[]);
+                let found = client_of(PROXY, &[&format!("{text}, {added}")], &[]);
                 prop_assert!(is_proxys(&found), "{text} {found}");
-                prop_assert_eq!(said(PROXY, &[&text, added], &[]), "198.51.100.1");
+                prop_assert_eq!(client_of(PROXY, &[&text, added], &[]), "198.51.100.1");
             }
-            let found = said(PROXY, &[], &[&format!("{text}, 198.51.100.1")]);
+            let found = client_of(PROXY, &[], &[&format!("{text}, 198.51.100.1")]);
             prop_assert_eq!(found, "198.51.100.1");
         }
     }

@@ -3,6 +3,9 @@
 //!
 //! Each room of checks is a file: [`fleet`], [`listeners`], [`workers`]; checks shared with the worker's doctor are in
 //! [`wgkex_common::doctor`].
+//!
+//! No task, no state. Previous stop of a fact: [`crate::cli::doctor`]; next stop of a finding: the same command, which
+//! prints it. No key passes here.
 
 pub mod facts;
 mod fleet;

@@ -1,4 +1,8 @@
 //! Detects when files that the config names have a new content that is complete.
+//!
+//! No task of its own: [`watch`] runs in a task of its caller, [`crate::tls`] or [`crate::tenants`], which `run` of the
+//! broker owns. Previous stop of a file: the disk; next stop: its caller, which reads it again. No key of a router
+//! passes here.
 
 use std::fs::metadata;
 use std::os::unix::fs::MetadataExt as _;

@@ -1,9 +1,12 @@
-//! Which addresses are free: the arithmetic of pools, without IO and without an owner. A pool is a range of addresses
-//! in a network ([`Range`]), or a network that is cut into equal ones ([`Blocks`]); both number their members, and
-//! callers hand out the lowest free number.
+//! Which addresses are free: the arithmetic of pools. A pool is a range of addresses in a network
+//! ([`Range`]), or a network that is cut into equal ones ([`Blocks`]); both number their members, and callers hand out
+//! the lowest free number.
 //!
 //! Callers keep the taken numbers: in a database, of which [`lowest_free`] gets the taken numbers in order; or in
 //! memory, by a [`FreeList`].
+//!
+//! No IO, no task, no owner. Previous stop of a request: [`crate::registry`] or [`crate::tenants`]; next stop of the
+//! address: the same room, which leases it.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;

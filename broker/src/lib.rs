@@ -91,7 +91,7 @@ use crate::tls::Certificate;
 /// How long the MQTT server may take to acknowledge this broker's farewell.
 const FAREWELL_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long a session may take to disconnect, and the disk to take the last changes.
-const STOP_TIMEOUT: Duration = Duration::from_secs(1);
+const BROKER_TASKS_STOP_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long the embedded MQTT server may take to stop.
 const SERVER_STOP_TIMEOUT: Duration = Duration::from_secs(2);
 /// How often expired live keys are removed, idle rate limits, and clients of the registry that were long silent.
@@ -218,7 +218,9 @@ async fn start(config: Config) -> anyhow::Result<(Broker, Services)> {
     broker.start_http(&mut services, listeners, tenants_http)?;
     // Stopped before the HTTP server, which waits for its WebSockets to end.
     if let Some(service) = service {
-        services.group(STOP_TIMEOUT, None).spawn("the tenants", |stop| service.run(broker.keys.clone(), stop));
+        services
+            .group(BROKER_TASKS_STOP_TIMEOUT, None)
+            .spawn("the tenants", |stop| service.run(broker.keys.clone(), stop));
     }
     let Config { name, broker_listen, .. } = &broker.config;
     info!(version = env!("CARGO_PKG_VERSION"), broker = name.as_str(), %broker_listen, "broker started");
@@ -269,7 +271,7 @@ impl Broker {
     fn start_storage(&self, services: &mut Services, store: KeyStore, list_service: ListService) {
         let state_kept = self.metrics.fleet.state_kept.clone();
         services
-            .group(STOP_TIMEOUT, Some("the disk did not take the last state in time"))
+            .group(BROKER_TASKS_STOP_TIMEOUT, Some("the disk did not take the last state in time"))
             .spawn("the state file", |stop| store.run(move |is_kept| state_kept.set(i64::from(is_kept)), stop))
             .spawn("the access lists", |stop| {
                 list_service.run(
@@ -309,7 +311,7 @@ impl Broker {
         .with_services(shared.announced_tenants, shared.holder);
         let [of_session, of_keys] = [session.heartbeat(), keys_session.heartbeat()];
         services
-            .group(STOP_TIMEOUT, None)
+            .group(BROKER_TASKS_STOP_TIMEOUT, None)
             .spawn_watched("the MQTT session", of_session, |stop| {
                 session.run(move |event| primary.on_event(event), stop)
             })
@@ -318,7 +320,7 @@ impl Broker {
             });
         self.start_keys(services, sync_requests, sync_events);
         services
-            .group(STOP_TIMEOUT, Some("the disk did not take the last drains in time"))
+            .group(BROKER_TASKS_STOP_TIMEOUT, Some("the disk did not take the last drains in time"))
             .spawn("the drains", |stop| self.drains.clone().run(stop));
         services
             .group(2 * FAREWELL_TIMEOUT, None)
@@ -387,7 +389,7 @@ impl Broker {
         let TenantTasks { service, store, tokens, .. } = tasks;
         let state_kept = self.metrics.tenants.state_kept.clone();
         services
-            .group(STOP_TIMEOUT, Some("the disk did not take the last addresses of tenants in time"))
+            .group(BROKER_TASKS_STOP_TIMEOUT, Some("the disk did not take the last addresses of tenants in time"))
             .spawn("the addresses of tenants", |stop| {
                 store.run(move |is_kept| state_kept.set(i64::from(is_kept)), stop)
             });
@@ -409,7 +411,7 @@ impl Broker {
         if let Some((listener, token_hash)) = listeners.admin {
             let server = http::admin::server(listener, self.admin(token_hash))?;
             services.spawn("admin_listen", |stop| serve("admin_listen", server, stop));
-            info!(admin_listen = %self.config.admin_listen, "admin calls are taken");
+            info!(admin_listen = %self.config.admin_listen, "admin calls are served");
         }
         let observed = app.clone();
         services.spawn_service_manager(move || observed.not_ready_reason());

@@ -22,9 +22,9 @@ use wgkex_common::runtime::process;
 const ABOUT: &str = "Takes routers' WireGuard keys over HTTP and announces them to the gateways over MQTT";
 const AFTER_HELP: &str = "Reads /etc/wgkex.yaml, or the file named by --config or WGKEX_CONFIG_FILE. Without mqtt.broker_url in it, \
                           the broker is the MQTT server too, on mqtt_listen. Without a command it serves; status, \
-                          gateways and doctor ask the one that does, on broker_listen, and revoke, unrevoke, allow, trust, list, \
+                          gateways and doctor query the running broker, on broker_listen, and revoke, unrevoke, allow, trust, list, \
                           where, explain, drain and undrain on admin_listen, with the token. Exits with 0 when it is stopped, with 78 if its config has mistakes, with 1 \
-                          if it cannot serve; each command says in its own help how it ends. Exits with 64 if it is called wrongly. Colours are for \
+                          if it cannot serve; the help of each command names its exit codes. Exits with 64 if it is called wrongly. Colours are for \
                           terminals; NO_COLOR=1 takes them away.";
 
 #[derive(Parser)]
@@ -40,7 +40,7 @@ struct Args {
 enum Command {
     #[command(flatten)]
     Keys(admin_client::AdminCommand),
-    /// Shows which domains are served by which gateways, what is wrong now, and how keys fare
+    /// Shows which domains are served by which gateways, what is wrong now, and the results of key requests
     Status(StatusCommand),
     /// Shows each gateway: its state, version, peers, share and target, and why it is offline
     Gateways(GatewaysCommand),
@@ -58,7 +58,7 @@ enum Command {
     HashPassword,
     /// Makes a token by which clients may join a tenant, and prints it with its line for the file of tokens
     TenantToken(TenantToken),
-    /// Prints who may publish and subscribe to what, as an access list for another MQTT server: each of the configured
+    /// Prints an access list for another MQTT server, with the topics of each user: each of the configured
     /// workers may publish only on its own topics
     MqttAcl(MqttAcl),
     /// Adds, shows and removes the servers of the registry (registry.enabled)

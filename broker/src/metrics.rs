@@ -1,4 +1,7 @@
 //! The registry in which each room registers its own metrics.
+//!
+//! No task. Owner: `run` of the broker, which passes it to each room. Previous stop of a number: the room that counts;
+//! next stop: [`crate::http`], which serves `/metrics`. No key passes here.
 
 pub use wgkex_common::runtime::metrics::{MetricsRegistry, set};
 

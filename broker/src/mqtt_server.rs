@@ -92,7 +92,7 @@ const WARNING_INTERVAL: Duration = Duration::from_secs(60);
 /// How long to wait before the next `accept` when the system has no more descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// How long the server may take to stop.
-const STOP_TIMEOUT: Duration = Duration::from_secs(1);
+const THREAD_STOP_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The server, on threads of its own.
 pub struct MqttServer {
@@ -100,7 +100,7 @@ pub struct MqttServer {
     credentials: Credentials,
     problems: ClientProblems,
     certificate: Option<Arc<Certificate>>,
-    over: CancellationToken,
+    stop: CancellationToken,
     /// Sent once.
     ended: Option<oneshot::Receiver<()>>,
 }
@@ -123,9 +123,9 @@ impl MqttServer {
         let broker = Arc::new(MessageBroker::open(retained, room + OWN_MAX, metrics.clone())?);
         let problems = broker.problems.clone();
         let server = Context { broker, refusals: Arc::default(), metrics: metrics.clone() };
-        let (over, ended) = server.start((public, endpoint), (own, own_endpoint), file)?;
+        let (stop, ended) = server.start((public, endpoint), (own, own_endpoint), file)?;
         info!(mqtt_listen = %config.address, users, tls = has_tls, retained = kept, "MQTT server started");
-        Ok(Self { own: address, credentials, problems, certificate, over, ended: Some(ended) })
+        Ok(Self { own: address, credentials, problems, certificate, stop, ended: Some(ended) })
     }
 
     /// Returns when it ends without having been stopped.
@@ -159,9 +159,9 @@ impl MqttServer {
     /// Ends it: the ports are free, all connections closed, and the retained messages are on disk. No will is published:
     /// clients reconnect to the next server, and the wills of those that do not are due then.
     pub async fn stop(self) {
-        self.over.cancel();
+        self.stop.cancel();
         if let Some(ended) = self.ended
-            && timeout(STOP_TIMEOUT, ended).await.is_err()
+            && timeout(THREAD_STOP_TIMEOUT, ended).await.is_err()
         {
             error!("the disk did not take the last retained messages in time");
         }
@@ -202,14 +202,14 @@ impl Context {
         own: (TcpListener, MqttEndpoint),
         file: File,
     ) -> anyhow::Result<(CancellationToken, oneshot::Receiver<()>)> {
-        let (over, (end, ended)) = (CancellationToken::new(), oneshot::channel());
-        let stop = over.clone();
+        let (stop, (end, ended)) = (CancellationToken::new(), oneshot::channel());
+        let stop_signal = stop.clone();
         let (starts, started) = mpsc::channel();
         thread::Builder::new().name("mqttd".into()).spawn(move || {
             match self.open(public, own) {
                 Ok((runtime, own_runtime, endpoints)) => {
                     let _ = starts.send(Ok(()));
-                    runtime.block_on(self.run(endpoints, file, stop));
+                    runtime.block_on(self.run(endpoints, file, stop_signal));
                     runtime.shutdown_background();
                     own_runtime.shutdown_background();
                 }
@@ -219,7 +219,7 @@ impl Context {
             let _ = end.send(());
         })?;
         started.recv().context("the MQTT server does not start")??;
-        Ok((over, ended))
+        Ok((stop, ended))
     }
 
     /// Accepts clients at both endpoints from now on.

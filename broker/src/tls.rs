@@ -1,5 +1,8 @@
-//! The certificate of a TLS listener, for HTTPS and for MQTT. One task for each, [`Certificate::watch`], reads it again
-//! when its files change; new connections get the new one.
+//! The certificate of a TLS listener, for HTTPS and for MQTT.
+//!
+//! Tasks: one for each, [`Certificate::watch`], reads it again when its files change; new connections get the new one.
+//! Owner: `run` of the broker. Previous stop of a certificate: [`crate::file_watcher`]; next stop: the listeners of
+//! [`crate::http`] and [`crate::mqtt_server`].
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -148,7 +151,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_certificate_says_when_it_begins_and_ends() {
+    fn the_validity_of_a_certificate_is_read_from_it() {
         let mut params = CertificateParams::new(["localhost".to_owned()]).unwrap();
         (params.not_before, params.not_after) = (date_time_ymd(2020, 1, 1), date_time_ymd(2020, 1, 11));
         let certificate = params.self_signed(&KeyPair::generate().unwrap()).unwrap();

@@ -61,7 +61,7 @@ pub use self::mqtt::{Credentials, Mqtt, MqttAddress, Tls, password_in};
 pub use self::mqtt_listen::{MqttListen, MqttUser, Role};
 pub use self::peers::{Cleanup, Confirm, LiveKeyLimits, PeerLimits};
 pub use self::problem::ConfigProblem;
-use self::problem::{ABSENT, UNREAD};
+use self::problem::{CONFIG_ABSENT, UNREAD};
 use self::raw::Raw;
 pub use self::rebalance::Rebalance;
 pub use self::registry::{RegistrySettings, Storage};
@@ -262,7 +262,7 @@ impl Config {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Err(ConfigError::of_file(
                 file,
                 format!(
-                    "{ABSENT} (wgkex.yaml.example shows how), name another file in WGKEX_CONFIG_FILE, or set \
+                    "{CONFIG_ABSENT} (wgkex.yaml.example shows how), name another file in WGKEX_CONFIG_FILE, or set \
                      WGKEX_DOMAINS and WGKEX_DOMAIN_PREFIXES instead of a file"
                 ),
             )),

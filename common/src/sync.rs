@@ -32,7 +32,7 @@ const FULL_REQUEST_INTERVAL: Duration = Duration::from_secs(3600);
 /// How long a chunk may take before its request is sent again; doubled each time, for slow lines.
 const CHUNK_TIMEOUT: Duration = Duration::from_secs(3);
 /// How often a request is sent before another broker is tried.
-const TRIES_MAX: u32 = 3;
+const REQUEST_TRIES_MAX: u32 = 3;
 /// How long a broker that did not answer is skipped.
 const COOLDOWN: Duration = Duration::from_secs(30);
 /// Changes from shortly before the last round are requested again: they may have been in transit.
@@ -40,9 +40,9 @@ const OVERLAP: Duration = Duration::from_secs(10);
 /// Clients that reconnect at once, after a restart of their MQTT server, spread over this time.
 const JITTER: Duration = Duration::from_secs(1);
 /// Brokers that are remembered at most.
-const BROKERS_MAX: usize = 4096;
+const SYNC_BROKERS_MAX: usize = 4096;
 /// Queued events for the client at most; dropped chunks are requested again.
-const EVENTS_MAX: usize = 1024;
+const SYNC_EVENTS_MAX: usize = 1024;
 
 /// The selection of brokers to ask.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -124,7 +124,9 @@ impl SyncClient {
         };
         let is_own = matches!(&self.own, Participant::Broker(own) if own == name);
         if is_own
-            || (self.brokers.len() >= BROKERS_MAX && !self.brokers.contains_key(name) && !self.evict_unresponsive())
+            || (self.brokers.len() >= SYNC_BROKERS_MAX
+                && !self.brokers.contains_key(name)
+                && !self.evict_unresponsive())
         {
             return false;
         }
@@ -195,7 +197,7 @@ impl SyncClient {
             return None;
         }
         self.state = match std::mem::replace(&mut self.state, SyncState::Offline) {
-            SyncState::InRound(round) if round.tries < TRIES_MAX => SyncState::InRound(round),
+            SyncState::InRound(round) if round.tries < REQUEST_TRIES_MAX => SyncState::InRound(round),
             SyncState::InRound(round) => {
                 debug!(broker = round.broker.as_str(), "broker does not answer sync requests");
                 if let Some(broker) = self.brokers.get_mut(&round.broker) {
@@ -288,7 +290,7 @@ impl SyncClient {
 
 impl Round {
     fn patience(&self) -> Duration {
-        CHUNK_TIMEOUT * 2_u32.pow(self.tries.saturating_sub(1).min(TRIES_MAX))
+        CHUNK_TIMEOUT * 2_u32.pow(self.tries.saturating_sub(1).min(REQUEST_TRIES_MAX))
     }
 }
 
@@ -331,7 +333,7 @@ pub type SyncReceiver = mpsc::Receiver<SyncEvent>;
 /// The queue of events to a client.
 #[must_use]
 pub fn channel() -> (SyncSender, SyncReceiver) {
-    mpsc::channel(EVENTS_MAX)
+    mpsc::channel(SYNC_EVENTS_MAX)
 }
 
 /// Sends the requests of `client` on `bus`, and calls `take` for the keys of each chunk before it requests the next
@@ -348,7 +350,7 @@ pub async fn run<F: Future<Output = ()>>(
         let now = Instant::now();
         if let Some((broker, request)) = client.ask(now) {
             if request.younger_than.is_none() && request.after.is_none() {
-                info!(broker = broker.as_str(), domain = request.domain, "asking for all live keys");
+                info!(broker = broker.as_str(), domain = request.domain, "requesting all live keys");
             }
             let payload = serde_json::to_vec(&request).unwrap_or_default();
             // A lost request is sent again.

@@ -94,7 +94,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_is_written_for_its_owner_and_only_if_it_differs_and_never_over_somebody_elses() {
+    fn a_file_is_written_for_its_owner_and_only_if_it_differs_and_never_over_another_users() {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("wireguard/s1.conf");
         let text = |body: &str| format!("{MARK}{body}");

@@ -15,7 +15,7 @@ use tokio::sync::oneshot;
 use crate::DEADLINE;
 
 /// The largest packet that MQTT allows.
-const PACKET_MAX: usize = 268_435_455;
+const PROTOCOL_PACKET_MAX: usize = 268_435_455;
 
 /// A message that was received, or is to be published.
 #[derive(Clone, PartialEq, Eq)]
@@ -116,7 +116,7 @@ impl Role {
 
     fn options(&self, server: SocketAddr) -> MqttOptions {
         let mut options = MqttOptions::new(&self.id, server.ip().to_string(), server.port());
-        options.set_max_packet_size(PACKET_MAX, PACKET_MAX).set_keep_alive(Duration::from_secs(30));
+        options.set_max_packet_size(PROTOCOL_PACKET_MAX, PROTOCOL_PACKET_MAX).set_keep_alive(Duration::from_secs(30));
         if let Some(will) = &self.will {
             options.set_last_will(LastWill::new(&will.topic, will.payload.clone(), qos(will.qos), will.retain));
         }

@@ -12,7 +12,7 @@ use crate::stack::{Plan, free_address};
 use crate::wait_within;
 
 /// The program behind the package's command, which would change to another user and write to the machine's directories.
-const PROGRAM: &str = "/usr/lib/rabbitmq/bin/rabbitmq-server";
+const RABBITMQ_PROGRAM: &str = "/usr/lib/rabbitmq/bin/rabbitmq-server";
 
 /// It starts slowly: for 6 s it waits for other nodes.
 const START: Duration = Duration::from_secs(180);
@@ -33,7 +33,7 @@ impl RabbitMq {
     /// Starts one with its files below `dir`, and waits until it serves on `mqtt`.
     #[must_use]
     pub fn start(plan: &Plan, mqtt: SocketAddr, dir: &Path) -> Self {
-        assert!(Path::new(PROGRAM).exists(), "RabbitMQ is missing: apt-get install rabbitmq-server");
+        assert!(Path::new(RABBITMQ_PROGRAM).exists(), "RabbitMQ is missing: apt-get install rabbitmq-server");
         let (plan, dir) = (plan.clone(), dir.join("rabbitmq"));
         let (epmd_port, node_port) = (free_address().port(), free_address().port());
         fs::create_dir_all(&dir).expect("a directory");
@@ -64,7 +64,7 @@ impl RabbitMq {
 }
 
 fn server(plan: &Plan, dir: &Path, epmd_port: u16, node_port: u16) -> Process {
-    let mut command = program(plan, PROGRAM);
+    let mut command = program(plan, RABBITMQ_PROGRAM);
     command
         .env("HOME", dir)
         .env("ERL_EPMD_PORT", epmd_port.to_string())

@@ -163,7 +163,7 @@ fn each_program_writes_completions_for_five_shells_and_a_manual_page_for_each_co
 }
 
 #[test]
-fn hash_password_says_what_is_missing() {
+fn hash_password_names_what_is_missing() {
     let output = run("wgkex-broker", &["hash-password"]);
     let error = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1));
@@ -171,10 +171,10 @@ fn hash_password_says_what_is_missing() {
 }
 
 #[test]
-fn the_commands_that_look_at_a_program_say_how_they_end() {
+fn the_commands_that_look_at_a_program_document_their_exit_codes() {
     for (program, command, said) in [
         ("wgkex-worker", "status", "with 3 if something is wrong, with 1 if the worker cannot be reached"),
-        ("wgkex-worker", "dry-run", "with 1 if that cannot be told"),
+        ("wgkex-worker", "dry-run", "with 1 if the changes cannot be computed"),
         ("wgkex-worker", "doctor", "with 1 for warnings, with 3 for failures"),
         ("wgkex-broker", "doctor", "with 1 for warnings, with 3 for failures"),
     ] {
@@ -208,7 +208,7 @@ fn help(program: &str, words: &[String]) -> String {
 }
 
 #[test]
-fn every_command_says_how_it_ends_and_is_in_the_table_of_exit_codes() {
+fn every_command_documents_its_exit_codes_and_is_in_the_table_of_them() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let text = fs::read_to_string(root.join("deploy/docs/commands.md")).unwrap();
     let (_, table) = text.split_once("## Exit codes").unwrap();

@@ -71,7 +71,7 @@ fn issue(stack: &Stack, not_after: Option<i32>) {
 }
 
 #[test]
-fn a_broker_on_which_all_is_well_passes_and_a_stopped_one_is_said_to_be_stopped() {
+fn a_broker_on_which_all_is_well_passes_and_a_stopped_one_is_a_finding() {
     let mut stack = Stack::start(Plan::new(Bus::Embedded));
     let _worker = Worker::start(&stack, "gw1", WorkerBehaviour::Confirms, 7);
     stack.wait_for_gateways(1);
@@ -215,7 +215,7 @@ fn a_used_port_is_named_with_its_process() {
     drop(taken);
     let _taken = TcpListener::bind(stack.http).unwrap();
     assert_reports(&stack, &format!("fail broker_listen: {} is taken by process {this} ", stack.http), "end that");
-    assert_reports(&stack, "fail broker: no broker answers on ", "see below who has the port");
+    assert_reports(&stack, "fail broker: no broker answers on ", "see below which process has the port");
 }
 
 #[test]
@@ -225,7 +225,7 @@ fn the_problems_of_the_running_broker_are_lines() {
     stack.wait_for_gateways(1);
     assert_reports(
         &stack,
-        "warn fleet: gateway gw9, which the config names, is offline: nothing was heard of it",
+        "warn fleet: gateway gw9, which the config names, is offline: it has published nothing",
         "workers",
     );
     worker.probe.publish(peers_of("gw1", "ffx_b", "-1"));
@@ -277,7 +277,7 @@ fn workers_without_a_user_and_users_without_a_worker_are_named() {
     let user = |name: &str| format!("{name}: {{password_hash: \"{}\"}}", hash(name));
     let listen = format!("users: {{{}, {}}}", user("gw1"), user("gw3"));
     let stack = Stack::start(Plan::new(Bus::Embedded).listen(&listen).config("workers: {gw1: {}, gw2: {}}"));
-    assert_reports(&stack, "warn mqtt_listen.users: workers names gw2, who cannot connect", "hash-password");
+    assert_reports(&stack, "warn mqtt_listen.users: workers names gw2, which cannot connect", "hash-password");
     assert_reports(&stack, "warn mqtt_listen.users: no worker is known that uses gw3", "take the user out");
 }
 

@@ -332,7 +332,7 @@ fn a_full_list_still_takes_revocations_and_reports_entries_without_room() {
     wait_until("what does not fit is counted", || {
         stack.metric("wgkex_broker_list_entries_refused_total{reason=\"full\"}").filter(|refused| *refused > 0.0)
     });
-    stack.broker().wait_for_log("list entries of other brokers are not taken in");
+    stack.broker().wait_for_log("list entries of other brokers are refused");
     assert_eq!(statuses(&stack, &key(1)), [403, 403], "it is the newest");
     assert_refused(&revoke(3), 507, "what is taken off a list makes room");
     assert_eq!(operator.call("POST", "/v1/unrevoke", &json!({ "key": key(15_000) })).status, 200);

@@ -8,7 +8,7 @@ use wgkex_tests::probe::{Message, Probe, Role, message};
 use wgkex_tests::process::Process;
 use wgkex_tests::{key, wait_until};
 
-const NAME: &str = "gateway";
+const GATEWAY_NAME: &str = "gateway";
 
 /// A gateway at a Mosquitto without a broker of ours, and an original broker that receives every message.
 struct Scene {
@@ -19,7 +19,7 @@ struct Scene {
 
 impl Scene {
     fn new() -> Self {
-        let host = Host::new(NAME, Lane::Userspace);
+        let host = Host::new(GATEWAY_NAME, Lane::Userspace);
         host.configure("mqtt: {broker_url: 127.0.0.1}\n");
         host.setup();
         let mosquitto = host.start_mosquitto();
@@ -54,9 +54,9 @@ impl Scene {
         let address =
             self.host.run(&format!("ip -6 -o addr show dev wg-{rest} | awk '{{sub(\"/.*\", \"\", $4); print $4}}'"));
         let data = format!(
-            r#"{{"ExternalAddress":"{NAME}","Port":{port},"PublicKey":"{public_key}","LinkAddress":"{address}"}}"#
+            r#"{{"ExternalAddress":"{GATEWAY_NAME}","Port":{port},"PublicKey":"{public_key}","LinkAddress":"{address}"}}"#
         );
-        message(format!("wireguard-worker/{NAME}/test_{rest}/data"), data, 1, false)
+        message(format!("wireguard-worker/{GATEWAY_NAME}/test_{rest}/data"), data, 1, false)
     }
 }
 
@@ -65,21 +65,21 @@ fn connect(host: &Host, role: Role) -> Probe {
 }
 
 fn status(status: &str) -> Message {
-    message(format!("wireguard-worker/{NAME}/status"), status, 1, false)
+    message(format!("wireguard-worker/{GATEWAY_NAME}/status"), status, 1, false)
 }
 
 fn peers(rest: &str, peers: &str, qos: u8) -> Message {
-    message(format!("wireguard-metrics/test_{rest}/{NAME}/connected_peers"), peers, qos, false)
+    message(format!("wireguard-metrics/test_{rest}/{GATEWAY_NAME}/connected_peers"), peers, qos, false)
 }
 
 fn hello(payload: &str) -> Message {
-    message(format!("wgkex/worker/{NAME}/hello"), payload, 1, false)
+    message(format!("wgkex/worker/{GATEWAY_NAME}/hello"), payload, 1, false)
 }
 
 fn applied(domain: &str, keys: &[String]) -> Message {
     let keys = serde_json::to_string(keys).expect("JSON");
     let payload = format!(r#"{{"domain":"{domain}","installed":{keys},"failed":{{}}}}"#);
-    message(format!("wgkex/worker/{NAME}/applied"), payload, 1, false)
+    message(format!("wgkex/worker/{GATEWAY_NAME}/applied"), payload, 1, false)
 }
 
 /// The messages of a worker on every connection: hello and states, then its online status, and the hello again.
@@ -128,7 +128,7 @@ fn a_workers_session_with_an_original_broker_is_the_contracts_to_the_byte() {
     }
 
     // Another client of its name ends its connection; the worker publishes its states again on the next one.
-    scene.connect(Role::new(NAME, &[])).drop_connection();
+    scene.connect(Role::new(GATEWAY_NAME, &[])).drop_connection();
     assert_eq!(scene.received(so_far, 1), [status("0")]);
     assert_eq!(scene.received(so_far + 1, 7), greeting(&scene));
     so_far += 8;

@@ -108,7 +108,7 @@ fn start_wireguard(host: &Host, interface: &str) -> Process {
 }
 
 #[test]
-fn a_broker_says_that_it_is_ready_reads_again_and_stops() {
+fn a_broker_reports_that_it_is_ready_reads_again_and_stops() {
     let manager = Manager::new();
     let mut stack = Stack::start(manager.plan(Bus::Embedded));
     let before = manager.until("READY=1");

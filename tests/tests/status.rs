@@ -235,7 +235,7 @@ fn gateways_that_publish_the_same_are_one_warning_and_stand_on_the_page() {
 }
 
 #[test]
-fn the_log_says_why_a_gateway_goes_offline() {
+fn the_log_has_the_reason_why_a_gateway_goes_offline() {
     let mut stack = Stack::start(Plan::new(Bus::Embedded));
     let workers = ["gw1", "gw2"].map(|name| Worker::start(&stack, name, WorkerBehaviour::Confirms, 7));
     stack.wait_for_gateways(2);
@@ -415,7 +415,7 @@ fn operated(config: &str) -> (Stack, Operator) {
 }
 
 #[test]
-fn allowing_a_key_where_all_may_come_says_that_it_has_no_effect() {
+fn allowing_a_key_where_all_may_come_warns_that_it_has_no_effect() {
     let (stack, operator) = operated("");
     let allowed = operator.run(&stack, &["allow", &key(1)]);
     let said = String::from_utf8_lossy(&allowed.stderr).into_owned();
@@ -431,7 +431,7 @@ fn allowing_a_key_where_all_may_come_says_that_it_has_no_effect() {
 }
 
 #[test]
-fn an_admin_command_that_reaches_nobody_says_which_address_it_tried() {
+fn an_admin_command_that_reaches_no_broker_names_the_address_that_it_tried() {
     let (mut stack, operator) = operated("");
     let _ = stack.stop_broker();
     let failed = operator.run(&stack, &["where", &key(1)]);
@@ -572,7 +572,7 @@ fn explain_names_the_gateway_that_a_request_gets_and_changes_nothing() {
 }
 
 #[test]
-fn explain_says_what_stands_in_the_way_of_a_key() {
+fn explain_names_what_stands_in_the_way_of_a_key() {
     let (stack, operator) = operated("");
     let nobody = asked(&operator, &format!("/v1/explain?key={}", encoded(&key(1))))["domains"][0].clone();
     assert_eq!((&nobody["refused"]["reason"], &nobody["gateway"]), (&json!("no_gateway"), &Value::Null));

@@ -3,6 +3,9 @@
 //!
 //! Each group of checks is a file: [`process`], [`interfaces`], [`machine`], [`bus`]; the checks that the broker's
 //! doctor makes, too, are in [`wgkex_common::doctor`].
+//!
+//! No task, no state. Previous stop of a fact: [`crate::cli::doctor`]; next stop of a finding: the same command, which
+//! prints it. No key passes here.
 
 mod bus;
 pub mod facts;

@@ -1,5 +1,7 @@
-//! `dry-run`: the changes that a worker would make in the kernel now, as equivalent commands. No IO: the tables and the
-//! state are read by [`crate::cli::dry_run`], the changes are planned by [`preview`].
+//! `dry-run`: the changes that a worker would make in the kernel now, as equivalent commands. No IO, no task, no state.
+//!
+//! Previous stop of a key: [`crate::cli::dry_run`], which reads the tables and the state, and [`preview`], which plans
+//! the changes; next stop: the same command, which prints them.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -25,14 +27,14 @@ pub struct Command {
 #[must_use]
 pub fn commands(interface: &Interface, device: &Device, planned: &[Planned]) -> Vec<Command> {
     let commands = planned.iter().flat_map(|Planned { reason, changes }| {
-        let changes = changes.iter().filter(|change| *reason == Reason::Silent || !is_so(device, change));
+        let changes = changes.iter().filter(|change| *reason == Reason::Silent || !is_applied(device, change));
         changes.map(|change| Command { command: command(interface, device, change), reason: reason.text() })
     });
     commands.collect()
 }
 
 /// Whether the change is already in the tables: the worker applies it all the same, as it is idempotent.
-fn is_so(device: &Device, change: &Change) -> bool {
+fn is_applied(device: &Device, change: &Change) -> bool {
     match change {
         Change::SetPeer(PeerConfig { key, allowed_ips, keepalive, preshared }) => {
             device.peers.get(key).is_some_and(|actual| {
@@ -45,7 +47,7 @@ fn is_so(device: &Device, change: &Change) -> bool {
         Change::AddFdb(address) => device.fdb.contains(address),
         Change::ReplacePeer(peer) => {
             let has = |actual: &Peer| actual.allowed_ips.iter().all(|network| peer.allowed_ips.contains(network));
-            is_so(device, &Change::SetPeer(peer.clone())) && device.peers.get(&peer.key).is_some_and(has)
+            is_applied(device, &Change::SetPeer(peer.clone())) && device.peers.get(&peer.key).is_some_and(has)
         }
         Change::RemovePeer(key) => !device.peers.contains_key(key),
         Change::RemoveRoute(network) => !device.routes.contains(network),
@@ -141,11 +143,11 @@ mod tests {
         Clocks { monotonic: Instant::now() + 24 * HOUR, wall: SystemTime::now() }
     }
 
-    fn said(device: &Device, remembered: &[(u32, Duration)], denied: &[u32], now: Clocks) -> Vec<String> {
-        said_past(None, device, remembered, denied, now)
+    fn previewed(device: &Device, remembered: &[(u32, Duration)], denied: &[u32], now: Clocks) -> Vec<String> {
+        previewed_past(None, device, remembered, denied, now)
     }
 
-    fn said_past(
+    fn previewed_past(
         deadline: Option<Deadline>,
         device: &Device,
         remembered: &[(u32, Duration)],
@@ -195,7 +197,7 @@ mod tests {
     fn tables_that_are_as_they_should_be_are_left_alone() {
         let now = now();
         let device = device(&[(1, Some(HOUR)), (2, None)], now);
-        assert_eq!(said(&device, &[(1, 2 * HOUR), (2, HOUR / 60)], &[], now), Vec::<String>::new());
+        assert_eq!(previewed(&device, &[(1, 2 * HOUR), (2, HOUR / 60)], &[], now), Vec::<String>::new());
     }
 
     #[test]
@@ -206,18 +208,21 @@ mod tests {
         device.fdb.remove(&key(2).link_local());
         let [[_, route, _], [_, _, flood]] = [1, 2].map(|n| all(n, ["set", "add", "append"]));
         let expected = because(&[route, flood], Reason::Missing);
-        assert_eq!(said(&device, &[(1, 2 * HOUR), (2, 2 * HOUR)], &[], now), expected);
+        assert_eq!(previewed(&device, &[(1, 2 * HOUR), (2, 2 * HOUR)], &[], now), expected);
         let mut without_peer = device.clone();
         without_peer.peers.remove(&key(1));
         let [peer, _, _] = all(1, ["set", "add", "append"]);
         let again = because(&[peer, all(1, ["set", "add", "append"])[1].clone(), expected_flood(2)], Reason::Missing);
         assert_eq!(
-            said(&without_peer, &[(1, 2 * HOUR), (2, 2 * HOUR)], &[], now),
+            previewed(&without_peer, &[(1, 2 * HOUR), (2, 2 * HOUR)], &[], now),
             again,
             "what it has left is no orphan"
         );
         let whole = because(&all(3, ["set", "add", "append"]), Reason::Missing);
-        assert_eq!(said(&device, &[(1, 2 * HOUR), (2, 2 * HOUR), (3, HOUR)], &[], now), [whole, expected].concat());
+        assert_eq!(
+            previewed(&device, &[(1, 2 * HOUR), (2, 2 * HOUR), (3, HOUR)], &[], now),
+            [whole, expected].concat()
+        );
     }
 
     #[test]
@@ -231,14 +236,14 @@ mod tests {
         // The third key arrived a minute ago.
         let remembered = [(1, 5 * HOUR), (2, 5 * HOUR), (3, HOUR / 60), (4, HOUR)];
         let swept = [removal(1), removal(4)].concat();
-        assert_eq!(said(&stale, &remembered, &[], now), because(&swept, Reason::Stale));
-        let denied = said(&stale, &remembered, &[2], now);
+        assert_eq!(previewed(&stale, &remembered, &[], now), because(&swept, Reason::Stale));
+        let denied = previewed(&stale, &remembered, &[2], now);
         assert_eq!(denied, [because(&removal(2), Reason::Denied), because(&swept, Reason::Stale)].concat());
 
         let mut orphans = device(&[], now);
         orphans.routes.insert(host(key(5).link_local()));
         let [_, route, _] = all(5, ["remove", "del", "del"]);
-        assert_eq!(said(&orphans, &[], &[], now), because(&[route], Reason::Orphaned));
+        assert_eq!(previewed(&orphans, &[], &[], now), because(&[route], Reason::Orphaned));
     }
 
     #[test]
@@ -249,7 +254,7 @@ mod tests {
         let [peer, route, flood] = all(2, ["remove", "del", "del"]);
         let remembered = [(1, 3 * HOUR), (2, 3 * HOUR), (3, HOUR / 60)];
         let expected = because(&[route, flood, peer], Reason::Drained);
-        assert_eq!(said_past(Some(deadline), &device, &remembered, &[], now), expected);
+        assert_eq!(previewed_past(Some(deadline), &device, &remembered, &[], now), expected);
     }
 
     #[test]

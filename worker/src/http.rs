@@ -1,7 +1,8 @@
 //! `/metrics`, `/healthz`, `/readyz` and `/status.json`, for monitoring a gateway.
 //!
 //! One task, [`serve`]; each address has a server with one thread of actix's. Owner: `run` of the worker. No key passes
-//! here: each room registers its metrics in the [`MetricsRegistry`] that is read here.
+//! here. Previous stop of a number: the [`MetricsRegistry`], in which each room registers its metrics, and the states that
+//! [`crate::reconciler`], [`crate::leases`] and [`crate::bus`] publish; next stop: [`crate::status`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::pending;
@@ -71,18 +72,18 @@ pub struct HttpState {
 
 /// Serves for ever. A port that is taken is logged once and tried again: keys matter more than metrics.
 pub async fn serve(listen: Listen, state: HttpState) {
-    let mut said = false;
+    let mut is_logged = false;
     loop {
         match bind(&listen, &state) {
             Ok(servers) => {
                 info!(worker_listen = %listen, "metrics are served");
-                said = false;
+                is_logged = false;
                 if let Err(error) = try_join_all(servers.into_iter().map(|server| server.run(pending()))).await {
                     error!(worker_listen = %listen, %error, "metrics are not served any more");
                 }
             }
-            Err(error) if !said => {
-                said = true;
+            Err(error) if !is_logged => {
+                is_logged = true;
                 let owner = taken_by(&listen.host, listen.port, &error);
                 error!(worker_listen = %listen, %error, owner, "metrics are not served, this is tried again");
             }

@@ -70,7 +70,7 @@ const FAREWELL_TIMEOUT: Duration = Duration::from_secs(1);
 /// How often to check which published keys and addresses of other gateways have been stable long enough to be reserved.
 const STABLE_CHECK_INTERVAL: Duration = Duration::from_secs(10);
 /// How long a session may take to disconnect, and the disk to take the last changes.
-const STOP_TIMEOUT: Duration = Duration::from_millis(500);
+const WORKER_TASKS_STOP_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// The effect of each changed key of the config on a running worker that was started with `config`.
 fn key_use(config: &Config) -> KeyUse {
@@ -251,16 +251,16 @@ impl Worker {
         let mut services = Services::default();
         self.start_storage(&mut services, tasks.store, tasks.lists);
         let heartbeat = reconciler.heartbeat();
-        services.group(STOP_TIMEOUT, None).spawn_watched("the reconciler", heartbeat, |stop| reconciler.run(stop));
+        services
+            .group(WORKER_TASKS_STOP_TIMEOUT, None)
+            .spawn_watched("the reconciler", heartbeat, |stop| reconciler.run(stop));
         // Before the publisher, which ends when the drain watch ends, and has to publish the status offline.
         services.background().spawn("the drain", |_| drain.run());
         self.start_bus(&mut services, sessions, tasks.reports, tasks.reserved, tasks.lease_sender, tasks.clocks);
         if let Some(task) = leases {
-            services.group(STOP_TIMEOUT, Some("the disk did not take the last leases in time")).spawn_watched(
-                "the leases",
-                task.heartbeat(),
-                |stop| task.run(stop),
-            );
+            services
+                .group(WORKER_TASKS_STOP_TIMEOUT, Some("the disk did not take the last leases in time"))
+                .spawn_watched("the leases", task.heartbeat(), |stop| task.run(stop));
         }
         self.start_http(&mut services);
         services
@@ -271,7 +271,7 @@ impl Worker {
         state_kept.set(i64::from(!store.is_failing()));
         let apply_lists = lists::apply(self.reconciler.clone(), self.metrics.lists.clone());
         services
-            .group(STOP_TIMEOUT, Some("the disk did not take the last state in time"))
+            .group(WORKER_TASKS_STOP_TIMEOUT, Some("the disk did not take the last state in time"))
             .spawn("the state file", |stop| store.run(move |is_kept| state_kept.set(i64::from(is_kept)), stop))
             .spawn("the access lists", |stop| list_service.run(self.confirmations.clone(), apply_lists, stop));
     }
@@ -299,7 +299,7 @@ impl Worker {
             subscriber::on_secondary_event(reconciler.clone(), sync_sender, lists.clone(), leases, clocks, metrics);
         let [of_session, of_confirming] = [session.heartbeat(), confirming.heartbeat()];
         services
-            .group(STOP_TIMEOUT, None)
+            .group(WORKER_TASKS_STOP_TIMEOUT, None)
             .spawn_watched("the MQTT session", of_session, |stop| session.run(on_event, stop))
             .spawn_watched("the MQTT session for confirmations", of_confirming, |stop| {
                 confirming.run(on_confirming_event, stop)
@@ -367,11 +367,8 @@ impl Worker {
 impl Metrics {
     fn register(config: &Config) -> Result<Self, prometheus::Error> {
         let registry = MetricsRegistry::default();
-        let version = registry.gauges(
-            "wgkex_worker_build_info",
-            "Always 1; the label says which program this is.",
-            &["version"],
-        )?;
+        let version =
+            registry.gauges("wgkex_worker_build_info", "Always 1; the label names the program.", &["version"])?;
         version.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         Ok(Self {
             bus: bus::Metrics::register(&registry)?,

@@ -22,7 +22,7 @@ use wgkex_worker::setup;
 
 const ABOUT: &str = "Puts the WireGuard keys that wgkex-broker announces over MQTT into this gateway's kernel";
 const AFTER_HELP: &str = "Reads /etc/wgkex.yaml, or the file named by --config or WGKEX_CONFIG_FILE. Needs CAP_NET_ADMIN and gives up every other privilege. \
-                          Exits with 0 when it is stopped, with 78 if its config has mistakes, with 1 if it cannot serve; each command says in its own help how it ends. Exits \
+                          Exits with 0 when it is stopped, with 78 if its config has mistakes, with 1 if it cannot serve; the help of each command names its exit codes. Exits \
                           with 64 if it is called wrongly. Colours are for terminals; NO_COLOR=1 takes them away.";
 
 #[derive(Parser)]
@@ -55,7 +55,7 @@ enum Command {
     Status(StatusCommand),
     /// Shows what the worker would change in the kernel now, as commands of wg, ip and bridge, and changes nothing
     #[command(
-        after_help = "Exits with 0, or with 1 if that cannot be told. Reads a copy of the state file. The commands have whole keys."
+        after_help = "Exits with 0, or with 1 if the changes cannot be computed. Reads a copy of the state file. The commands have whole keys."
     )]
     DryRun(DryRun),
     /// Checks everything that the worker needs, and prints what to do about each thing that is wrong; changes nothing

@@ -135,7 +135,7 @@ impl KnownPeers {
             let networks = desired.as_ref().map_or(&[][..], DesiredPeer::networks);
             entry.observe(peer, now, since_last_read);
             let is_free = || !reserved.has_key(key) && !networks.iter().any(|network| has_address(reserved, network));
-            let may_be_ours = is_free() || (entry.is_established_router() && !reserved.lists(key));
+            let may_be_ours = is_free() || (entry.is_admitted_and_established() && !reserved.lists(key));
             let ownership = entry.set_ownership(desired.as_ref(), peer, may_be_ours);
             if ownership == Ownership::Foreign {
                 owners.add_foreign(*key, peer.allowed_ips.iter().copied());
@@ -188,7 +188,8 @@ impl KnownPeers {
         let again = self.pending.keys().filter(|key| self.table.contains(key));
         steps.extend(again.filter_map(|key| self.profile.desired(key)).map(Step::install));
         let damaged = self.damaged(device).into_iter().filter(|key| {
-            let is_free = || !reserved.is_reserved(key) || (self.is_established_router(key) && !reserved.lists(key));
+            let is_free =
+                || !reserved.is_reserved(key) || (self.is_admitted_and_established(key) && !reserved.lists(key));
             self.table.has_ours(key) && !self.pending.contains(key) && is_free()
         });
         steps.extend(plan::repair(device, damaged.filter_map(|key| self.profile.desired(&key))));

@@ -2,8 +2,10 @@
 //!
 //! No task: a command, which ends when all is done. It reads the interfaces, [`differences`] computes the steps to the
 //! state in the config, and each is applied by [`wgkex_kernel::links`] or [`wgkex_kernel::wireguard`]; the interfaces
-//! of servers and of the hub are made in [`interface`]. The worker later serves these interfaces; no router's key
-//! passes here, only the gateway's own, in its key file.
+//! of servers and of the hub are made in [`interface`].
+//!
+//! Owner: the process of the command. Previous stop: the config; next stop: the kernel, whose interfaces the worker later
+//! serves. No router's key passes here, only the gateway's own, in its key file.
 
 mod differences;
 mod interface;

@@ -1,6 +1,7 @@
 //! The state that a worker reports on one screen, and as `/status.json`: no keys, no addresses. No IO.
 //!
-//! [`crate::http`] makes a [`WorkerStatus`] from the state of the rooms; [`crate::cli`] shows it.
+//! No task. Previous stop: [`crate::http`], which makes a [`WorkerStatus`] from the state of the rooms and serves it; next
+//! stop: [`crate::cli`], which shows it.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -157,11 +158,11 @@ impl WorkerStatus {
         let servers = self.servers.iter().filter(|(_, server)| !server.up).map(|(name, server)| {
             format!("server {name}: {}", server.reason.as_deref().unwrap_or("its interface is not read yet"))
         });
-        let lists = self
-            .lists_damaged
-            .iter()
-            .map(|list| format!("list {list}: it cannot be read, what was last read of it counts: the log says why"));
-        let unkept = "a restart would lose them: the disk is full or state_dir cannot be written, the log says why";
+        let lists = self.lists_damaged.iter().map(|list| {
+            format!("list {list}: it cannot be read, what was last read of it counts: the log has the reason")
+        });
+        let unkept =
+            "a restart would lose them: the disk is full or state_dir cannot be written, the log has the reason";
         let state = (!self.state_kept).then(|| format!("state: the keys are not kept on disk, {unkept}"));
         let entries = (!self.lists_kept).then(|| format!("state: list entries are not kept on disk, {unkept}"));
         let clocks = self.clocks_off.iter().map(|(broker, difference)| {

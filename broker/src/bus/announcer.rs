@@ -27,7 +27,7 @@ use crate::registry::holder::RegistryHolder;
 /// The shortest time between two hellos: changes of the lists within it share one hello.
 const HELLO_INTERVAL: Duration = Duration::from_millis(200);
 /// How long the MQTT server may take to deliver this broker's own status.
-const ECHO_TIMEOUT: Duration = Duration::from_secs(2);
+const STATUS_ECHO_TIMEOUT: Duration = Duration::from_secs(2);
 /// The same if it was delivered on an earlier connection: then the server may deliver nothing at all, and the session
 /// reconnects before that.
 const REPEATED_ECHO_TIMEOUT: Duration = Duration::from_secs(60);
@@ -217,12 +217,12 @@ impl Announcer {
             self.publish_status(announcement);
         }
         let mut gateways = self.fleet.gateways();
-        let timeout = if gateways.has_ever_echoed() { REPEATED_ECHO_TIMEOUT } else { ECHO_TIMEOUT };
+        let timeout = if gateways.has_ever_echoed() { REPEATED_ECHO_TIMEOUT } else { STATUS_ECHO_TIMEOUT };
         let is_late =
             self.status_published.is_some_and(|published| now.saturating_duration_since(published) >= timeout);
         if is_late && !gateways.has_echo() {
             warn!(
-                "own status did not come back: the MQTT server may not let this broker read wireguard-broker/+/status"
+                "own status was not received: the MQTT server may not let this broker read wireguard-broker/+/status"
             );
             gateways.force_echo(now);
         }
@@ -249,10 +249,10 @@ impl Announcer {
 
     fn publish_hello(&mut self, announcement: Announcement, now: Instant) {
         let digest = self.lists.borrow().digest.clone();
-        let said = self.hello(digest);
-        let payload = said.payload(unix(SystemTime::now()));
+        let hello_message = self.hello(digest);
+        let payload = hello_message.payload(unix(SystemTime::now()));
         let _ = self.keys.try_publish(announcement.apply_to(hello(&self.broker, payload)));
-        self.last_hello = Some(PublishedHello { at: now, hello: said });
+        self.last_hello = Some(PublishedHello { at: now, hello: hello_message });
     }
 
     fn hello(&self, digest: String) -> Hello {

@@ -44,7 +44,7 @@ impl InvalidMessages {
         {
             warn!(
                 gateway = gateway.as_str(),
-                what, domain, cause, "gateway says what cannot be used, and may get no routers"
+                what, domain, cause, "gateway published an invalid value, and may get no routers"
             );
         }
     }

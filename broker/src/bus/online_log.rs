@@ -64,7 +64,7 @@ impl OnlineLog {
             worker = worker.as_str(),
             online = false,
             reason = %offline.reason,
-            "gateway published nothing for too long, it is taken for offline"
+            "gateway published nothing for too long, it counts as offline"
         );
         if let Some(gateway) = self.0.lock().0.get_mut(worker) {
             (gateway.state, gateway.logged) = (LoggedState::Offline(offline), Some(false));

@@ -15,7 +15,7 @@ use crate::bus::sync_queue::SyncQueue;
 /// A worker requests keys every 10 seconds. A worker without a request for this long may run an older version now.
 const REQUEST_LIFETIME: Duration = Duration::from_secs(60);
 /// The most workers, and the most brokers, that are remembered.
-const NAMES_MAX: usize = 4096;
+const REQUESTER_NAMES_MAX: usize = 4096;
 /// The longest name of a domain in a request, in bytes.
 const DOMAIN_MAX: usize = 255;
 
@@ -84,10 +84,10 @@ impl Requesters {
     }
 
     fn on_worker(&mut self, worker: &WorkerName, now: Instant) {
-        if self.workers.len() >= NAMES_MAX && !self.workers.contains_key(worker) {
+        if self.workers.len() >= REQUESTER_NAMES_MAX && !self.workers.contains_key(worker) {
             self.workers.retain(|_, requested| is_recent(*requested, now));
         }
-        if self.workers.len() < NAMES_MAX || self.workers.contains_key(worker) {
+        if self.workers.len() < REQUESTER_NAMES_MAX || self.workers.contains_key(worker) {
             self.workers.insert(worker.clone(), now);
         }
     }
@@ -96,7 +96,7 @@ impl Requesters {
     pub fn on_broker(&mut self, broker: &BrokerName, hello: Option<&Hello>) {
         if !hello.is_some_and(Hello::names_requests) {
             self.brokers.remove(broker);
-        } else if self.brokers.len() < NAMES_MAX {
+        } else if self.brokers.len() < REQUESTER_NAMES_MAX {
             self.brokers.insert(broker.clone());
         }
     }
@@ -188,11 +188,11 @@ mod tests {
     #[test]
     fn the_programs_that_are_remembered_are_bounded() {
         let ((mut requesters, _requests), now) = (requesters(), Instant::now());
-        for n in 0..2 * NAMES_MAX {
+        for n in 0..2 * REQUESTER_NAMES_MAX {
             requesters.on_worker(&name(&n.to_string()), now);
             requesters.on_broker(&n.to_string().parse().unwrap(), Some(&Hello::broker(Vec::new(), 1)));
         }
-        assert_eq!((requesters.workers.len(), requesters.brokers.len()), (NAMES_MAX, NAMES_MAX));
+        assert_eq!((requesters.workers.len(), requesters.brokers.len()), (REQUESTER_NAMES_MAX, REQUESTER_NAMES_MAX));
         requesters.on_worker(&name("later"), now + REQUEST_LIFETIME);
         assert_eq!(requesters.workers.len(), 1);
     }

@@ -178,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn a_requester_pauses_for_its_chunk_and_delays_nobody() {
+    fn a_requester_pauses_for_its_chunk_and_delays_no_other() {
         let (mut queues, now) = (RequestQueues::default(), Instant::now());
         queues.pause(Requester::Named(worker("thief")), now + 20 * MS);
         push(&mut queues, "thief", 1);

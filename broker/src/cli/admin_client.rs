@@ -416,7 +416,7 @@ fn drained(answer: &Value, on: bool) -> String {
         _ => "\n",
     });
     if !is("known") {
-        lines.push_str("no gateway of this name was heard of, and the config names none\n");
+        lines.push_str("no gateway of this name has published anything, and the config names none\n");
     }
     if !is("kept") {
         lines.push_str("the disk does not take it: a restart of this broker loses it\n");
@@ -505,7 +505,7 @@ mod tests {
         assert_eq!(drained(&answer, true), "gw1: draining, until 1970-01-01T00:00:00Z\n");
         let answer = json!({ "gateway": "gw1", "until": null, "was_on": false, "known": false, "kept": false });
         let expected = "gw1: not drained by this broker any more (it was not)\n\
-                        no gateway of this name was heard of, and the config names none\n\
+                        no gateway of this name has published anything, and the config names none\n\
                         the disk does not take it: a restart of this broker loses it\n";
         assert_eq!(drained(&answer, false), expected);
     }

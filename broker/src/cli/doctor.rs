@@ -23,7 +23,7 @@ use wgkex_common::{BrokerName, Config, Topic, WorkerName};
 
 use crate::bus::subscriber;
 use crate::cli::http_client::BrokerClient;
-use crate::cli::status::ask;
+use crate::cli::status::fetch_status;
 use crate::doctor::facts::{BusFacts, CertificateFacts, EmbeddedFacts, Facts, PortFacts};
 use crate::doctor::findings;
 use crate::http::status::Status;
@@ -57,7 +57,7 @@ impl Doctor {
         let mqtt = runtime.block_on(mqtt(config));
         // A server whose name does not resolve must not keep the process from its end.
         runtime.shutdown_background();
-        let running = ask(&BrokerClient::for_anybody(config, STATUS_TIMEOUT)).map(|sample| sample.status);
+        let running = fetch_status(&BrokerClient::for_anybody(config, STATUS_TIMEOUT)).map(|sample| sample.status);
         let running = running.map_err(|error| format!("{error:#}"));
         let pid = running.as_ref().ok().and_then(broker_process);
         let sources = Sources { named: self.user.as_deref(), pid, config: None };

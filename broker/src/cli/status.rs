@@ -69,7 +69,7 @@ impl GatewaysCommand {
     #[must_use]
     pub fn run(self, file: Option<&Path>) -> ExitCode {
         let printed = client(file).and_then(|client| {
-            let StatusSample { json, status, .. } = ask(&client)?;
+            let StatusSample { json, status, .. } = fetch_status(&client)?;
             let text = if self.json {
                 format!("{:#}\n", json["gateways"])
             } else {
@@ -91,7 +91,7 @@ impl StatusCommand {
     }
 
     fn once(&self, client: &BrokerClient) -> anyhow::Result<ExitCode> {
-        let sample = ask(client)?;
+        let sample = fetch_status(client)?;
         let text = if self.json {
             format!("{:#}\n", sample.json)
         } else {
@@ -107,7 +107,7 @@ impl StatusCommand {
         let is_terminal = io::IsTerminal::is_terminal(&io::stdout());
         let mut before: Option<StatusSample> = None;
         loop {
-            let sample = ask(client);
+            let sample = fetch_status(client);
             let text = match &sample {
                 Ok(sample) if self.json => format!("{}\n", sample.json),
                 Ok(sample) => screen(&client.address(), sample, before.as_ref(), style) + "\n",
@@ -130,7 +130,7 @@ fn client(file: Option<&Path>) -> anyhow::Result<BrokerClient> {
 }
 
 /// Requests the status of the broker.
-pub(super) fn ask(client: &BrokerClient) -> anyhow::Result<StatusSample> {
+pub(super) fn fetch_status(client: &BrokerClient) -> anyhow::Result<StatusSample> {
     let json = client.send(BrokerCall::get(STATUS_PATH))?;
     let at = Instant::now();
     let status = serde_json::from_value(json.clone()).context("the broker's status is of another version")?;
@@ -170,8 +170,8 @@ fn screen(address: &str, sample: &StatusSample, before: Option<&StatusSample>, s
     text += &problem_lines(problems, style);
     let rates = before.map(|before| ExchangeRates::between(before, sample));
     let unserved = |name: &str| {
-        let is_so = |kind, subject: &str| kind == ProblemKind::DomainWithoutGateway && subject == name;
-        problems.iter().any(|problem| is_so(problem.kind, &problem.subject))
+        let has_problem = |kind, subject: &str| kind == ProblemKind::DomainWithoutGateway && subject == name;
+        problems.iter().any(|problem| has_problem(problem.kind, &problem.subject))
     };
     let row = |DomainGateways { name, gateways }: &DomainGateways| {
         let served = if gateways.is_empty() { Cell::text("none") } else { Cell::text(&gateways.join(", ")) };
@@ -289,7 +289,7 @@ fn milliseconds(seconds: Option<f64>) -> String {
 /// The table of gateways.
 fn gateways(gateways: &[GatewayStatus], style: Style) -> String {
     if gateways.is_empty() {
-        return "no gateway was heard of\n".into();
+        return "no gateway is known\n".into();
     }
     let row = |gateway: &GatewayStatus| {
         let colour = if gateway.online { Colour::Good } else { Colour::Bad };
@@ -382,7 +382,7 @@ mod tests {
             \n\
             GATEWAY  STATE     VERSION  CONNECTED  ASSIGNED  UNREACHED  SHARE  TARGET  DOMAINS\n\
             gw1      online    9.9              7         2          0  66.7%     6.0  ff_a 7\n\
-            gw3      offline   unknown          0         0          0   1.0%     0.1  nothing heard for 2 min, offline for 60 s; ff_b offline\n\
+            gw3      offline   unknown          0         0          0   1.0%     0.1  nothing received for 2 min, offline for 60 s; ff_b offline\n\
             gw4      draining  9.9              1         0          0   1.0%     0.1  draining by this broker, since 1970-01-01T00:00:00Z, until 1970-01-01T00:01:00Z: kernel\n\
             \n\
             keys accepted 41, refused 3: domain 3\n\

@@ -75,7 +75,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_controls_the_terminal() {
+    fn no_text_controls_the_terminal() {
         assert_eq!(Cell::text("a\x1b]0;b\n").text, "a?]0;b?");
     }
 }

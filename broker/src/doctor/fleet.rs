@@ -9,7 +9,7 @@ use super::listeners::{RESTART, is_broker};
 use crate::fleet::status::{Problem, ProblemKind, age, printable};
 use crate::http::status::Status;
 
-const BROKER: &str = "broker";
+const BROKER_SUBJECT: &str = "broker";
 const FLEET: &str = "fleet";
 
 /// Whether it runs, and each of its problems.
@@ -31,9 +31,9 @@ pub(super) fn broker(facts: &Facts) -> Vec<Finding> {
 fn runs(Status { version, uptime_secs, ready, .. }: &Status) -> Finding {
     let runs = format!("version {} runs, for {}", printable(version), age(*uptime_secs));
     if *ready {
-        Finding::ok(BROKER, format!("{runs}, and is ready"))
+        Finding::ok(BROKER_SUBJECT, format!("{runs}, and is ready"))
     } else {
-        Finding::fail(BROKER, format!("{runs}, and is not ready: routers get a 503"), "see why below")
+        Finding::fail(BROKER_SUBJECT, format!("{runs}, and is not ready: routers get a 503"), "see why below")
     }
 }
 
@@ -41,19 +41,19 @@ fn does_not_answer(facts: &Facts, error: &str) -> Finding {
     let listen = facts.ports.iter().find(|port| port.key == "broker_listen");
     if listen.is_none_or(|port| port.owner == Ok(PortOwner::Nobody)) {
         let found = "none runs here: what only a running one knows is not checked";
-        return Finding::warn(BROKER, found, "`systemctl start wgkex-broker`; its log says why it ended");
+        return Finding::warn(BROKER_SUBJECT, found, "`systemctl start wgkex-broker`; its log has the reason");
     }
     let advice = if listen.is_some_and(|port| matches!(&port.owner, Ok(owner) if is_broker(owner))) {
         RESTART
     } else {
-        "if it is a broker, `systemctl restart wgkex-broker` and look at its log; else see below who has the port"
+        "if it is a broker, `systemctl restart wgkex-broker` and look at its log; else see below which process has the port"
     };
-    Finding::fail(BROKER, printable(error), advice)
+    Finding::fail(BROKER_SUBJECT, printable(error), advice)
 }
 
 fn problem(Problem { kind, text, .. }: &Problem) -> Finding {
     let subject = match kind {
-        ProblemKind::NotReady | ProblemKind::StateNotKept | ProblemKind::ListsNotKept => BROKER,
+        ProblemKind::NotReady | ProblemKind::StateNotKept | ProblemKind::ListsNotKept => BROKER_SUBJECT,
         ProblemKind::ProxyNotTrusted => "trusted_proxies",
         ProblemKind::AllowListUnread | ProblemKind::ListDamaged => "lists",
         ProblemKind::NameInUse => SUBJECT,
@@ -110,7 +110,7 @@ fn advice(kind: ProblemKind) -> &'static str {
             "`wgkex-broker gateways` shows why; run `wgkex-worker doctor` on a gateway that is to serve it, or take it out of \
              domains"
         }
-        ProblemKind::AllowListUnread | ProblemKind::ListDamaged => "its log says why, with the line",
+        ProblemKind::AllowListUnread | ProblemKind::ListDamaged => "its log has the reason, with the line",
         ProblemKind::StateNotKept | ProblemKind::ListsNotKept => {
             "see the lines about the state, and whether the disk is full or read-only"
         }
@@ -130,7 +130,7 @@ fn advice(kind: ProblemKind) -> &'static str {
         ProblemKind::ServerRefused => {
             "give it a name and a network of its own in `servers` there, or delete the other one: `wgkex-broker server delete NAME`"
         }
-        ProblemKind::RegistryUnavailable => "its log says why; look at storage, and at the server that it names",
+        ProblemKind::RegistryUnavailable => "its log has the reason; look at storage, and at the server that it names",
         ProblemKind::RegistryEmptied => {
             "see whether storage names the right database; what becomes of gateways is in docs/registry.md, \"An empty database\""
         }

@@ -11,7 +11,7 @@ use crate::http::status::Status;
 use crate::tls::Validity;
 
 /// The name of the broker's process.
-const PROGRAM: &str = "wgkex-broker";
+const BROKER_PROGRAM: &str = "wgkex-broker";
 /// The advice for a broker that does not answer.
 pub(super) const RESTART: &str = "look at its log (`journalctl -u wgkex-broker`), and `systemctl restart wgkex-broker`";
 const DAY: Duration = Duration::from_secs(86_400);
@@ -20,16 +20,16 @@ const SOON: Duration = Duration::from_secs(30 * 86_400);
 
 /// Whether it is a process of the broker, whether or not it answers.
 pub(super) fn is_broker(owner: &PortOwner) -> bool {
-    matches!(owner, PortOwner::Process { name, .. } if name == PROGRAM)
+    matches!(owner, PortOwner::Process { name, .. } if name == BROKER_PROGRAM)
 }
 
 /// Whether the broker has the port, or can have it.
 pub(super) fn port(PortFacts { key, listen, owner }: &PortFacts, running: Option<&Status>) -> Finding {
-    let other = || format!("end that, or set {key} to another port; `ss -tlnp` shows who has it");
+    let other = || format!("end that, or set {key} to another port; `ss -tlnp` shows which process has it");
     match (owner, running) {
         (Err(error), _) => {
             let advice = format!("set {key} to an address of this machine, or to \"::\" for all");
-            Finding::fail(key, format!("nobody can listen on {listen}: {error}"), advice)
+            Finding::fail(key, format!("no program can listen on {listen}: {error}"), advice)
         }
         (Ok(PortOwner::Nobody), None) => Finding::ok(key, format!("{listen} is free")),
         (Ok(PortOwner::Nobody), Some(_)) => Finding::fail(
@@ -38,7 +38,7 @@ pub(super) fn port(PortFacts { key, listen, owner }: &PortFacts, running: Option
             "restart it: it was started with another config",
         ),
         (Ok(owner @ PortOwner::Process { pid, .. }), None) if is_broker(owner) => {
-            Finding::warn(key, format!("process {pid} ({PROGRAM}) has {listen}, and does not answer"), RESTART)
+            Finding::warn(key, format!("process {pid} ({BROKER_PROGRAM}) has {listen}, and does not answer"), RESTART)
         }
         // It may have another number in its container.
         (Ok(owner @ PortOwner::Process { pid, .. }), Some(status)) if *pid == status.pid || is_broker(owner) => {
@@ -48,7 +48,7 @@ pub(super) fn port(PortFacts { key, listen, owner }: &PortFacts, running: Option
             Finding::fail(key, format!("{listen} is taken by process {pid} ({})", printable(name)), other())
         }
         (Ok(PortOwner::Kernel), Some(_)) => {
-            Finding::ok(key, format!("somebody listens on {listen}; who it is, only root sees"))
+            Finding::ok(key, format!("a process listens on {listen}; only root sees which one"))
         }
         (Ok(PortOwner::Kernel), None) => {
             Finding::fail(key, format!("{listen} is taken by a process that is not seen from here"), other())
@@ -91,11 +91,11 @@ pub(super) fn certificate(facts: &CertificateFacts) -> Finding {
 pub(super) fn tokens(tokens: &Result<usize, String>) -> Finding {
     let key = "tenants.tokens_file";
     match tokens {
-        Ok(0) => Finding::warn(key, "has no token: nobody can join a tenant", "wgkex-broker tenant-token ID makes one"),
-        Ok(count) => Finding::ok(key, format!("has {count} tokens")),
-        Err(problem) => {
-            Finding::fail(key, problem.clone(), "mend it; the running broker goes on with what it read before")
+        Ok(0) => {
+            Finding::warn(key, "has no token: no client can join a tenant", "wgkex-broker tenant-token ID makes one")
         }
+        Ok(count) => Finding::ok(key, format!("has {count} tokens")),
+        Err(problem) => Finding::fail(key, problem.clone(), "correct it; the running broker uses what it read before"),
     }
 }
 
@@ -103,7 +103,7 @@ pub(super) fn tokens(tokens: &Result<usize, String>) -> Finding {
 pub(super) fn embedded(facts: &EmbeddedFacts) -> Finding {
     let key = "mqtt_listen";
     match facts {
-        EmbeddedFacts { has_users: true, .. } => Finding::ok(key, "users and their passwords are asked for"),
+        EmbeddedFacts { has_users: true, .. } => Finding::ok(key, "users and their passwords are required"),
         EmbeddedFacts { is_reachable: false, .. } => {
             Finding::ok(key, "only programs of this machine reach it, and each may do everything")
         }

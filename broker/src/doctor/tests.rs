@@ -138,7 +138,7 @@ fn each_is_found(begin: fn() -> Facts, table: &[(Level, Spoil, &str, &str)]) {
 }
 
 #[test]
-fn a_broker_on_which_all_is_well_has_only_ok_lines_and_one_that_is_stopped_says_so() {
+fn a_broker_on_which_all_is_well_has_only_ok_lines_and_a_stopped_one_is_a_finding() {
     for facts in [well(), own_server()] {
         let findings = findings(&facts);
         assert!(worst(&findings) == Level::Ok && findings.len() >= 10, "{findings:?}");
@@ -218,7 +218,7 @@ fn each_trouble_of_ports_and_certificates_is_named_with_what_to_do() {
                 "the running broker does not listen on [::]:5000",
                 "restart",
             ),
-            (Level::Fail, |facts| facts.ports[1].owner = Err("no such".into()), "nobody can listen on", "\"::\""),
+            (Level::Fail, |facts| facts.ports[1].owner = Err("no such".into()), "no program can listen on", "\"::\""),
             (
                 Level::Warn,
                 |facts| facts.certificates[0].validity = Ok(Some(Validity::Left(Duration::from_secs(30 * 86_400 - 1)))),
@@ -251,7 +251,12 @@ fn each_trouble_of_ports_and_certificates_is_named_with_what_to_do() {
                 "/r cannot be looked at: denied",
                 "as root",
             ),
-            (Level::Fail, |facts| facts.tokens = Some(Err("line 3".into())), "tenants.tokens_file: line 3", "mend it"),
+            (
+                Level::Fail,
+                |facts| facts.tokens = Some(Err("line 3".into())),
+                "tenants.tokens_file: line 3",
+                "correct it",
+            ),
             (Level::Warn, |facts| facts.tokens = Some(Ok(0)), "tenants.tokens_file: has no token", "tenant-token"),
         ],
     );
@@ -343,7 +348,7 @@ fn each_trouble_of_another_mqtt_server_is_named_with_what_to_do() {
             (
                 Level::Warn,
                 |facts| bus(facts).hellos.clear(),
-                "knows 1 workers that say hello, and it is not retained of gw1",
+                "knows 1 workers with a hello; no hello is retained of gw1",
                 "keeps retained messages",
             ),
             (
@@ -359,7 +364,7 @@ fn each_trouble_of_another_mqtt_server_is_named_with_what_to_do() {
         &[(
             Level::Warn,
             |facts| bus(facts).retained_received.clear(),
-            "workers: nothing was ever heard of gw1",
+            "workers: no message is retained of gw1",
             "host name",
         )],
     );
@@ -383,7 +388,7 @@ fn each_trouble_of_the_own_mqtt_server_is_named_with_what_to_do() {
             (
                 Level::Warn,
                 |facts| assert!(facts.workers.insert("gw2".into())),
-                "mqtt_listen.users: workers names gw2, who cannot connect",
+                "mqtt_listen.users: workers names gw2, which cannot connect",
                 "add users",
             ),
             (

@@ -27,7 +27,7 @@ pub(super) fn retained(facts: &Facts) -> Vec<Finding> {
         findings.push(Finding::warn(
             SUBJECT,
             format!(
-                "the running broker knows {} workers that say hello, and it is not retained of {}",
+                "the running broker knows {} workers with a hello; no hello is retained of {}",
                 online_with_hello.len(),
                 listed(&lost)
             ),
@@ -75,12 +75,12 @@ fn never_published(facts: &Facts, named: &Names<'_>) -> Option<Finding> {
         return None;
     };
     let never_published: Vec<_> = named.iter().copied().filter(|name| !retained_received.contains(*name)).collect();
-    let is_said = facts.running.is_ok() || named.is_empty();
-    (!is_said).then(|| {
+    let is_announced = facts.running.is_ok() || named.is_empty();
+    (!is_announced).then(|| {
         if never_published.is_empty() {
-            return Finding::ok("workers", "something is retained of each of them");
+            return Finding::ok("workers", "a message of each is retained");
         }
-        let found = format!("nothing was ever heard of {}", listed(&never_published));
+        let found = format!("no message is retained of {}", listed(&never_published));
         Finding::warn("workers", found, "start a worker there: its host name has to be this one; or take it out")
     })
 }
@@ -94,7 +94,7 @@ fn users(named: &Names<'_>, users: &Names<'_>, running: Option<&Status>) -> Vec<
     if !lacking.is_empty() {
         findings.push(Finding::warn(
             "mqtt_listen.users",
-            format!("workers names {}, who cannot connect: no user has that name", listed(&lacking)),
+            format!("workers names {}, which cannot connect: no user has that name", listed(&lacking)),
             "add users with these names (`wgkex-broker hash-password`): a worker's user name is its host name",
         ));
     }

@@ -31,7 +31,7 @@ const LATE_MAX: usize = 32_768;
 /// How long an answer is cached: its gateway may be offline by then.
 const ANSWER_TTL: Duration = Duration::from_secs(3);
 /// The most answers that are cached.
-const ANSWERS_MAX: usize = 4_096;
+const CACHED_ANSWERS_MAX: usize = 4_096;
 
 /// The outcomes of a key since a request for it began.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -475,10 +475,10 @@ impl InFlight {
 
     /// Caches the answer to the router of `key`, if there is room.
     pub fn cache(&mut self, key: &KeyId, worker: Option<WorkerName>, now: Instant) {
-        if self.answers.len() >= ANSWERS_MAX {
+        if self.answers.len() >= CACHED_ANSWERS_MAX {
             self.expire_answers(now);
         }
-        if self.answers.len() < ANSWERS_MAX {
+        if self.answers.len() < CACHED_ANSWERS_MAX {
             let answer = &mut self.keys.entry(key.clone()).or_default().answer;
             if answer.is_none() {
                 self.answers.push_back(CachedKey { since: now, key: key.clone() });

@@ -131,7 +131,8 @@ mod tests {
         Some(config::Quota { burst: NonZeroU32::new(burst)?, per_second })
     }
 
-    const NONE: config::Limits = config::Limits { per_key: None, per_client: None, per_domain: None, global: None };
+    const NO_LIMITS: config::Limits =
+        config::Limits { per_key: None, per_client: None, per_domain: None, global: None };
 
     fn limits(config: config::Limits) -> (RateLimits<FakeRelativeClock>, FakeRelativeClock) {
         let clock = FakeRelativeClock::default();
@@ -143,12 +144,12 @@ mod tests {
     }
 
     #[test]
-    fn each_limit_counts_for_itself_and_tells_when_to_try_again() {
+    fn each_limit_counts_for_itself_and_has_the_time_of_the_next_try() {
         let two = quota(2, 0.4);
         let cases = [
-            (config::Limits { per_key: two, ..NONE }, Limit::Key, [true, false, false]),
-            (config::Limits { per_client: two, ..NONE }, Limit::Client, [false, true, false]),
-            (config::Limits { per_domain: two, ..NONE }, Limit::Domain, [false, false, true]),
+            (config::Limits { per_key: two, ..NO_LIMITS }, Limit::Key, [true, false, false]),
+            (config::Limits { per_client: two, ..NO_LIMITS }, Limit::Client, [false, true, false]),
+            (config::Limits { per_domain: two, ..NO_LIMITS }, Limit::Domain, [false, false, true]),
         ];
         for (config, limit, [by_key, by_client, by_domain]) in cases {
             let (limits, clock) = limits(config);
@@ -173,18 +174,18 @@ mod tests {
             clock.advance(SECOND * 2);
             assert_eq!(ask(k, c, d), Ok(()));
         }
-        let (limits, _) = limits(config::Limits { global: two, ..NONE });
+        let (limits, _) = limits(config::Limits { global: two, ..NO_LIMITS });
         let results = [1, 2, 3].map(|n| limits.check(&key(n), || client(n), "a"));
         assert_eq!(results, [Ok(()), Ok(()), limited(Limit::Global, 3)]);
     }
 
     #[test]
-    fn a_look_says_what_a_request_would_hear_and_takes_nothing() {
+    fn a_peek_predicts_the_outcome_and_consumes_nothing() {
         let two = quota(2, 0.5);
         let cases = [
-            (config::Limits { per_key: two, ..NONE }, Limit::Key),
-            (config::Limits { per_domain: two, ..NONE }, Limit::Domain),
-            (config::Limits { global: two, ..NONE }, Limit::Global),
+            (config::Limits { per_key: two, ..NO_LIMITS }, Limit::Key),
+            (config::Limits { per_domain: two, ..NO_LIMITS }, Limit::Domain),
+            (config::Limits { global: two, ..NO_LIMITS }, Limit::Global),
         ];
         for (config, limit) in cases {
             let (limits, clock) = limits(config);
@@ -199,7 +200,7 @@ mod tests {
             clock.advance(SECOND * 2);
             assert_eq!(limits.peek(&key(0), "a"), Ok(()));
         }
-        let (limits, clock) = limits(config::Limits { per_key: two, ..NONE });
+        let (limits, clock) = limits(config::Limits { per_key: two, ..NO_LIMITS });
         assert_eq!(limits.peek(&key(0), "a"), Ok(()));
         clock.advance(SECOND * 10);
         limits.evict_idle();
@@ -208,13 +209,13 @@ mod tests {
 
     #[test]
     fn without_limits_nothing_is_limited_and_no_header_is_parsed() {
-        let (limits, _) = limits(NONE);
+        let (limits, _) = limits(NO_LIMITS);
         assert!((0..1000).all(|_| limits.check(&key(0), || unreachable!(), "a").is_ok()));
     }
 
     #[test]
     fn a_rejected_request_takes_nothing_from_others() {
-        let config = config::Limits { per_client: quota(1, 1.0), global: quota(3, 0.001), ..NONE };
+        let config = config::Limits { per_client: quota(1, 1.0), global: quota(3, 0.001), ..NO_LIMITS };
         let (limits, _) = limits(config);
         for n in 0..100 {
             let _ = limits.check(&key(n), || client(0), "a");
@@ -224,7 +225,7 @@ mod tests {
 
     #[test]
     fn this_machine_is_no_client_of_its_own() {
-        let config = config::Limits { per_client: quota(1, 0.001), ..NONE };
+        let config = config::Limits { per_client: quota(1, 0.001), ..NO_LIMITS };
         for (address, second) in [("127.0.0.1", true), ("::1", true), ("127.0.0.2", false), ("::ffff:7f00:2", false)] {
             let (limits, _) = limits(config);
             let client = || Client::from(address.parse::<IpAddr>().unwrap());
@@ -263,7 +264,7 @@ mod tests {
 
     #[test]
     fn however_many_clients_there_are_the_room_is_bounded() {
-        let config = config::Limits { per_key: quota(2, 1.0), per_client: quota(2, 1.0), ..NONE };
+        let config = config::Limits { per_key: quota(2, 1.0), per_client: quota(2, 1.0), ..NO_LIMITS };
         let (limits, clock) = limits(config);
         let most = u32::try_from(BUCKETS_MAX).unwrap();
         let passed = (0..most + 1_000).filter(|n| limits.check(&key(*n), || client(*n), "a").is_ok()).count();
@@ -283,7 +284,7 @@ mod tests {
             per_second in 0.1f64..100.0,
             gaps in prop::collection::vec(0u64..2_000, 1..200),
         ) {
-            let (limits, clock) = limits(config::Limits { global: quota(burst, per_second), ..NONE });
+            let (limits, clock) = limits(config::Limits { global: quota(burst, per_second), ..NO_LIMITS });
             let mut passed = 0;
             for (n, gap) in gaps.iter().enumerate() {
                 clock.advance(Duration::from_millis(*gap));

@@ -9,13 +9,13 @@ use wgkex_common::BrokerName;
 use wgkex_common::wire::message::ServiceAnnouncement;
 
 /// How long a broker that was just started waits for the states of others, at most.
-const START_TIMEOUT: Duration = Duration::from_secs(5);
+const ELECTION_START_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a broker may be offline until it counts as gone: a broker that reconnects is offline for a moment.
-const ABSENCE_TIMEOUT: Duration = Duration::from_secs(3);
+const CANDIDATE_ABSENCE_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long the connection to the bus may be lost until the other brokers count as gone.
 const BUS_TIMEOUT: Duration = Duration::from_secs(10);
 /// Brokers that are remembered at most: more than any bus has.
-const BROKERS_MAX: usize = 256;
+const CANDIDATES_MAX: usize = 256;
 
 /// The time by the wall clock, for [`ServiceAnnouncement::since`] of a broker that starts now.
 pub fn since() -> u64 {
@@ -55,7 +55,8 @@ impl CandidateBroker {
     }
 
     fn announced(&self, now: Instant) -> Option<&ServiceAnnouncement> {
-        let is_there = self.absent_since.is_none_or(|since| now.saturating_duration_since(since) < ABSENCE_TIMEOUT);
+        let is_there =
+            self.absent_since.is_none_or(|since| now.saturating_duration_since(since) < CANDIDATE_ABSENCE_TIMEOUT);
         self.announced.as_ref().filter(|_| is_there && self.passed_over != self.announced)
     }
 }
@@ -67,7 +68,7 @@ impl Election {
             own,
             announced,
             others: BTreeMap::new(),
-            decide_at: now + START_TIMEOUT,
+            decide_at: now + ELECTION_START_TIMEOUT,
             is_status_back: false,
             is_hello_back: false,
             bus_lost: Some(now),
@@ -153,8 +154,8 @@ impl Election {
     /// The candidate of this name; a new one is absent at once.
     fn candidate(&mut self, broker: BrokerName, now: Instant) -> Option<&mut CandidateBroker> {
         let is_known = self.others.contains_key(&broker);
-        let has_room = self.others.len() < BROKERS_MAX && broker != self.own;
-        let long_ago = now.checked_sub(ABSENCE_TIMEOUT).unwrap_or(now);
+        let has_room = self.others.len() < CANDIDATES_MAX && broker != self.own;
+        let long_ago = now.checked_sub(CANDIDATE_ABSENCE_TIMEOUT).unwrap_or(now);
         let new = || CandidateBroker { absent_since: Some(long_ago), ..CandidateBroker::default() };
         (is_known || has_room).then(|| self.others.entry(broker).or_insert_with(new))
     }

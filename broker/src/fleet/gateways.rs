@@ -596,7 +596,7 @@ impl Gateways {
 
     /// Whether the config names this worker, or a message of it was received on this connection.
     #[must_use]
-    pub fn is_heard_of(&self, worker: &WorkerName) -> bool {
+    pub fn is_worker_known(&self, worker: &WorkerName) -> bool {
         self.weights.contains_key(worker) || self.by_name.contains_key(worker)
     }
 

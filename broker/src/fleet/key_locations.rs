@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use wgkex_common::WorkerName;
 
 /// The most gateways that get a number; messages of others about keys are not remembered.
-const GATEWAYS_MAX: usize = 64;
+const NUMBERED_GATEWAYS_MAX: usize = 64;
 /// A router that requests a gateway again so soon after it was sent back to its gateway is not connected there.
 const STAY_RETRY_MINUTES: u16 = 5;
 
@@ -31,14 +31,14 @@ pub struct KeyLocations {
     /// The gateway that last reported handshakes, counted from 1.
     handshakes: Option<NonZeroU8>,
     /// The gateway that this broker last named to the router, counted from 1.
-    given: Option<NonZeroU8>,
+    answered: Option<NonZeroU8>,
     /// When that was where the router was connected by then, in minutes of a clock that starts anew after 45 days.
     sent_back_at: Option<NonZeroU16>,
 }
 
 /// The gateways of a key, by name.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct NamedPlaces {
+pub struct NamedLocations {
     /// The gateways that have it, as far as they published that since this broker started.
     pub confirmed: Vec<WorkerName>,
     /// How long ago one published that.
@@ -74,7 +74,7 @@ impl GatewayIndex {
     fn number(&mut self, worker: &WorkerName) -> Option<usize> {
         let found = self.names.iter().position(|name| name == worker);
         found.or_else(|| {
-            (self.names.len() < GATEWAYS_MAX).then(|| {
+            (self.names.len() < NUMBERED_GATEWAYS_MAX).then(|| {
                 self.names.push(worker.clone());
                 self.names.len() - 1
             })
@@ -82,61 +82,61 @@ impl GatewayIndex {
     }
 
     /// `worker` has published whether it has the key.
-    pub fn confirm(&mut self, places: &mut KeyLocations, worker: &WorkerName, is_installed: bool, now: Instant) {
+    pub fn confirm(&mut self, locations: &mut KeyLocations, worker: &WorkerName, is_installed: bool, now: Instant) {
         let Some(number) = self.number(worker) else { return };
         if is_installed {
-            places.confirmed |= 1 << number;
+            locations.confirmed |= 1 << number;
             let at = now.saturating_duration_since(self.begun).as_secs();
-            places.confirmed_at = u32::try_from(at).unwrap_or(u32::MAX);
+            locations.confirmed_at = u32::try_from(at).unwrap_or(u32::MAX);
         } else {
-            places.confirmed &= !(1 << number);
+            locations.confirmed &= !(1 << number);
         }
     }
 
     /// `worker` has reported handshakes of the key.
-    pub fn on_handshake(&mut self, places: &mut KeyLocations, worker: &WorkerName) {
+    pub fn on_handshake(&mut self, locations: &mut KeyLocations, worker: &WorkerName) {
         if let Some(number) = self.ordinal(worker) {
-            places.handshakes = Some(number);
+            locations.handshakes = Some(number);
         }
     }
 
     /// This broker named `worker` to the router.
-    pub fn give(&mut self, places: &mut KeyLocations, worker: &WorkerName, now: Instant) {
-        let stays = self.current_gateway(places, now) == Some(worker);
-        places.given = self.ordinal(worker);
-        places.sent_back_at = stays.then(|| self.minute(now));
+    pub fn on_answer(&mut self, locations: &mut KeyLocations, worker: &WorkerName, now: Instant) {
+        let stays = self.current_gateway(locations, now) == Some(worker);
+        locations.answered = self.ordinal(worker);
+        locations.sent_back_at = stays.then(|| self.minute(now));
     }
 
     /// The gateway where the router is connected: this broker named it to the router, and it is the one that last reported
     /// handshakes. None for a router that requests one again soon after it was sent back there.
     #[must_use]
-    pub fn current_gateway(&self, places: &KeyLocations, now: Instant) -> Option<&WorkerName> {
+    pub fn current_gateway(&self, locations: &KeyLocations, now: Instant) -> Option<&WorkerName> {
         let is_recent = |at: NonZeroU16| {
             let minute = self.minute(now).get();
             // The minutes start again at 1, and never are 0.
             let passed = if minute >= at.get() { minute - at.get() } else { minute + (u16::MAX - at.get()) };
             passed < STAY_RETRY_MINUTES
         };
-        let is_current = places.given == places.handshakes && !places.sent_back_at.is_some_and(is_recent);
-        self.name(places.given.filter(|_| is_current))
+        let is_current = locations.answered == locations.handshakes && !locations.sent_back_at.is_some_and(is_recent);
+        self.name(locations.answered.filter(|_| is_current))
     }
 
     /// The gateway that last reported handshakes of a key.
     #[must_use]
-    pub fn last_with_handshakes(&self, places: &KeyLocations) -> Option<&WorkerName> {
-        self.name(places.handshakes)
+    pub fn last_with_handshakes(&self, locations: &KeyLocations) -> Option<&WorkerName> {
+        self.name(locations.handshakes)
     }
 
     /// The gateways of a key.
     #[must_use]
-    pub fn named(&self, places: &KeyLocations, now: Instant) -> NamedPlaces {
-        let KeyLocations { confirmed, confirmed_at, .. } = *places;
+    pub fn named(&self, locations: &KeyLocations, now: Instant) -> NamedLocations {
+        let KeyLocations { confirmed, confirmed_at, .. } = *locations;
         let is_confirmed = |(number, _): &(usize, &WorkerName)| confirmed & (1 << number) != 0;
         let at = self.begun + Duration::from_secs(confirmed_at.into());
-        NamedPlaces {
+        NamedLocations {
             confirmed: self.names.iter().enumerate().filter(is_confirmed).map(|(_, name)| name.clone()).collect(),
             confirmed_ago: (confirmed != 0).then(|| now.saturating_duration_since(at)),
-            handshakes: self.last_with_handshakes(places).cloned(),
+            handshakes: self.last_with_handshakes(locations).cloned(),
         }
     }
 }
@@ -150,68 +150,69 @@ mod tests {
     }
 
     #[test]
-    fn the_places_of_a_key_are_those_that_gateways_published_last() {
+    fn the_locations_of_a_key_are_those_that_gateways_published_last() {
         let begun = Instant::now();
-        let (mut numbers, mut places) = (GatewayIndex::new(begun), KeyLocations::default());
-        assert_eq!(numbers.named(&places, begun), NamedPlaces::default());
+        let (mut numbers, mut locations) = (GatewayIndex::new(begun), KeyLocations::default());
+        assert_eq!(numbers.named(&locations, begun), NamedLocations::default());
         let at = |seconds| begun + Duration::from_secs(seconds);
-        numbers.confirm(&mut places, &worker(1), true, at(10));
-        numbers.confirm(&mut places, &worker(2), true, at(12));
-        numbers.on_handshake(&mut places, &worker(3));
-        numbers.on_handshake(&mut places, &worker(2));
-        numbers.confirm(&mut places, &worker(1), false, at(20));
-        let named = numbers.named(&places, at(22));
+        numbers.confirm(&mut locations, &worker(1), true, at(10));
+        numbers.confirm(&mut locations, &worker(2), true, at(12));
+        numbers.on_handshake(&mut locations, &worker(3));
+        numbers.on_handshake(&mut locations, &worker(2));
+        numbers.confirm(&mut locations, &worker(1), false, at(20));
+        let named = numbers.named(&locations, at(22));
         assert_eq!((named.confirmed, named.handshakes), (vec![worker(2)], Some(worker(2))));
         assert_eq!(named.confirmed_ago, Some(Duration::from_secs(10)));
     }
 
     #[test]
-    fn a_router_is_at_home_where_this_broker_sent_it_and_the_gateway_reports_it() {
+    fn a_router_is_connected_where_this_broker_sent_it_and_the_gateway_reports_it() {
         let begun = Instant::now();
-        let (mut numbers, mut places) = (GatewayIndex::new(begun), KeyLocations::default());
-        numbers.on_handshake(&mut places, &worker(2));
-        assert_eq!(numbers.current_gateway(&places, begun), None, "only the gateway claims it");
-        numbers.give(&mut places, &worker(1), begun);
-        assert_eq!(numbers.current_gateway(&places, begun), None, "another one claims it");
-        numbers.on_handshake(&mut places, &worker(1));
-        assert_eq!(numbers.current_gateway(&places, begun), Some(&worker(1)));
-        numbers.on_handshake(&mut places, &worker(2));
-        assert_eq!(numbers.current_gateway(&places, begun), None, "it may have moved");
-        numbers.on_handshake(&mut places, &worker(1));
-        numbers.give(&mut places, &worker(2), begun);
-        assert_eq!(numbers.current_gateway(&places, begun), None, "it was sent elsewhere");
+        let (mut numbers, mut locations) = (GatewayIndex::new(begun), KeyLocations::default());
+        numbers.on_handshake(&mut locations, &worker(2));
+        assert_eq!(numbers.current_gateway(&locations, begun), None, "only the gateway claims it");
+        numbers.on_answer(&mut locations, &worker(1), begun);
+        assert_eq!(numbers.current_gateway(&locations, begun), None, "another one claims it");
+        numbers.on_handshake(&mut locations, &worker(1));
+        assert_eq!(numbers.current_gateway(&locations, begun), Some(&worker(1)));
+        numbers.on_handshake(&mut locations, &worker(2));
+        assert_eq!(numbers.current_gateway(&locations, begun), None, "it may have moved");
+        numbers.on_handshake(&mut locations, &worker(1));
+        numbers.on_answer(&mut locations, &worker(2), begun);
+        assert_eq!(numbers.current_gateway(&locations, begun), None, "it was sent elsewhere");
     }
 
     #[test]
-    fn a_router_that_was_sent_back_and_requests_again_soon_has_no_home() {
+    fn a_router_that_was_sent_back_and_requests_again_soon_has_no_current_gateway() {
         let begun = Instant::now();
         // Also where the clock of minutes begins anew.
         for first in [0, 65_532, 65_534, 65_535, 131_069] {
-            let (mut numbers, mut places) = (GatewayIndex::new(begun), KeyLocations::default());
+            let (mut numbers, mut locations) = (GatewayIndex::new(begun), KeyLocations::default());
             let at = |minutes: u64| begun + Duration::from_secs(60 * (first + minutes));
-            numbers.on_handshake(&mut places, &worker(1));
-            numbers.give(&mut places, &worker(1), at(0));
+            numbers.on_handshake(&mut locations, &worker(1));
+            numbers.on_answer(&mut locations, &worker(1), at(0));
             assert_eq!(
-                numbers.current_gateway(&places, at(0)),
+                numbers.current_gateway(&locations, at(0)),
                 Some(&worker(1)),
                 "its first request since it is connected"
             );
-            numbers.give(&mut places, &worker(1), at(0));
-            let homes = [0, 1, 4, 5, 90].map(|minutes| numbers.current_gateway(&places, at(minutes)).is_some());
-            assert_eq!(homes, [false, false, false, true, true], "{first}");
+            numbers.on_answer(&mut locations, &worker(1), at(0));
+            let are_current =
+                [0, 1, 4, 5, 90].map(|minutes| numbers.current_gateway(&locations, at(minutes)).is_some());
+            assert_eq!(are_current, [false, false, false, true, true], "{first}");
         }
     }
 
     #[test]
     fn however_many_gateways_there_are_the_room_is_bounded() {
-        let (mut numbers, mut places) = (GatewayIndex::new(Instant::now()), KeyLocations::default());
-        for n in 0..GATEWAYS_MAX + 10 {
-            numbers.confirm(&mut places, &worker(n), true, Instant::now());
-            numbers.on_handshake(&mut places, &worker(n));
+        let (mut numbers, mut locations) = (GatewayIndex::new(Instant::now()), KeyLocations::default());
+        for n in 0..NUMBERED_GATEWAYS_MAX + 10 {
+            numbers.confirm(&mut locations, &worker(n), true, Instant::now());
+            numbers.on_handshake(&mut locations, &worker(n));
         }
-        let named = numbers.named(&places, Instant::now());
-        assert_eq!((numbers.names.len(), named.confirmed.len()), (GATEWAYS_MAX, GATEWAYS_MAX));
-        assert_eq!(named.handshakes, Some(worker(GATEWAYS_MAX - 1)));
+        let named = numbers.named(&locations, Instant::now());
+        assert_eq!((numbers.names.len(), named.confirmed.len()), (NUMBERED_GATEWAYS_MAX, NUMBERED_GATEWAYS_MAX));
+        assert_eq!(named.handshakes, Some(worker(NUMBERED_GATEWAYS_MAX - 1)));
         assert_eq!(size_of::<KeyLocations>(), 16);
     }
 }

@@ -16,7 +16,7 @@ use wgkex_common::sync::CHUNK_KEYS_MAX;
 use wgkex_common::wire::message::{Age, SnapshotChunk, SyncRequest};
 use wgkex_common::{BrokerName, Config, Domain, KeyId, PublicKey, WorkerName};
 
-use crate::fleet::key_locations::{GatewayIndex, KeyLocations, NamedPlaces};
+use crate::fleet::key_locations::{GatewayIndex, KeyLocations, NamedLocations};
 use crate::fleet::unrequested::{HandshakeReport, UnrequestedKeys};
 
 /// A router's request that arrives a second time within this, by HTTP and by MQTT, counts once.
@@ -67,7 +67,7 @@ struct LiveKey {
     /// When this broker last changed it: a sync client may lack it from then on.
     updated_at: Instant,
     /// The gateways that have it.
-    places: KeyLocations,
+    locations: KeyLocations,
 }
 
 /// The known state of a key in a domain.
@@ -84,7 +84,7 @@ pub struct KeyTrace {
     /// How long ago its last handshake was, as far as it is known.
     pub last_handshake: Option<Duration>,
     /// Its gateways.
-    pub places: NamedPlaces,
+    pub locations: NamedLocations,
 }
 
 /// The state of a key in a domain.
@@ -132,9 +132,9 @@ impl LiveKeys {
         };
         for (KeyId { domain, key }, record) in remembered {
             // A sync client may lack the keys that the last run received at its end: all keys count as updated now.
-            let (last_handshake, places) = (record.established.then_some(record.last), KeyLocations::default());
+            let (last_handshake, locations) = (record.established.then_some(record.last), KeyLocations::default());
             let key_of_last_run =
-                LiveKey { record, first: record.last, last_handshake, returned: None, updated_at: now, places };
+                LiveKey { record, first: record.last, last_handshake, returned: None, updated_at: now, locations };
             if !live.insert(&domain, key, key_of_last_run, now) {
                 live.write_buffer.remove(&domain, key);
             }
@@ -246,7 +246,7 @@ impl LiveKeys {
         match self.domains.get_key_value(domain) {
             Some((_, known)) if known.keys.contains_key(&key) => {
                 self.merge(domain, key, KeyRecord { last: now, established: true }, SAME_REQUEST, now);
-                self.place(domain, &key, |numbers, places| numbers.on_handshake(places, worker));
+                self.update_locations(domain, &key, |numbers, locations| numbers.on_handshake(locations, worker));
             }
             Some((domain, _)) => self.unrequested.on_handshake(worker, domain, key, now),
             None => {}
@@ -255,35 +255,42 @@ impl LiveKeys {
 
     /// `worker` has published the outcome of a key.
     pub fn on_outcome(&mut self, worker: &WorkerName, domain: &str, key: &PublicKey, is_installed: bool, now: Instant) {
-        self.place(domain, key, |numbers, places| numbers.confirm(places, worker, is_installed, now));
+        self.update_locations(domain, key, |numbers, locations| numbers.confirm(locations, worker, is_installed, now));
     }
 
-    fn place(&mut self, domain: &str, key: &PublicKey, change: impl FnOnce(&mut GatewayIndex, &mut KeyLocations)) {
+    fn update_locations(
+        &mut self,
+        domain: &str,
+        key: &PublicKey,
+        change: impl FnOnce(&mut GatewayIndex, &mut KeyLocations),
+    ) {
         let live = self.domains.get_mut(domain).and_then(|known| known.keys.get_mut(key));
         if let Some(live) = live {
-            change(&mut self.numbers, &mut live.places);
+            change(&mut self.numbers, &mut live.locations);
         }
     }
 
     /// The gateway that last reported handshakes of a key.
     #[must_use]
     pub fn last_with_handshakes(&self, id: &KeyId) -> Option<&WorkerName> {
-        self.numbers.last_with_handshakes(self.places(id)?)
+        self.numbers.last_with_handshakes(self.locations(id)?)
     }
 
     /// The gateway where the router of a key is connected, by its reports and by this broker's own answers.
     #[must_use]
     pub fn current_gateway(&self, id: &KeyId, now: Instant) -> Option<&WorkerName> {
-        self.numbers.current_gateway(self.places(id)?, now)
+        self.numbers.current_gateway(self.locations(id)?, now)
     }
 
     /// This broker answered a request of the key's router with `worker`.
     pub fn on_given(&mut self, id: &KeyId, worker: &WorkerName, now: Instant) {
-        self.place(id.domain.name(), &id.key, |numbers, places| numbers.give(places, worker, now));
+        self.update_locations(id.domain.name(), &id.key, |numbers, locations| {
+            numbers.on_answer(locations, worker, now)
+        });
     }
 
-    fn places(&self, id: &KeyId) -> Option<&KeyLocations> {
-        Some(&self.domains.get(&id.domain)?.keys.get(&id.key)?.places)
+    fn locations(&self, id: &KeyId) -> Option<&KeyLocations> {
+        Some(&self.domains.get(&id.domain)?.keys.get(&id.key)?.locations)
     }
 
     /// The state of a key, in each domain where it is known.
@@ -296,13 +303,20 @@ impl LiveKeys {
             first: Some(age(live.first)),
             last: age(live.record.last),
             last_handshake: live.last_handshake.map(age),
-            places: self.numbers.named(&live.places, now),
+            locations: self.numbers.named(&live.locations, now),
         };
         let claimed = |domain: &Domain| {
             let HandshakeReport { worker, at } = self.unrequested.report(domain, key)?;
-            let places = NamedPlaces { handshakes: Some(worker.clone()), ..NamedPlaces::default() };
+            let locations = NamedLocations { handshakes: Some(worker.clone()), ..NamedLocations::default() };
             let (state, age) = (KeyState::Claimed, age(*at));
-            Some(KeyTrace { domain: domain.clone(), state, first: None, last: age, last_handshake: Some(age), places })
+            Some(KeyTrace {
+                domain: domain.clone(),
+                state,
+                first: None,
+                last: age,
+                last_handshake: Some(age),
+                locations,
+            })
         };
         let trace = |(domain, known): (&Domain, &DomainKeys)| match (known.keys.get(key), known.displaced.get(key)) {
             (Some(found), _) if found.record.established => Some(live(domain, found, KeyState::Established)),
@@ -351,7 +365,9 @@ impl LiveKeys {
         if is_new {
             if let Some(HandshakeReport { worker, at }) = self.unrequested.take(&domain, &key) {
                 self.merge(domain.name(), key, KeyRecord { last: at, established: true }, SAME_REQUEST, now);
-                self.place(domain.name(), &key, |numbers, places| numbers.on_handshake(places, &worker));
+                self.update_locations(domain.name(), &key, |numbers, locations| {
+                    numbers.on_handshake(locations, &worker)
+                });
             }
             self.evict();
         }
@@ -497,8 +513,8 @@ impl LiveKey {
 fn merged(before: Option<&LiveKey>, news: KeyRecord, now: Instant) -> LiveKey {
     let last_handshake = news.established.then_some(news.last);
     let Some(before) = before else {
-        let places = KeyLocations::default();
-        return LiveKey { record: news, first: news.last, last_handshake, returned: None, updated_at: now, places };
+        let locations = KeyLocations::default();
+        return LiveKey { record: news, first: news.last, last_handshake, returned: None, updated_at: now, locations };
     };
     LiveKey {
         record: KeyRecord {
@@ -509,7 +525,7 @@ fn merged(before: Option<&LiveKey>, news: KeyRecord, now: Instant) -> LiveKey {
         last_handshake: last_handshake.max(before.last_handshake),
         returned: before.returned,
         updated_at: now,
-        places: before.places,
+        locations: before.locations,
     }
 }
 

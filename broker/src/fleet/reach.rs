@@ -13,7 +13,7 @@ const UNREACHED_AFTER: Duration = Duration::from_secs(300);
 /// An answer is forgotten after this long.
 const ANSWER_LIFETIME: Duration = Duration::from_secs(1_200);
 /// The most answers that are remembered; others are not watched.
-const ANSWERS_MAX: usize = 20_000;
+const WATCHED_ANSWERS_MAX: usize = 20_000;
 /// A gateway with fewer unreached routers is not reported: a single router may have a local problem.
 const MIN_UNREACHED: u64 = 3;
 
@@ -79,7 +79,7 @@ impl ReachTracker {
     /// A router was given a gateway; `is_reached` if that is the one that last reported handshakes of it.
     pub fn on_given(&mut self, gateway: &WorkerName, domain: &Domain, key: PublicKey, is_reached: bool, now: Instant) {
         let given = AnsweredRouter { key, domain: domain.clone(), gateway: gateway.clone() };
-        if self.answers.len() >= ANSWERS_MAX && !self.answers.contains_key(&given) {
+        if self.answers.len() >= WATCHED_ANSWERS_MAX && !self.answers.contains_key(&given) {
             return;
         }
         let counts = self.counts.entry(gateway.clone()).or_default();
@@ -206,7 +206,10 @@ mod tests {
             reach.on_given(&gateway, &domain, key(n), false, begun);
         }
         reach.expire(at(begun, 19));
-        assert_eq!(reach.by_gateway()[&gateway], ReachCounts { waiting: ANSWERS_MAX as u64, ..ReachCounts::default() });
+        assert_eq!(
+            reach.by_gateway()[&gateway],
+            ReachCounts { waiting: WATCHED_ANSWERS_MAX as u64, ..ReachCounts::default() }
+        );
     }
 
     proptest! {

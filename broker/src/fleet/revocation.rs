@@ -20,7 +20,7 @@ use crate::fleet::gateways::Reachability;
 /// How long an admin call waits for all gateways together.
 pub const REVOCATION_TIMEOUT: Duration = Duration::from_secs(2);
 /// The most gateways whose results one call gets: more than any fleet has.
-const GATEWAYS_MAX: usize = 4096;
+const RESULTS_MAX: usize = 4096;
 
 /// A record of the access lists that denies a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -85,7 +85,7 @@ impl PendingRevocations {
     /// Waits for results of the record that denies `key` since `at`.
     #[must_use]
     pub fn begin(&self, key: PublicKey, at: u64) -> PendingRevocation {
-        let (sender, results) = mpsc::channel(GATEWAYS_MAX);
+        let (sender, results) = mpsc::channel(RESULTS_MAX);
         let record = DenyRecord { key, at };
         self.calls().insert(record, RevocationCall { results: sender, received: BTreeSet::new() });
         PendingRevocation { pending: self.clone(), record, results }
@@ -96,7 +96,7 @@ impl PendingRevocations {
         let mut calls = self.calls();
         for (key, outcome) in revoked.keys {
             if let Some(call) = calls.get_mut(&DenyRecord { key, at: revoked.at })
-                && call.received.len() < GATEWAYS_MAX
+                && call.received.len() < RESULTS_MAX
                 && call.received.insert(worker.clone())
             {
                 let _ = call.results.try_send(GatewayResult { worker: worker.clone(), outcome });
@@ -237,7 +237,7 @@ mod tests {
     async fn a_worker_with_many_outcomes_crowds_out_no_other() {
         let pending = PendingRevocations::default();
         let waiting = pending.begin(key(3), 7);
-        for _ in 0..2 * GATEWAYS_MAX {
+        for _ in 0..2 * RESULTS_MAX {
             pending.on_revoked(&name("gw1"), revoked(7, 3, "failed"));
         }
         pending.on_revoked(&name("gw2"), revoked(7, 3, "removed"));

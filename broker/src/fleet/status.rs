@@ -256,10 +256,10 @@ impl fmt::Display for Draining {
 impl fmt::Display for OfflineReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::NeverOnline => f.write_str("it has not said that it is online"),
+            Self::NeverOnline => f.write_str("it has not published that it is online"),
             Self::Stopped => f.write_str("stopped"),
             Self::ConnectionLost => f.write_str("connection lost"),
-            Self::Silent(seconds) => write!(f, "nothing heard for {}", age(*seconds)),
+            Self::Silent(seconds) => write!(f, "nothing received for {}", age(*seconds)),
         }
     }
 }
@@ -328,12 +328,12 @@ mod tests {
     }
 
     #[test]
-    fn why_a_gateway_is_offline_is_said_in_words() {
+    fn the_reason_why_a_gateway_is_offline_is_shown_in_words() {
         let text = |reason, for_secs| Offline { reason, for_secs }.to_string();
         assert_eq!(text(OfflineReason::Stopped, Some(7)), "stopped, offline for 7 s");
-        assert_eq!(text(OfflineReason::Silent(150), Some(7)), "nothing heard for 2 min, offline for 7 s");
+        assert_eq!(text(OfflineReason::Silent(150), Some(7)), "nothing received for 2 min, offline for 7 s");
         let lost = "connection lost, offline since before this broker connected";
         assert_eq!(text(OfflineReason::ConnectionLost, None), lost);
-        assert_eq!(text(OfflineReason::NeverOnline, None), "it has not said that it is online");
+        assert_eq!(text(OfflineReason::NeverOnline, None), "it has not published that it is online");
     }
 }

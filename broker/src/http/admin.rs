@@ -271,7 +271,7 @@ impl Admin {
                 return error(status, &message);
             }
         };
-        let (worker, is_known) = (gateway.as_str(), self.fleet.gateways().is_heard_of(&gateway));
+        let (worker, is_known) = (gateway.as_str(), self.fleet.gateways().is_worker_known(&gateway));
         match self.drains.set(&gateway, on.then_some(drain)).await {
             Ok(DrainOutcome { was_on, is_kept }) => {
                 info!(target: AUDIT, call, worker, outcome = if is_kept { "done" } else { "not kept" }, "admin call");

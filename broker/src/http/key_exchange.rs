@@ -73,11 +73,11 @@ async fn v2(app: Data<App>, request: HttpRequest, body: Payload) -> Result<HttpR
 async fn read(app: &App, body: Payload) -> Result<KeyId, Rejection> {
     let body = body::read(body, BODY_MAX).await?;
     let text = body::text(&body).ok_or(Rejection::Body("the body is not valid JSON"))?;
-    let asked = request::parse(text.as_bytes(), &app.domains);
-    if asked == Err(Rejection::Domain) {
+    let parsed = request::parse(text.as_bytes(), &app.domains);
+    if parsed == Err(Rejection::Domain) {
         app.log_refused_domain(text.as_bytes());
     }
-    asked
+    parsed
 }
 
 impl App {
@@ -96,7 +96,7 @@ impl App {
             refused.on_refused(&name, Instant::now())
         });
         if let Some(domain) = logged {
-            warn!(domain, "routers ask for a domain that is not served here");
+            warn!(domain, "routers request a domain that is not served here");
         }
     }
 

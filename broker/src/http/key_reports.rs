@@ -12,7 +12,7 @@ use wgkex_common::{Domain, KeyId, PublicKey};
 
 use crate::exchange::in_flight::FlightTrace;
 use crate::exchange::{Exchange, ExpectedAnswer, Rejection};
-use crate::fleet::key_locations::NamedPlaces;
+use crate::fleet::key_locations::NamedLocations;
 use crate::fleet::live_keys::{KeyState, KeyTrace};
 use crate::fleet::status::GatewayRating;
 
@@ -197,8 +197,8 @@ impl KeyInDomain {
         exchange: &Exchange,
     ) -> Self {
         let secs = |duration: Option<Duration>| duration.map(|duration| duration.as_secs());
-        let NamedPlaces { confirmed, confirmed_ago, handshakes } =
-            trace.map(|trace| trace.places.clone()).unwrap_or_default();
+        let NamedLocations { confirmed, confirmed_ago, handshakes } =
+            trace.map(|trace| trace.locations.clone()).unwrap_or_default();
         let gateways = exchange.fleet.gateways();
         let confirmed_by = confirmed.iter().map(|worker| Confirming {
             gateway: worker.as_str().into(),

@@ -356,7 +356,7 @@ mod tests {
     }
 
     #[test]
-    fn a_list_that_was_never_read_is_said_once_and_as_what_it_is() {
+    fn a_list_that_was_never_read_is_one_problem_of_its_own_kind() {
         let lists = ListSnapshot {
             damaged: vec!["allowlist.file", "blacklist_file"],
             unread: vec!["allowlist.file"],

@@ -64,7 +64,7 @@ fn table_of_gateways(gateways: &[GatewayStatus]) -> Markup {
                 th { "Gateway" } th { "State" } th { "Version" } th { "Domains (connected peers)" }
                 th.n { "Connected" } th.n { "Assigned" } th.n { "Unreached" } th.n { "Weight" } th.n { "Target" }
             }
-            @if gateways.is_empty() { tr { td colspan="9" { "none was heard of" } } }
+            @if gateways.is_empty() { tr { td colspan="9" { "no gateway is known" } } }
             @for gateway in gateways { (row_of_gateway(gateway)) }
         }
         p { small {
@@ -311,6 +311,6 @@ mod tests {
         }
         assert!(!page.contains("<script") && !page.contains("<b>"));
         let empty = render(&status(true, Vec::new(), Vec::new()));
-        assert!(empty.contains("none was heard of") && empty.contains(">ready<"), "{empty}");
+        assert!(empty.contains("no gateway is known") && empty.contains(">ready<"), "{empty}");
     }
 }

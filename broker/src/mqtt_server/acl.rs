@@ -31,7 +31,7 @@ impl TopicOperation {
 }
 
 /// Stands for the user's name in [`PARKER`].
-const NAME: &str = "%u";
+const USER_PLACEHOLDER: &str = "%u";
 
 /// The rights of each role on Parker's topics (contract section 5).
 const PARKER: [(Role, TopicOperation, &str); 9] = [
@@ -80,7 +80,10 @@ impl TopicAccess {
 
 /// The filters of the topics with which the user `name` may do this, in the order in which lists have them.
 pub(crate) fn filters(role: Role, operation: TopicOperation, name: &str) -> Vec<String> {
-    let parker = PARKER.iter().filter(|row| (row.0, row.1) == (role, operation)).map(|row| row.2.replace(NAME, name));
+    let parker = PARKER
+        .iter()
+        .filter(|row| (row.0, row.1) == (role, operation))
+        .map(|row| row.2.replace(USER_PLACEHOLDER, name));
     match (role, operation) {
         (Role::Worker, _) => match (name.parse(), operation) {
             (Ok(worker), TopicOperation::Publish) => worker_publishes(&worker).into_iter().chain(parker).collect(),

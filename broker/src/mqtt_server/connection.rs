@@ -23,7 +23,7 @@ use crate::mqtt_server::retained::RetainedPage;
 use crate::mqtt_server::session::{ClientSession, SessionAction};
 
 /// The largest packet. The longest of the bus, 2,000 confirmations, has 100 kB.
-const PACKET_MAX: usize = 1 << 20;
+const RECEIVED_PACKET_MAX: usize = 1 << 20;
 /// The most bytes that wait to be written; then no more messages are taken from the log.
 const OUTPUT_MAX: usize = 64 << 10;
 /// The same for this broker's own connections: they are behind the log only if this is full.
@@ -320,7 +320,7 @@ impl ClientConnection {
                 return Ok(());
             }
             let before = self.input.len();
-            match Packet::read(&mut self.input, PACKET_MAX) {
+            match Packet::read(&mut self.input, RECEIVED_PACKET_MAX) {
                 Ok(packet) => {
                     self.unfinished = None;
                     let bytes = before - self.input.len();
@@ -386,7 +386,7 @@ impl ClientConnection {
     fn slow_down(&mut self, reason: ThrottleReason, wait: Duration, slot: &ClientSlot) {
         self.pause(reason, wait);
         if self.account.may_warn(Offence::Excess) {
-            warn!(client = %slot, reason = reason.reason(), "does more than it may: is slowed down");
+            warn!(client = %slot, reason = reason.reason(), "exceeds its rate limit: is slowed down");
         }
     }
 
@@ -441,7 +441,7 @@ async fn next(log_reader: &mut Option<LogReader>, session: &ClientSession) -> Re
             fn topic(message: &LogMessage) -> &str {
                 PublishedMessage::topic_of(&message.bytes).unwrap_or_default()
             }
-            log_reader.next(|message| session.wants(topic(message), message.at)).await
+            log_reader.next(|message| session.had_subscribed(topic(message), message.at)).await
         }
         None => std::future::pending().await,
     }

@@ -11,7 +11,7 @@ use tokio::sync::Notify;
 use crate::client_ip::Client;
 
 /// The most connections of unknown clients that have not logged in, and the most of known ones.
-const WAITING_MAX: usize = 512;
+const WAITING_CONNECTIONS_MAX: usize = 512;
 /// The most of one client, unless that is this machine.
 const PER_CLIENT_MAX: usize = 64;
 /// The most clients that are known for each user: those from which it logged in last.
@@ -119,7 +119,7 @@ impl<H> PermitTable<H> {
     fn admit(&mut self, client: Client, handle: H) -> (u64, Option<H>) {
         let oldest_of_client = self.of_clients.get(&client).filter(|own| own.len() >= PER_CLIENT_MAX);
         let oldest_of_client = oldest_of_client.filter(|_| !client.is_this_machine()).and_then(BTreeSet::first);
-        let oldest = self.waiting.keys().next().filter(|_| self.waiting.len() >= WAITING_MAX);
+        let oldest = self.waiting.keys().next().filter(|_| self.waiting.len() >= WAITING_CONNECTIONS_MAX);
         let evicted = oldest_of_client.or(oldest).copied().and_then(|oldest| self.remove(oldest));
         self.next += 1;
         self.waiting.insert(self.next, (client, handle));
@@ -190,25 +190,25 @@ mod tests {
         assert_eq!(table.admit(client(0), 0).1, None);
         assert!((1..=PER_CLIENT_MAX).all(|n| table.admit(client(1), n).1.is_none()));
         assert_eq!(table.admit(client(1), 1_000).1, Some(1));
-        let others = WAITING_MAX - PER_CLIENT_MAX - 1;
+        let others = WAITING_CONNECTIONS_MAX - PER_CLIENT_MAX - 1;
         assert!((0..others).all(|n| table.admit(client(2 + n), 2_000 + n).1.is_none()));
         assert_eq!(table.admit(client(1), 1_001).1, Some(2), "its own, as long as it has many");
         assert_eq!(table.admit(client(9_999), 3_000).1, Some(0));
         assert_eq!(table.admit(client(9_998), 3_001).1, Some(3));
-        assert_eq!(table.waiting.len(), WAITING_MAX);
+        assert_eq!(table.waiting.len(), WAITING_CONNECTIONS_MAX);
     }
 
     #[test]
     fn this_machine_has_as_many_places_as_there_are() {
         let (mut table, loopback) = (PermitTable::default(), Client::from(IpAddr::from([127, 0, 0, 1])));
-        assert!((0..WAITING_MAX).all(|n| table.admit(loopback, n).1.is_none()));
-        assert_eq!(table.admit(loopback, WAITING_MAX).1, Some(0));
+        assert!((0..WAITING_CONNECTIONS_MAX).all(|n| table.admit(loopback, n).1.is_none()));
+        assert_eq!(table.admit(loopback, WAITING_CONNECTIONS_MAX).1, Some(0));
     }
 
     #[test]
     fn a_place_that_is_left_is_free() {
         let limiter = HandshakeLimiter::default();
-        for n in 0..10 * WAITING_MAX {
+        for n in 0..10 * WAITING_CONNECTIONS_MAX {
             drop(limiter.acquire([10, 0, 0, u8::try_from(n % 200).unwrap()].into()));
         }
         let permits = limiter.0.lock();
@@ -222,8 +222,8 @@ mod tests {
         limiter.acquire([192, 0, 2, 1].into()).logged_in("gw1");
         let gateway = limiter.acquire([192, 0, 2, 1].into());
         assert!(gateway.is_known());
-        let crowd: Vec<_> = (0..2 * WAITING_MAX).map(|n| limiter.acquire(address(n))).collect();
-        for place in &crowd[..WAITING_MAX] {
+        let crowd: Vec<_> = (0..2 * WAITING_CONNECTIONS_MAX).map(|n| limiter.acquire(address(n))).collect();
+        for place in &crowd[..WAITING_CONNECTIONS_MAX] {
             place.evicted().notified().await;
         }
         let waits = tokio::time::timeout(std::time::Duration::from_millis(50), gateway.evicted().notified()).await;
@@ -233,7 +233,8 @@ mod tests {
     #[tokio::test]
     async fn a_connection_that_sent_its_connect_is_not_evicted_until_it_waits_again() {
         let limiter = HandshakeLimiter::default();
-        let crowd = || (0..WAITING_MAX).map(|n| limiter.acquire([10, 2, u8::try_from(n / 60).unwrap(), 1].into()));
+        let crowd =
+            || (0..WAITING_CONNECTIONS_MAX).map(|n| limiter.acquire([10, 2, u8::try_from(n / 60).unwrap(), 1].into()));
         let mut place = limiter.acquire([192, 0, 2, 1].into());
         let evicted = place.evicted();
         let waits = async || tokio::time::timeout(std::time::Duration::from_millis(50), evicted.notified()).await;

@@ -60,14 +60,14 @@ struct RateLimit {
 
 /// A worker publishes a batch of 2,000 keys in 100 kB. In the worst case it publishes each key alone: 20,000 keys are
 /// half of the number that it may publish at once.
-const WORKER: RateLimit = RateLimit {
+const WORKER_LIMIT: RateLimit = RateLimit {
     work: Pace { per_second: 2_000 * PACKET_COST, burst: 40_000 * PACKET_COST },
     bytes: Pace { per_second: 512 << 10, burst: 16 << 20 },
     wait_max: Pace { per_second: 1_000_000 / 60, burst: 2_000_000 },
 };
 /// A broker of another machine publishes as many keys as routers request, and sends all live keys to each gateway that
 /// requests them. It is trusted with more than this; the limit is for programs that fail.
-const BROKER: RateLimit = RateLimit {
+const BROKER_LIMIT: RateLimit = RateLimit {
     work: Pace { per_second: 50_000 * PACKET_COST, burst: 100_000 * PACKET_COST },
     bytes: Pace { per_second: 64 << 20, burst: 256 << 20 },
     wait_max: Pace { per_second: 5_000_000 / 60, burst: 5_000_000 },
@@ -174,8 +174,8 @@ impl Account {
 
 fn rate(role: Role) -> Rate {
     let RateLimit { work, bytes, wait_max } = match role {
-        Role::Worker => WORKER,
-        Role::Broker => BROKER,
+        Role::Worker => WORKER_LIMIT,
+        Role::Broker => BROKER_LIMIT,
     };
     Rate {
         began: Instant::now(),

@@ -182,12 +182,12 @@ impl ClientSession {
         let mut granted = Vec::new();
         for filter in subscribe.filters {
             let (path, qos) = (filter.path, lower_qos(filter.qos, QoS::AtLeastOnce));
-            let is_sound = is_filter(&path) && path.len() <= FILTER_MAX && path.split('/').nth(LEVELS_MAX).is_none();
+            let is_valid = is_filter(&path) && path.len() <= FILTER_MAX && path.split('/').nth(LEVELS_MAX).is_none();
             let has_place = self.subscriptions.len() < FILTERS_MAX || self.subscriptions.contains(&path);
-            if is_sound && !self.access.can_subscribe(&path) {
+            if is_valid && !self.access.can_subscribe(&path) {
                 actions.push(self.deny(TopicOperation::Subscribe, path));
                 codes.push(SubscribeReasonCode::Failure);
-            } else if is_sound && has_place {
+            } else if is_valid && has_place {
                 self.subscriptions.insert(&path, GrantedSubscription { qos, since });
                 granted.push(path);
                 codes.push(SubscribeReasonCode::Success(qos));
@@ -222,7 +222,7 @@ impl ClientSession {
 
     /// Whether it had subscribed to a filter that has `topic` when a message was published there, at a position of the log.
     /// The router may forward that later than it takes a subscription.
-    pub fn wants(&self, topic: &str, at: LogPosition) -> bool {
+    pub fn had_subscribed(&self, topic: &str, at: LogPosition) -> bool {
         self.subscriptions.granted(topic).is_some_and(|subscription| subscription.since <= at)
     }
 

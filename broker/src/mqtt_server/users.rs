@@ -362,7 +362,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_password_that_was_right_waits_for_nobody() {
+    async fn a_password_that_was_right_does_not_wait() {
         let users = users();
         assert!(admit(&users, Some(login("gw1", "right"))).await.is_ok());
         let users = asleep(users);

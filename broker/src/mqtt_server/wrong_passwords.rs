@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crate::client_ip::Client;
 
 /// The most wrong passwords of a client at once, for all users together and for one; then it has to wait.
-const BURST: u32 = 40;
+const BURST_PER_CLIENT: u32 = 40;
 const BURST_PER_USER: u32 = 5;
 /// The time per further wrong password, for all users together and for one. So a client that guesses one user's
 /// password has an eighth of the rate at which a gateway behind the same address, which is another user, would have to
@@ -25,7 +25,7 @@ pub struct WrongPasswords {
 impl WrongPasswords {
     /// Whether `client` may try a password of `user`, the number of a name that may exist or not.
     pub fn may_try(&self, client: Client, user: u64, now: Instant) -> bool {
-        has_room(self.of_clients.get(&client), (GUESS_INTERVAL, BURST), now)
+        has_room(self.of_clients.get(&client), (GUESS_INTERVAL, BURST_PER_CLIENT), now)
             && has_room(self.of_users.get(&(client, user)), (GUESS_INTERVAL_PER_USER, BURST_PER_USER), now)
     }
 

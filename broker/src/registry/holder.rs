@@ -307,7 +307,7 @@ mod tests {
 
     /// Failed before: the file was written while the MQTT session waited for it.
     #[tokio::test]
-    async fn who_hears_of_another_broker_does_not_wait_for_the_disk() {
+    async fn a_hello_of_another_broker_does_not_wait_for_the_disk() {
         let dir = tempfile::tempdir().unwrap();
         let refused = holder(dir.path(), "");
         let disk = refused.0.as_ref().unwrap().writer.lock();

@@ -16,7 +16,7 @@ use crate::registry::store::ServerChange;
 /// The most messages in flight: no router's key waits behind more of them.
 const MESSAGES_IN_FLIGHT_MAX: usize = 20;
 /// Messages of one server that wait at most: they do not follow one another where other brokers make the changes between.
-const WAITING_MAX: usize = 8;
+const WAITING_PER_SERVER_MAX: usize = 8;
 
 /// The lease messages for workers. Clones share it.
 #[derive(Debug, Clone, Default)]
@@ -109,7 +109,7 @@ fn merge(waiting: &mut VecDeque<LeaseMessage>, message: LeaseMessage) {
         LeaseContent::Change(change) => change.added.len() + change.removed.len() > CHUNK_ADDRESSES_MAX,
         LeaseContent::Chunk(_) | LeaseContent::Current | LeaseContent::Deleted => false,
     };
-    if (waiting.len() > WAITING_MAX || waiting.back().is_some_and(is_long))
+    if (waiting.len() > WAITING_PER_SERVER_MAX || waiting.back().is_some_and(is_long))
         && let Some(last) = waiting.pop_back()
     {
         waiting.retain(|before| before.version.id != version.id);
@@ -168,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn a_worker_that_missed_too_much_is_told_which_version_there_is() {
+    fn a_worker_that_missed_too_much_gets_the_current_version() {
         let current = |revision| [message(7, revision, LeaseContent::Current)];
         let many = (1..=1001).map(|n| change(7, i64::from(n), &[n], &[]));
         assert_eq!(merged(many), current(1001));

@@ -29,7 +29,7 @@ use crate::registry::store::{self, LeaseSnapshot, RequestedLeases};
 /// Refusals that are remembered at most, so that each is logged once.
 const REFUSALS_MAX: usize = 1024;
 /// Workers at most whose servers are remembered until the database takes them.
-const WAITING_MAX: usize = 1024;
+const WAITING_WORKERS_MAX: usize = 1024;
 /// How long after the database did not take a worker's servers they are registered again.
 const REGISTER_RETRY_PAUSE: Duration = Duration::from_secs(5);
 /// How long other events may wait for the database then.
@@ -196,7 +196,7 @@ impl UnregisteredServers {
     /// Records whether a worker's servers were taken.
     fn note(&mut self, worker: WorkerName, announced: AnnouncedServers, is_taken: bool, now: Instant) {
         self.announced.retain(|(waiting, _)| *waiting != worker);
-        if !is_taken && self.announced.len() < WAITING_MAX {
+        if !is_taken && self.announced.len() < WAITING_WORKERS_MAX {
             self.announced.push_back((worker, announced));
         }
         let due = if is_taken { now } else { self.due.filter(|due| *due > now).unwrap_or(now + REGISTER_RETRY_PAUSE) };

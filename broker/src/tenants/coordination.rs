@@ -30,10 +30,10 @@ use crate::tenants::streams::{BrokerStream, Numbered};
 /// rest of 5 s is for the close frame.
 const COORDINATOR_ANSWER_TIMEOUT: Duration = Duration::from_millis(4500);
 /// How long a broker's members stay while it is offline.
-const ABSENCE_TIMEOUT: Duration = Duration::from_secs(10);
+const FOLLOWER_ABSENCE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a broker that is online may send no frame. The members of a coordinator that stands still leave after twice
 /// this and the time for registrations: within 40 s.
-const SILENCE_TIMEOUT: Duration = Duration::from_secs(10);
+const FRAME_SILENCE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long changes are not published to the hub after the bus is connected again.
 const HUB_PAUSE: Duration = Duration::from_secs(5);
 /// How often sessions are registered at most.
@@ -230,7 +230,7 @@ impl Coordination {
     /// Handles time limits, and changes this broker's role if the election has another result now.
     pub fn tick(&mut self, now: Instant) {
         let before = self.ticked.replace(now);
-        if before.is_some_and(|before| now.saturating_duration_since(before) >= SILENCE_TIMEOUT) {
+        if before.is_some_and(|before| now.saturating_duration_since(before) >= FRAME_SILENCE_TIMEOUT) {
             self.election.rank_last();
         }
         self.elect(now);
@@ -240,7 +240,7 @@ impl Coordination {
             authority.tick(now);
             self.settle(now);
         } else if let TenantRole::Follower { stream, .. } = &self.role
-            && now.saturating_duration_since(stream.last_received) >= SILENCE_TIMEOUT
+            && now.saturating_duration_since(stream.last_received) >= FRAME_SILENCE_TIMEOUT
         {
             self.on_silence(now);
             self.register(now);
@@ -475,7 +475,7 @@ impl Coordination {
                      wgkex/broker/+/tenants? (wgkex-broker mqtt-acl)"
                 );
             }
-            Some(since) if now.saturating_duration_since(*since) >= SILENCE_TIMEOUT => {
+            Some(since) if now.saturating_duration_since(*since) >= FRAME_SILENCE_TIMEOUT => {
                 self.election.skip_broker(coordinator);
             }
             Some(_) => {}
@@ -505,8 +505,8 @@ impl Coordination {
         let is_over = |since: Instant, timeout| now.saturating_duration_since(since) >= timeout;
         followers.retain(|broker, follower| {
             follower.absent_since = if peers.contains(broker) { None } else { follower.absent_since.or(Some(now)) };
-            let is_gone = follower.absent_since.is_some_and(|since| is_over(since, ABSENCE_TIMEOUT))
-                || is_over(follower.stream.last_received, SILENCE_TIMEOUT);
+            let is_gone = follower.absent_since.is_some_and(|since| is_over(since, FOLLOWER_ABSENCE_TIMEOUT))
+                || is_over(follower.stream.last_received, FRAME_SILENCE_TIMEOUT);
             if is_gone {
                 info!(broker = broker.as_str(), "the members of tenants at this broker are gone with it");
                 authority.broker_gone(broker, now);

@@ -21,7 +21,7 @@ use crate::tenants::message::HubPeer;
 /// The longest time between two messages with the current version, by which the worker notices missed changes.
 const VERSION_INTERVAL: Duration = Duration::from_secs(10);
 /// Messages that are sent at once, at most.
-const BURST: usize = 20;
+const MESSAGES_PER_SEND_MAX: usize = 20;
 /// The most addresses of one key, the oldest ones: a peer takes no more in one message.
 const ADDRESSES_MAX: usize = 512;
 
@@ -93,7 +93,7 @@ impl TenantHub {
             let missing = "the hub of tenants is gone: its worker has none any more";
             let other = "the hub of tenants is not used: its worker has other tenants.pool or tenant_length";
             match problem {
-                None => info!(%worker, "the hub of tenants is there"),
+                None => info!(%worker, "the hub of tenants is ready"),
                 Some(HubProblem::Missing) => warn!(%worker, "{missing}"),
                 Some(HubProblem::OtherNetworks) => warn!(%worker, "{other}"),
             }
@@ -171,7 +171,7 @@ impl TenantHub {
             self.version_sent = Some(now);
             self.push_version(version);
         }
-        self.outgoing.drain(..self.outgoing.len().min(BURST)).collect()
+        self.outgoing.drain(..self.outgoing.len().min(MESSAGES_PER_SEND_MAX)).collect()
     }
 
     fn push_version(&mut self, version: LeaseVersion) {

@@ -30,7 +30,7 @@ const TENANTS_CHECK_INTERVAL: Duration = Duration::from_millis(250);
 /// The most commands of sessions that are queued; further ones wait.
 const COMMANDS_MAX: usize = 1024;
 /// Messages of other brokers that wait; more are lost.
-const EVENTS_MAX: usize = 1024;
+const BROKER_EVENTS_MAX: usize = 1024;
 /// Commands and events that are handled before frames are sent.
 const BURST_MAX: usize = 256;
 /// The most unread messages for a member, beyond those that its connection holds: more than a large tenant has members.
@@ -148,7 +148,7 @@ impl TenantService {
     ) -> (Self, TenantsHandle, TenantEventSender) {
         let announced = watch::Sender::new(tenants.election().announced().clone());
         let (sender, commands) = mpsc::channel(COMMANDS_MAX);
-        let (event_sender, events) = mpsc::channel(EVENTS_MAX);
+        let (event_sender, events) = mpsc::channel(BROKER_EVENTS_MAX);
         let handle = TenantsHandle { commands: sender, last: Arc::default() };
         (Self { tenants, kept, metrics, announced, commands, events }, handle, event_sender)
     }

@@ -8,7 +8,7 @@ use crate::BrokerName;
 use crate::wire::message::{Hello, Requester};
 
 /// Brokers that are remembered at most.
-const BROKERS_MAX: usize = 4096;
+const LIST_BROKERS_MAX: usize = 4096;
 /// How long to wait for the effect of the first request before it is sent again; doubled each time.
 const REQUEST_RETRY_MIN: Duration = Duration::from_secs(1);
 /// The longest pause between two requests to the same broker.
@@ -115,7 +115,7 @@ impl AntiEntropy {
             known.names_records = names_records;
             return;
         }
-        if self.brokers.len() < BROKERS_MAX || self.brokers.contains_key(name) {
+        if self.brokers.len() < LIST_BROKERS_MAX || self.brokers.contains_key(name) {
             self.brokers.insert(name.clone(), OtherBroker { digest, names_records, requested_at: None, tries: 0 });
         }
     }
@@ -264,7 +264,7 @@ mod tests {
         for n in 0..5_000 {
             anti_entropy.broker(&name(&n.to_string()), Some(&hello(Some("x"))));
         }
-        assert_eq!(anti_entropy.brokers.len(), BROKERS_MAX);
+        assert_eq!(anti_entropy.brokers.len(), LIST_BROKERS_MAX);
     }
 
     #[test]

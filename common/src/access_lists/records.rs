@@ -314,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn a_change_counts_although_somebodys_clock_is_ahead() {
+    fn a_change_counts_although_another_clock_is_ahead() {
         let mut ahead = records([record(1, CLOCK_AHEAD_MAX * 1000, true)]);
         let lifted = ahead.change(deny(1), false, NOW * 1000).unwrap();
         assert!(!ahead.has(&deny(1), NOW));

@@ -229,7 +229,7 @@ impl ListService {
                 unsound,
                 future,
                 full,
-                "list entries of other brokers are not taken in: nobody makes such, a clock is wrong, or they are too many"
+                "list entries of other brokers are refused: they are invalid, a clock is wrong, or they are too many"
             );
             self.logged_refused = (self.refused, Some(now));
             self.is_stale = true;
@@ -285,7 +285,7 @@ impl ListService {
     fn share(&mut self, bus: &MqttHandle, now: Instant) {
         let digest = self.snapshot.borrow().digest.clone();
         for broker in self.anti_entropy.brokers_to_request(&digest, now) {
-            debug!(broker = broker.as_str(), "asking for list entries");
+            debug!(broker = broker.as_str(), "requesting list entries");
             let is_named = self.anti_entropy.names_records(&broker);
             let topic =
                 if is_named { self.own.requests(&broker) } else { Topic::BrokerRequests { broker: broker.clone() } };

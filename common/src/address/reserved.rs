@@ -9,7 +9,7 @@ use std::net::Ipv6Addr;
 use crate::{Domain, PublicKey, WorkerName, is_derived};
 
 /// Gateways at most, counted per domain; a real fleet has fewer.
-const GATEWAYS_MAX: usize = 16_384;
+const RESERVED_GATEWAYS_MAX: usize = 16_384;
 /// A value that changes sooner than so many [ticks](Reserved::tick) after the last change is reserved once it has been
 /// stable for as long.
 const STABLE_TICKS: u64 = 6;
@@ -117,7 +117,7 @@ impl Reserved {
     pub fn update(&mut self, worker: &WorkerName, domain: &str, peer: Option<GatewayPeer>) {
         let gateway = WorkerDomain { worker: worker.clone(), domain: domain.to_owned() };
         let is_known = self.gateways.contains_key(&gateway);
-        let may_be_new = peer.is_some() && self.domains.contains(domain) && self.gateways.len() < GATEWAYS_MAX;
+        let may_be_new = peer.is_some() && self.domains.contains(domain) && self.gateways.len() < RESERVED_GATEWAYS_MAX;
         if is_known || may_be_new {
             let tick = self.ticks;
             self.change(gateway, |published| {
@@ -293,7 +293,7 @@ mod tests {
     #[test]
     fn nonsense_in_any_number_is_not_remembered() {
         let mut reserved = reserved(&[]);
-        for number in 0..GATEWAYS_MAX {
+        for number in 0..RESERVED_GATEWAYS_MAX {
             let gateway = WorkerDomain { worker: worker(&number.to_string()), domain: "ff_a".into() };
             reserved.gateways.insert(gateway, Published::default());
         }

@@ -11,7 +11,7 @@ use super::certificate::pair;
 use super::diagnostics::{Diagnostics, Path};
 use super::value::{File, Host, Port, port};
 
-/// Where a server of ours listens. `Display` gives `host:port`, with brackets around an IPv6 address.
+/// Where a server of ours addresses. `Display` gives `host:port`, with brackets around an IPv6 address.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Listen {
     /// A name or an address, without brackets.
@@ -39,7 +39,7 @@ impl Listen {
         self.port == other.port && (self.host == other.host || everywhere(self) || everywhere(other))
     }
 
-    /// Host and port by which a program on this machine reaches it: if it listens on all addresses, the loopback
+    /// Host and port by which a program on this machine reaches it: if it addresses on all addresses, the loopback
     /// address of IPv4, which also works where `::` is configured and the machine has no IPv6.
     #[must_use]
     pub fn reachable(&self) -> String {
@@ -52,7 +52,7 @@ impl Listen {
 /// A server for HTTPS.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Https {
-    /// Where it listens.
+    /// Where it addresses.
     pub listen: Listen,
     /// Its certificate, and intermediate ones, as PEM.
     pub cert_file: PathBuf,
@@ -84,10 +84,13 @@ pub(super) struct RawListenTls {
 }
 
 /// No two servers may have the same address and port. The port of HTTPS is compared with that of HTTP where it is read.
-pub(super) fn check_places<const N: usize>(places: [(&str, Option<&Listen>); N], diagnostics: &mut Diagnostics) {
-    let places: Vec<_> = places.into_iter().filter_map(|(key, listen)| Some((key, listen?))).collect();
-    for (at, (key, listen)) in places.iter().enumerate() {
-        let collision = places[..at].iter().find(|(other, known)| listen.collides(known) && !key.starts_with(other));
+pub(super) fn check_addresses_differ<const N: usize>(
+    addresses: [(&str, Option<&Listen>); N],
+    diagnostics: &mut Diagnostics,
+) {
+    let addresses: Vec<_> = addresses.into_iter().filter_map(|(key, listen)| Some((key, listen?))).collect();
+    for (at, (key, listen)) in addresses.iter().enumerate() {
+        let collision = addresses[..at].iter().find(|(other, known)| listen.collides(known) && !key.starts_with(other));
         if let Some((other, _)) = collision {
             let complaint = format!("must be another address or port than that of {other}");
             diagnostics.invalid(&Path::of(key), &Value::from(listen.to_string()), &complaint);

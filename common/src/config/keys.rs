@@ -11,7 +11,7 @@ use super::raw::{ANY, Raw};
 /// The most wrong letters for which a similar key is suggested; at most a third of the key.
 const TYPO_MAX: usize = 3;
 /// Shown in place of a name that the operator chooses.
-const NAME: &str = "NAME";
+const NAME_PLACEHOLDER: &str = "NAME";
 
 /// The paths of all keys; [`ANY`] stands for a name that the operator chooses.
 pub(super) fn paths() -> Vec<Path> {
@@ -158,8 +158,9 @@ fn nearest(path: &Path, place: &Path, key: &str, empty: &[String]) -> Option<Sim
         // In other blocks, and at the top, a single word is part of too many keys.
         let may_lack_words = key.contains('_') || !(is_elsewhere || parent.is_empty());
         let edit_distance = edit_distance(&name.to_ascii_lowercase(), &key.to_ascii_lowercase(), may_lack_words)?;
-        let named =
-            |steps: &[String]| Path(steps.iter().map(|step| if step == ANY { NAME } else { step }.into()).collect());
+        let named = |steps: &[String]| {
+            Path(steps.iter().map(|step| if step == ANY { NAME_PLACEHOLDER } else { step }.into()).collect())
+        };
         let parent = (edit_distance == 0 && parent.starts_with(&place.0)).then(|| named(parent));
         let path = if is_elsewhere { named(&known.0) } else { path.then(name) };
         let is_in_empty = is_elsewhere && known.0.get(place.0.len()).is_some_and(|block| empty.contains(block));

@@ -7,7 +7,7 @@ use serde::Serialize;
 /// The text of a problem if a file cannot be read; the error follows.
 pub(super) const UNREAD: &str = "cannot be read";
 /// The same if there is no config.
-pub(super) const ABSENT: &str = "does not exist; write it";
+pub(super) const CONFIG_ABSENT: &str = "does not exist; write it";
 /// The same if the file of a password has no password.
 pub(super) const NO_PASSWORD: &str = "must have one line, the password";
 
@@ -39,7 +39,7 @@ impl ConfigProblem {
     /// Whether it may be solved without a change of the config: another program may mount, write or open a file later.
     #[must_use]
     pub fn may_resolve_itself(&self) -> bool {
-        [UNREAD, ABSENT, NO_PASSWORD].iter().any(|text| self.problem.contains(text))
+        [UNREAD, CONFIG_ABSENT, NO_PASSWORD].iter().any(|text| self.problem.contains(text))
     }
 }
 

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::diagnostics::{Diagnostics, Path};
 use super::domains::{self, RawWorker};
-use super::http::{Listen, RawBrokerListen, RawListen, check_places};
+use super::http::{Listen, RawBrokerListen, RawListen, check_addresses_differ};
 use super::hub::RawHub;
 use super::interfaces::InterfaceOwners;
 use super::limits::RawLimits;
@@ -118,7 +118,7 @@ impl Raw {
         let (is_setup_named, setup) = (self.setup.is_named(), self.setup.check(&listed, &domains, diagnostics));
         InterfaceOwners { domains: &setup, servers: &servers, hub: hub.as_ref() }.check(diagnostics);
         let mqtt_address = mqtt_listen.as_ref().map(|listen| Listen::of(listen.address));
-        check_places(
+        check_addresses_differ(
             [
                 ("broker_listen", Some(&broker_listen)),
                 ("broker_listen.tls", https.as_ref().map(|https| &https.listen)),

@@ -97,8 +97,7 @@ fn check_pool(TenantNetworks { pool, .. }: &TenantNetworks, diagnostics: &mut Di
         }
     }
     if let Some(public) = pool.iter().find(|network| !is_private(network)) {
-        diagnostics
-            .warn(&path, &format!("has {public}, which is not private: members could not reach those who own it"));
+        diagnostics.warn(&path, &format!("has {public}, which is not private: members could not reach its owners"));
     }
 }
 

@@ -139,7 +139,7 @@ fn the_originals_file_works_without_a_warning() {
 }
 
 #[test]
-fn routers_are_told_the_external_name_as_it_is_written() {
+fn routers_get_the_external_name_as_it_is_written() {
     let told = |yaml: &str| parse(&format!("{LEAST}{yaml}")).unwrap().external_name;
     for name in ["gw04.ext.ffmuc.net", "192.0.2.1", "2001:db8::1", "[2001:db8::1]"] {
         assert_eq!(told(&format!("externalName: '{name}'")), name);

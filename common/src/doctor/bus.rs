@@ -95,7 +95,7 @@ fn subscriptions(program: Program, rights: &Rights) -> Finding {
 fn echo(program: Program, echo: EchoOutcome) -> Finding {
     let follows = match program {
         Program::Worker => "brokers get no confirmations",
-        Program::Broker => "workers hear nothing of revocations, and may miss keys",
+        Program::Broker => "workers receive no revocations, and may miss keys",
     };
     let warn = |found| Finding::warn(SUBJECT, format!("{found}: {follows}"), lacking(program));
     match echo {

@@ -68,7 +68,7 @@ pub fn clock(program: Program, facts: &ClockFacts) -> Finding {
                 Program::Worker => "compare it with that of the broker: --broker-url http://HOST:5000",
                 Program::Broker => "compare it with another one, as `chronyc tracking` does",
             };
-            Finding::warn(SUBJECT, "the system does not say whether it is synchronised", compare)
+            Finding::warn(SUBJECT, "the system does not report whether it is synchronised", compare)
         }
     }
 }

@@ -162,7 +162,7 @@ fn holder(program: Program, facts: &StateFacts, running: Option<&Running>) -> Op
     let holder = match &facts.holder {
         Ok(holder) => holder.as_ref()?,
         Err(error) => {
-            let found = format!("who has the state file cannot be told: {error}");
+            let found = format!("the process that has the state file cannot be determined: {error}");
             return Some(Finding::warn("state", found, "run the doctor as root"));
         }
     };
@@ -207,7 +207,7 @@ fn read_list(program: Program, list: &ListFacts, is_damaged: bool) -> Finding {
     }
     let damaged = is_damaged.then(|| CheckProblem {
         found: format!("the running {word} cannot read {path}, or it is damaged: what it last read counts"),
-        advice: "its log says why, with the line".into(),
+        advice: "its log has the reason, with the line".into(),
     });
     Finding::judge(key, Level::Fail, format!("the running {word} has read {path}"), damaged)
 }

@@ -356,7 +356,7 @@ mod tests {
     }
 
     #[test]
-    fn after_an_upgrade_who_waits_for_what_is_sent_is_woken_by_it() {
+    fn after_an_upgrade_a_task_that_waits_for_output_is_woken_by_it() {
         let (mut server, mut client) = pipeline_gate(256);
         assert_eq!(write(&mut server, b"HTTP/1.1 101\r\n"), Some(14));
         let activity = server.activity();

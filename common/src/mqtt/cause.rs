@@ -255,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn each_fault_is_told_from_the_others() {
+    fn each_fault_is_distinguished_from_the_others() {
         let refused = |code| ConnectionError::ConnectionRefused(code);
         let tls =
             ConnectionError::Tls(TlsError::Io(io::Error::other(rustls::Error::from(CertificateError::UnknownIssuer))));
@@ -278,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn each_cause_is_said_with_what_to_change() {
+    fn each_cause_has_the_setting_to_change() {
         let io = |kind: ErrorKind| ConnectionError::Io(kind.into());
         let tls = |error: rustls::Error| ConnectionError::Tls(TlsError::Io(io::Error::other(error)));
         let unknown = || tls(CertificateError::UnknownIssuer.into());

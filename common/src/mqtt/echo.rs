@@ -19,9 +19,9 @@ const ECHO_TIMEOUT: Duration = Duration::from_secs(30);
 const FIRST_ECHO_TIMEOUT: Duration = Duration::from_secs(2);
 /// After so many connections in a row without an echo, but with other messages, the session stops reconnecting: the
 /// server may not allow the echo.
-const TRIES_MAX: u32 = 3;
+const ECHO_TRIES_MAX: u32 = 3;
 /// The same for a session that has never received an echo, and receives no other message.
-const SILENCE_TIMEOUT: Duration = Duration::from_secs(300);
+const ECHO_SILENCE_TIMEOUT: Duration = Duration::from_secs(300);
 /// After so many connections in a row that the server closed because of the echo nothing more is published below
 /// `wgkex/`,
 const CLOSED_MAX: u32 = 2;
@@ -97,26 +97,26 @@ impl SessionEcho {
         self.silent = Some(now);
     }
 
-    /// Whether the echo has been missing for too long, so that the session has to reconnect. After [`TRIES_MAX`]
+    /// Whether the echo has been missing for too long, so that the session has to reconnect. After [`ECHO_TRIES_MAX`]
     /// connections in a row only if no other message is received either.
     pub(super) fn is_lost(&mut self, now: Instant) -> bool {
         let is_lost = self.lost_at().is_some_and(|at| at <= now);
-        self.losses += u32::from(is_lost && self.losses < TRIES_MAX);
+        self.losses += u32::from(is_lost && self.losses < ECHO_TRIES_MAX);
         is_lost
     }
 
     fn lost_at(&self) -> Option<Instant> {
         let unanswered = self.unanswered.map(|since| since + ECHO_TIMEOUT);
-        if self.losses < TRIES_MAX {
+        if self.losses < ECHO_TRIES_MAX {
             return unanswered;
         }
-        let silence = if self.was_received { ECHO_TIMEOUT } else { SILENCE_TIMEOUT };
+        let silence = if self.was_received { ECHO_TIMEOUT } else { ECHO_SILENCE_TIMEOUT };
         unanswered.max(self.silent.map(|since| since + silence)).filter(|_| unanswered.is_some())
     }
 
     /// Whether echoes have been missing on so many connections that they are no longer expected.
     pub(super) fn is_given_up(&self) -> bool {
-        self.losses >= TRIES_MAX
+        self.losses >= ECHO_TRIES_MAX
     }
 
     /// Whether the server closes the connection when this program publishes to itself.
@@ -164,7 +164,7 @@ mod tests {
             !is_lost_after(&mut echo, &mut now, ECHO_TIMEOUT, false),
             "it has never come: an access list may be why"
         );
-        assert!(is_lost_after(&mut echo, &mut now, SILENCE_TIMEOUT, false));
+        assert!(is_lost_after(&mut echo, &mut now, ECHO_SILENCE_TIMEOUT, false));
         echo.up(now);
         assert!(echo.is_due(now));
         assert!(!echo.received(now));

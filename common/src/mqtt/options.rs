@@ -12,7 +12,7 @@ use crate::tls::{TlsError, certificates, private_key, provider};
 
 /// The largest packet (MQTT 3.1.1 section 2.2.3). A lower limit would make one large retained message of another
 /// program a loop of reconnects.
-const PACKET_MAX: usize = 268_435_455;
+const PROTOCOL_PACKET_MAX: usize = 268_435_455;
 /// Seconds to wait for a connection, and for one write to it.
 const CONNECT_SECONDS: u64 = 5;
 
@@ -30,7 +30,7 @@ pub(super) fn options(
         .set_clean_session(true)
         .set_keep_alive(config.keepalive)
         .set_inflight(INFLIGHT)
-        .set_max_packet_size(PACKET_MAX, PACKET_MAX);
+        .set_max_packet_size(PROTOCOL_PACKET_MAX, PROTOCOL_PACKET_MAX);
     if let Some(Message { topic, payload, qos, retain }) = &client.will {
         options.set_last_will(LastWill::new(topic.to_string(), payload.clone(), *qos, *retain));
     }

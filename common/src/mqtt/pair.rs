@@ -22,7 +22,7 @@ const SIMULTANEOUS: Duration = Duration::from_millis(30);
 /// After this many takeovers in a row the server allows only one connection.
 const TAKEOVERS: u32 = 4;
 /// Events that wait for the second session at most.
-const EVENTS_MAX: usize = 65_536;
+const SECOND_SESSION_EVENTS_MAX: usize = 65_536;
 
 /// Which connection of a program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -142,12 +142,12 @@ impl SessionPair {
 
 impl JoinedSession {
     pub(super) fn new(filters: Vec<Filter>, is_name_suspect: bool) -> (Self, mpsc::Receiver<Event>) {
-        let (events, received) = mpsc::channel(EVENTS_MAX);
+        let (events, received) = mpsc::channel(SECOND_SESSION_EVENTS_MAX);
         (Self { filters, is_name_suspect, events }, received)
     }
 
     /// Whether a message is for one of its filters.
-    pub(super) fn wants(&self, publish: &Publish) -> bool {
+    pub(super) fn matches(&self, publish: &Publish) -> bool {
         self.filters.iter().any(|filter| rumqttc::matches(&publish.topic, &filter.text))
     }
 

@@ -24,9 +24,9 @@ const CORRECTION_DELAY: Duration = Duration::from_millis(100);
 /// The shortest pause between two publications for the same reason.
 const CORRECTION_PAUSE: Duration = Duration::from_secs(10);
 /// Brokers and workers that are remembered at most.
-const NAMES_MAX: usize = 8192;
+const ONLINE_NAMES_MAX: usize = 8192;
 /// Queued messages for a program's publisher at most; dropped ones are made up for within a minute.
-const EVENTS_MAX: usize = 1024;
+const PRESENCE_EVENTS_MAX: usize = 1024;
 /// Bytes of a message under the own name that are compared: more than any state has.
 const OWN_MAX: usize = 1 << 16;
 
@@ -93,7 +93,7 @@ impl Reporter {
     /// The reporter of the program `own`, and the receiver for its publisher.
     #[must_use]
     pub fn new(own: Participant) -> (Self, mpsc::Receiver<PresenceEvent>) {
-        let (events, received) = mpsc::channel(EVENTS_MAX);
+        let (events, received) = mpsc::channel(PRESENCE_EVENTS_MAX);
         (Self { own, events }, received)
     }
 
@@ -133,7 +133,7 @@ impl Presence {
     pub fn status(&mut self, party: Participant, online: bool, retained: bool, now: Instant, jitter: f64) {
         if !online {
             self.online.remove(&party);
-        } else if self.online.len() < NAMES_MAX && self.online.insert(party) && !retained && self.is_connected {
+        } else if self.online.len() < ONLINE_NAMES_MAX && self.online.insert(party) && !retained && self.is_connected {
             let earliest =
                 self.announced.map_or(now, |announced| announced + CORRECTION_PAUSE).max(now + NEWCOMER_DELAY);
             self.transient_due.get_or_insert(earliest + NEWCOMER_SPREAD.mul_f64(jitter));

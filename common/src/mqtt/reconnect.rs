@@ -182,7 +182,7 @@ mod tests {
 
     /// A session whose program's other one joins closes its connection; that must not reset the losses counted before.
     #[test]
-    fn a_connection_that_the_program_itself_ends_says_nothing_of_its_client_id() {
+    fn a_connection_that_the_program_itself_ends_does_not_count_against_its_client_id() {
         let mut reconnect = Reconnect::default();
         let lose = |reconnect: &mut Reconnect, error| {
             reconnect.connected(Instant::now());
@@ -203,7 +203,7 @@ mod tests {
     /// Failed when quick restarts of the server were taken for another program of the same name, and cost up to 30 s
     /// each.
     #[test]
-    fn a_server_where_nobody_listens_between_two_losses_was_restarted() {
+    fn a_server_that_does_not_listen_between_two_losses_was_restarted() {
         let mut reconnect = Reconnect::default();
         let closed = ConnectionError::MqttState(StateError::ConnectionAborted);
         let refused = ConnectionError::Io(std::io::ErrorKind::ConnectionRefused.into());

@@ -53,7 +53,7 @@ pub async fn run(watched: WatchedTasks, not_ready_reason: impl Fn() -> Option<St
     loop {
         let stuck = report.stuck(&watched);
         if let Some(task) = stuck.filter(|_| stuck != was_stuck) {
-            error!(task, "no progress, so the watchdog is not fed any more");
+            error!(task, "no progress, so the watchdog is not notified any more");
         }
         was_stuck = stuck;
         for message in report.next(not_ready_reason(), stuck, Instant::now()) {
@@ -80,7 +80,7 @@ pub fn stopping() {
 
 fn send(state: NotifyState<'_>) {
     if let Err(error) = sd_notify::notify(&[state]) {
-        debug!(%error, "the service manager cannot be told");
+        debug!(%error, "the service manager cannot be notified");
     }
 }
 
@@ -156,7 +156,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_program_is_started_when_it_is_ready_and_each_status_is_said_once() {
+    async fn a_program_is_started_when_it_is_ready_and_each_status_is_sent_once() {
         let mut report = ManagerReport::new(None, Instant::now());
         let mut next =
             |not_ready_reason: Option<&str>| report.next(not_ready_reason.map(str::to_owned), None, Instant::now());

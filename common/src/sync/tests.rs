@@ -271,12 +271,12 @@ fn only_the_answer_to_its_question_counts() {
 #[test]
 fn brokers_are_bounded() {
     let mut world = World::worker(&[]);
-    for n in 0..BROKERS_MAX + 10 {
+    for n in 0..SYNC_BROKERS_MAX + 10 {
         world.client.broker(&name(&n.to_string()), Some(&hello()), world.now);
     }
-    assert_eq!(world.client.brokers.len(), BROKERS_MAX);
+    assert_eq!(world.client.brokers.len(), SYNC_BROKERS_MAX);
     assert!(
-        world.client.brokers.contains_key((BROKERS_MAX + 9).to_string().as_str()),
+        world.client.brokers.contains_key((SYNC_BROKERS_MAX + 9).to_string().as_str()),
         "those that never answered give way"
     );
 }

@@ -499,7 +499,7 @@ mod tests {
     }
 
     #[test]
-    fn a_hello_says_when_it_was_sent_and_is_the_same_at_any_time() {
+    fn a_hello_has_its_time_and_is_otherwise_the_same_at_any_time() {
         let hello = Hello::broker(vec!["d".into()], 7);
         let payload = hello.payload(1_796_018_400);
         assert!(payload.ends_with(b",\"time\":1796018400}"), "{payload:?}");
@@ -547,7 +547,7 @@ mod tests {
     }
 
     #[test]
-    fn a_drain_in_a_hello_is_bounded_and_older_programs_say_nothing_of_it() {
+    fn a_drain_in_a_hello_is_bounded_and_absent_in_those_of_older_programs() {
         let plain = Hello::worker(Vec::new());
         assert!(!serde_json::to_string(&plain).unwrap().contains("drain"));
         let drain = Drain { since: 7, until: Some(9), reason: Some("x".repeat(REASON_MAX)), deadline: None };

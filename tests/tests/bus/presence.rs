@@ -14,8 +14,8 @@ use wgkex_tests::{host_name, key, wait_until, wait_within};
 use super::{SHORT, on_both};
 
 on_both!(
-    an_online_gateway_republishes_states_that_somebody_overwrote,
-    an_online_broker_republishes_states_that_somebody_overwrote,
+    an_online_gateway_republishes_states_that_another_program_overwrote,
+    an_online_broker_republishes_states_that_another_program_overwrote,
     an_original_worker_is_online_while_it_publishes_peer_counts,
     an_original_workers_overwritten_states_are_corrected_although_published_once,
     cleared_retained_messages_change_no_state,
@@ -92,7 +92,7 @@ fn a_flapping_gateway_is_logged_rarely(bus: Bus) {
 }
 
 /// Regression for each but the count.
-fn an_online_gateway_republishes_states_that_somebody_overwrote(bus: Bus) {
+fn an_online_gateway_republishes_states_that_another_program_overwrote(bus: Bus) {
     let stack = Stack::start(Plan::new(bus));
     let _worker = InMemory::start(&stack, "gw1");
     stack.wait_for_gateways(1);
@@ -124,7 +124,7 @@ fn an_online_gateway_republishes_states_that_somebody_overwrote(bus: Bus) {
 }
 
 /// Regression for both.
-fn an_online_broker_republishes_states_that_somebody_overwrote(bus: Bus) {
+fn an_online_broker_republishes_states_that_another_program_overwrote(bus: Bus) {
     let stack = Stack::start(Plan::new(bus));
     let stranger = stack.probe(Role::new("stranger", &[]));
     let topics = [format!("wireguard-broker/{}/status", host_name()), format!("wgkex/broker/{}/hello", host_name())];

@@ -61,7 +61,7 @@ fn unchanged(gateway: &mut Node, signal: Signal) {
     let before = (monitors.each_ref().map(lines), host.wireguard("wg-a"), host.tables("a"));
     let _ = gateway.process.end_by(signal);
     gateway.start_again();
-    gateway.process.wait_for_log("asking for all live keys");
+    gateway.process.wait_for_log("requesting all live keys");
     let counted = r#"wgkex_worker_peers{domain="test_a",state="pending"} "#;
     let peers = before.2.peers.len() as u64;
     within("the worker has read the tables", CAUGHT_UP, || (gateway.figure(counted)? == peers).then_some(()));

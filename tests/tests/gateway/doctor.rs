@@ -31,7 +31,7 @@ fn assert_reports(host: &Host, trouble: &str, advice: &str) {
     assert!(code == expected || (code == 3 && expected == 1), "{code}: {said}");
 }
 
-pub fn a_gateway_on_which_all_is_well_passes_and_one_without_its_worker_says_so(lane: Lane) {
+pub fn a_gateway_on_which_all_is_well_passes_and_a_stopped_worker_is_a_finding(lane: Lane) {
     let Single { broker: _broker, worker: mut process, host } = Single::new(lane, "");
     assert_eq!(host.post(2, &key(0)).status, 200);
     let before = (host.tables("a"), host.wireguard("wg-a"));
@@ -85,7 +85,7 @@ pub fn each_fault_of_interfaces_is_named(lane: Lane) {
     };
     assert_reports(&host, "fail wg-a: it is missing", "run `wgkex-worker setup`");
     let taken = take();
-    assert_reports(&host, "fail wg-a: UDP port 51820, which it is to have, is taken by process ", "setup.listen_port");
+    assert_reports(&host, "fail wg-a: its configured UDP port 51820 is taken by process ", "setup.listen_port");
     drop(taken);
 
     host.setup();
@@ -94,7 +94,7 @@ pub fn each_fault_of_interfaces_is_named(lane: Lane) {
     let (open, trouble) = match lane {
         Lane::Userspace => {
             host.run("wg set wg-a listen-port 51999");
-            let trouble = "fail wg-a: it has no UDP port: 51820, which it is to have, is taken by process ";
+            let trouble = "fail wg-a: it has no UDP port: the configured 51820 is taken by process ";
             ("wg set wg-a listen-port 51820", trouble)
         }
         Lane::Kernel => {

@@ -7,7 +7,7 @@ use wgkex_tests::gateway::{Host, Lane};
 use wgkex_tests::process::{Process, binary, hash};
 use wgkex_tests::{key, wait_until};
 
-const BROKER: &str = "broker.example.org";
+const BROKER_HOST: &str = "broker.example.org";
 const GATEWAY: &str = "gw01.example.org";
 /// The directory that stands for /etc on these hosts.
 const DIR: &str = "/run/etc";
@@ -33,13 +33,13 @@ fn write(host: &Host, file: &str, text: &str) {
 
 /// Broker, gateway and router, connected with each other, and with names.
 fn fleet(lane: Lane) -> [Host; 3] {
-    let [broker, gateway, router] = [BROKER, GATEWAY, "router"].map(|name| Host::new(name, lane));
+    let [broker, gateway, router] = [BROKER_HOST, GATEWAY, "router"].map(|name| Host::new(name, lane));
     let (_, from_gateway) = gateway.connect(&broker, 1);
     let (to_gateway, _) = gateway.connect(&router, 2);
     let (to_broker, _) = broker.connect(&router, 3);
     for (host, names) in [
-        (&gateway, format!("{from_gateway} {BROKER}\n")),
-        (&router, format!("{to_gateway} {GATEWAY}\n{to_broker} {BROKER}\n")),
+        (&gateway, format!("{from_gateway} {BROKER_HOST}\n")),
+        (&router, format!("{to_gateway} {GATEWAY}\n{to_broker} {BROKER_HOST}\n")),
         (&broker, String::new()),
     ] {
         write(host, "/run/hosts", &format!("127.0.0.1 localhost\n{names}"));
@@ -68,8 +68,8 @@ fn nginx(broker: &Host) -> Process {
     let server = example(
         "nginx.conf",
         &[
-            ("/etc/ssl/wgkex/fullchain.pem", &format!("{DIR}/{BROKER}.pem")),
-            ("/etc/ssl/wgkex/key.pem", &format!("{DIR}/{BROKER}.key")),
+            ("/etc/ssl/wgkex/fullchain.pem", &format!("{DIR}/{BROKER_HOST}.pem")),
+            ("/etc/ssl/wgkex/key.pem", &format!("{DIR}/{BROKER_HOST}.key")),
         ],
     );
     let frame = "daemon off; user root; pid /run/nginx.pid; error_log stderr; events {} http { access_log off; ";
@@ -78,7 +78,7 @@ fn nginx(broker: &Host) -> Process {
 }
 
 fn haproxy(broker: &Host) -> Process {
-    broker.run(&format!("cat {DIR}/{BROKER}.pem {DIR}/{BROKER}.key > {DIR}/both.pem"));
+    broker.run(&format!("cat {DIR}/{BROKER_HOST}.pem {DIR}/{BROKER_HOST}.key > {DIR}/both.pem"));
     let config = example("haproxy.cfg", &[("/etc/ssl/wgkex/fullchain-and-key.pem", &format!("{DIR}/both.pem"))]);
     write(broker, "/run/haproxy.cfg", &config);
     broker.start("haproxy", Path::new("/usr/sbin/haproxy"), &["-db", "-f", "/run/haproxy.cfg"], &[])
@@ -103,7 +103,7 @@ fn mosquitto(broker: &Host) -> Process {
 /// With the broker's MQTT server and nginx, then behind another proxy, then with Mosquitto.
 pub fn a_router_joins_the_mesh_with_the_example_configs(lane: Lane) {
     let [broker, gateway, router] = fleet(lane);
-    broker.run(&format!("{} {DIR} {BROKER} 2>&1", script("make-ca")));
+    broker.run(&format!("{} {DIR} {BROKER_HOST} 2>&1", script("make-ca")));
     let certificate = fs::read(broker.path(&format!("{DIR}/ca.pem"))).unwrap();
     for host in [&gateway, &router] {
         fs::write(host.path(&format!("{DIR}/ca.pem")), &certificate).unwrap();
@@ -137,7 +137,7 @@ pub fn a_router_joins_the_mesh_with_the_example_configs(lane: Lane) {
     gateway.run(&format!("{} setup{userspace}", binary("wgkex-worker").display()));
     let _worker = gateway.start_worker();
 
-    let (plain, tls) = (format!("http://{BROKER}"), format!("https://{BROKER}"));
+    let (plain, tls) = (format!("http://{BROKER_HOST}"), format!("https://{BROKER_HOST}"));
     wait_until("the gateway is online", || (post(&router, &plain, 1) == "200").then_some(()));
     if lane == Lane::Userspace {
         router.run("wireguard-go wg-mesh >/dev/null 2>&1");
@@ -170,7 +170,7 @@ pub fn a_router_joins_the_mesh_with_the_example_configs(lane: Lane) {
         .collect();
     let session =
         session.join(" ").replace("/etc/wgkex/", &format!("{DIR}/")).replace("PASSWORD OF THE BROKER", "secret");
-    write(&broker, "/run/hosts", &format!("127.0.0.1 localhost {BROKER}\n"));
+    write(&broker, "/run/hosts", &format!("127.0.0.1 localhost {BROKER_HOST}\n"));
     write(&broker, "/run/wgkex.yaml", &format!("{before}{session}\n{}", own.1));
     check(&broker, "wgkex-broker");
     let _mosquitto = mosquitto(&broker);

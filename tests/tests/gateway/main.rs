@@ -72,7 +72,7 @@ lanes! {
     start_and_stop: sighup_applies_the_log_level_of_a_worker_and_names_what_the_rest_needs;
     read_only_commands: status_shows_what_is_served_and_what_is_wrong;
     read_only_commands: dry_run_shows_what_the_worker_would_change_and_changes_nothing;
-    doctor: a_gateway_on_which_all_is_well_passes_and_one_without_its_worker_says_so;
+    doctor: a_gateway_on_which_all_is_well_passes_and_a_stopped_worker_is_a_finding;
     doctor: each_fault_of_interfaces_is_named;
     doctor: each_fault_of_files_clock_and_other_managers_is_named;
     doctor: a_domain_that_the_workers_user_cannot_use_is_named;

@@ -55,7 +55,7 @@ fn proven() -> String {
 }
 
 /// Waits until the broker has received all earlier messages of a worker. The key `n` must be new.
-fn is_heard(stack: &Stack, worker: &Worker, n: u32) {
+fn wait_until_received(stack: &Stack, worker: &Worker, n: u32) {
     let before = stack.metric(&proven()).unwrap();
     assert_eq!(stack.v1(DOMAIN, &key(n)).status, 200);
     worker.probe.publish(seen(&worker.name, &[key(n)]));
@@ -99,7 +99,7 @@ fn keys_that_only_one_worker_reports_reach_no_gateway_and_evict_no_key() {
         let spoken_of = keys(begin..begin + 1_000);
         thief.probe.publish_all([installed("gw2", &spoken_of), seen("gw2", &spoken_of)]);
     }
-    is_heard(&stack, &thief, 200);
+    wait_until_received(&stack, &thief, 200);
     let live = |state| stack.metric(&format!(r#"wgkex_broker_live_keys{{domain="{DOMAIN}",state="{state}"}}"#));
     assert_eq!((live("proven"), live("unproven")), (Some(201.0), Some(0.0)));
     assert!(live("claimed").unwrap() <= 320.0, "what it says is bounded");
@@ -130,7 +130,7 @@ fn a_worker_reserves_no_routers_key() {
     thief.probe.publish_all((100..200).map(|n| data("gw2", &format!("ffx_made_up_{n}"), &key(n))));
     for (n, own) in [(201, key(1)), (202, TWINS[1].to_owned())] {
         thief.probe.publish(data("gw2", DOMAIN, &own));
-        is_heard(&stack, &thief, n);
+        wait_until_received(&stack, &thief, n);
         for router in &routers {
             assert_eq!((stack.v1(DOMAIN, router).status, stack.v2(DOMAIN, router).status), (200, 200), "{n}");
         }
@@ -140,7 +140,7 @@ fn a_worker_reserves_no_routers_key() {
 
     // Data that changes all the time reserves one key at most.
     thief.probe.publish_all((300..340).map(|n| data("gw2", DOMAIN, &key(n))));
-    is_heard(&stack, &thief, 203);
+    wait_until_received(&stack, &thief, 203);
     let refused: Vec<_> = (300..340).filter(|n| stack.v1(DOMAIN, &key(*n)).status != 200).collect();
     assert!(refused.len() <= 1, "{refused:?}");
     assert_eq!(stack.v1(DOMAIN, &wgkex_tests::scripted::gateway_key("gw1")).status, 403, "a gateway's own stays so");
@@ -196,7 +196,7 @@ fn a_worker_that_drains_keeps_no_router_that_the_broker_sent_elsewhere() {
 
     thief.probe.publish_all([seen("gw2", &routers), draining("gw2")]);
     stack.wait_for_metric(&proven(), 20.0);
-    is_heard(&stack, &thief, 100);
+    wait_until_received(&stack, &thief, 100);
     is_draining(&stack, "gw2");
     for router in &routers {
         assert_eq!(stack.v2(DOMAIN, router).json(), endpoint("gw1"));
@@ -220,7 +220,7 @@ fn a_router_that_was_sent_back_to_its_gateway_and_requests_again_at_once_gets_an
     assert_eq!(stack.v2(DOMAIN, &router).json(), endpoint("gw2"), "it may be connected there, and be restarted");
     for n in 100..103 {
         thief.probe.publish(seen("gw2", std::slice::from_ref(&router)));
-        is_heard(&stack, &thief, n);
+        wait_until_received(&stack, &thief, n);
         assert_eq!(stack.v2(DOMAIN, &router).json(), endpoint("gw1"), "it is not");
     }
 }

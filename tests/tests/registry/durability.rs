@@ -310,7 +310,7 @@ fn two_brokers_serve_one_registry(store: &Store) {
 /// Agents trust an empty list, so a second file would remove the peers of all gateways that request there.
 #[test]
 #[ignore = "needs root: tests/run netns"]
-fn of_two_brokers_with_sqlite_on_one_bus_the_second_refuses_and_says_so() {
+fn of_two_brokers_with_sqlite_on_one_bus_the_second_refuses_and_reports_it() {
     let mut first = RegistryBroker::on_bus(&Store::Sqlite, "b1", None);
     first.add_server("s1", "192.168.2.0", 24, 20);
     let mut second = RegistryBroker::on_bus(&Store::Sqlite, "b2", Some(&first));

@@ -185,7 +185,7 @@ fn members_at_different_brokers_see_each_other_and_leave_with_their_broker() {
 /// The brokers are stopped by SIGSTOP: their connections stay, and no last will is published.
 #[test]
 #[ignore = "needs root: tests/run netns"]
-fn members_of_a_broker_that_says_nothing_more_leave_and_joins_end_in_time_until_then() {
+fn members_of_a_broker_that_falls_silent_leave_and_joins_end_in_time_until_then() {
     let plan = Plan::new(Bus::Mosquitto).config("tenants: {enabled: true}");
     let plan = Plan { mqtt: ", keepalive: 0".into(), ..plan };
     let [mut first, second, mut third] = brokers_by(&plan, ["b1", "b2", "b3"]);

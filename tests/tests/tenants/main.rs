@@ -226,7 +226,7 @@ fn os09_ten_thousand_bad_joins_leak_nothing() {
 }
 
 #[test]
-fn os10_silent_clients_delay_nobody_and_are_closed() {
+fn os10_silent_clients_delay_no_other_and_are_closed() {
     scenario("os10", "");
 }
 
@@ -425,7 +425,7 @@ fn os20_members_have_their_addresses_after_a_restart() {
 }
 
 #[test]
-fn a_broker_that_stops_says_so_and_does_not_wait() {
+fn a_broker_that_stops_announces_it_and_does_not_wait() {
     let mut stack = stack_with("");
     let mut script = Script::start(&stack, "stop", &[]);
     script.wait_for("joined");

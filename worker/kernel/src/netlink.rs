@@ -39,9 +39,9 @@ const EVENT_GROUPS: [u32; 3] = [1, 5, 9];
 /// thread that may block: netlink answers at once or, with its lock held by others, late.
 pub struct Netlink {
     events: TokioSocket,
-    /// Calls that took longer than `patience` and have not ended.
+    /// Calls that took longer than `timeout` and have not ended.
     stuck: BTreeMap<Interface, JoinHandle<()>>,
-    patience: Duration,
+    timeout: Duration,
 }
 
 impl Netlink {
@@ -53,13 +53,13 @@ impl Netlink {
         for group in EVENT_GROUPS {
             events.socket_mut().add_membership(group)?;
         }
-        Ok(Self { events, stuck: BTreeMap::new(), patience: NETLINK_TIMEOUT })
+        Ok(Self { events, stuck: BTreeMap::new(), timeout: NETLINK_TIMEOUT })
     }
 
     /// Sets the timeout of calls; after it an interface counts as not usable.
     #[must_use]
-    pub fn with_patience(self, patience: Duration) -> Self {
-        Self { patience, ..self }
+    pub fn with_timeout(self, timeout: Duration) -> Self {
+        Self { timeout, ..self }
     }
 }
 
@@ -117,7 +117,7 @@ impl Netlink {
             // The caller may have stopped waiting.
             let _ = done.send(task());
         });
-        let Ok(result) = timeout(self.patience, result).await else {
+        let Ok(result) = timeout(self.timeout, result).await else {
             self.stuck.insert(interface.clone(), thread);
             return Err(silent());
         };

@@ -70,7 +70,7 @@ pub async fn start_userspace(name: &str) -> io::Result<()> {
     let output = blocking(move || program.output()).await?;
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr);
-        let reason = said.lines().last().unwrap_or("it does not say why");
+        let reason = said.lines().last().unwrap_or("it gives no reason");
         return Err(io::Error::other(format!("wireguard-go: {reason}")));
     }
     wait(until, "wireguard-go does not open its control socket", || listens(name)).await

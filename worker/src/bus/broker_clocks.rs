@@ -13,7 +13,7 @@ use wgkex_common::wire::message::Hello;
 use wgkex_common::{BrokerName, Topic};
 
 /// Brokers that are remembered at most: more than any fleet has.
-const BROKERS_MAX: usize = 256;
+const CLOCKS_MAX: usize = 256;
 
 /// The brokers whose clock differs from this gateway's, by name.
 pub type ClocksOff = BTreeMap<String, Difference>;
@@ -55,7 +55,7 @@ impl BrokerClocks {
                 self.known.remove(&broker);
                 self.logged.remove(broker.as_str());
             }
-            Some(sent) if self.known.len() < BROKERS_MAX || self.known.contains_key(&broker) => {
+            Some(sent) if self.known.len() < CLOCKS_MAX || self.known.contains_key(&broker) => {
                 self.known.entry(broker).or_default().on_hello(sent, now);
             }
             Some(_) => {}
@@ -115,9 +115,9 @@ mod tests {
     #[test]
     fn the_brokers_that_are_remembered_are_bounded() {
         let mut clocks = BrokerClocks::default();
-        for n in 0..2 * BROKERS_MAX {
+        for n in 0..2 * CLOCKS_MAX {
             clocks.on_hello(n.to_string().parse().unwrap(), Some(0), 0);
         }
-        assert_eq!(clocks.known.len(), BROKERS_MAX);
+        assert_eq!(clocks.known.len(), CLOCKS_MAX);
     }
 }

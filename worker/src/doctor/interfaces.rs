@@ -50,12 +50,12 @@ pub(super) fn domain(facts: &DomainFacts, is_setup_named: bool) -> Vec<Finding> 
 }
 
 fn taken_before_setup(wg: &str, setup: &Setup, owner: &PortOwner) -> Option<Finding> {
-    let who = match owner {
+    let holder = match owner {
         PortOwner::Nobody => return None,
         PortOwner::Kernel => "something in the kernel".to_owned(),
         PortOwner::Process { pid, name } => format!("process {pid} ({name})"),
     };
-    let found = format!("UDP port {}, which it is to have, is taken by {who}", setup.listen_port);
+    let found = format!("its configured UDP port {} is taken by {holder}", setup.listen_port);
     Some(Finding::fail(wg, found, "end that, or set another setup.listen_port"))
 }
 
@@ -65,7 +65,7 @@ fn wireguard(wg: &str, facts: &WireguardFacts, domain: &DomainFacts, is_setup_na
         LinkKind::Wireguard => "the kernel's WireGuard",
         LinkKind::Tun if *is_userspace => "a userspace WireGuard",
         LinkKind::Tun if *is_socket_inaccessible => {
-            let found = "it is a TUN device: whether a WireGuard is behind it is not seen without rights";
+            let found = "it is a TUN device: only root sees whether it belongs to a userspace WireGuard";
             return vec![Finding::warn(wg, found, "run this as root")];
         }
         kind @ (LinkKind::Tun | LinkKind::Vxlan(_) | LinkKind::Other(_) | LinkKind::Physical) => {
@@ -81,7 +81,7 @@ fn wireguard(wg: &str, facts: &WireguardFacts, domain: &DomainFacts, is_setup_na
     match device {
         Ok(None) => {}
         Err(error) => {
-            let advice = "run the doctor as root, or as the user who owns the userspace WireGuard";
+            let advice = "run the doctor as root, or as the owner of the userspace WireGuard";
             findings.push(Finding::fail(wg, format!("WireGuard does not answer: {error}"), advice));
         }
         Ok(Some(device)) => {
@@ -115,7 +115,7 @@ fn port(
     }
     let again = listen_again(wg, port);
     let bound = match &domain.port_owner {
-        PortOwner::Nobody => Finding::fail(wg, format!("nobody listens on its UDP port {port}"), again),
+        PortOwner::Nobody => Finding::fail(wg, format!("nothing listens on its UDP port {port}"), again),
         PortOwner::Process { pid, name } if is_kernels || !name.starts_with("wireguard") => {
             let found = format!("its UDP port {port} is taken by process {pid} ({name})");
             Finding::fail(wg, found, format!("end that, then {again}; or set another port"))
@@ -125,7 +125,7 @@ fn port(
     let differs = is_setup_named && port != wanted;
     let differing = differs.then(|| {
         let found = format!("its UDP port is {port}, and {wanted} in the config");
-        Finding::warn(wg, found, format!("routers are told {port}: let it through, or run `wgkex-worker setup`"))
+        Finding::warn(wg, found, format!("routers get port {port}: let it through, or run `wgkex-worker setup`"))
     });
     [bound].into_iter().chain(differing).collect()
 }
@@ -139,8 +139,7 @@ fn listen_again(wg: &str, port: u16) -> String {
 fn no_port(wg: &str, wanted: u16, owner: &PortOwner) -> Finding {
     match owner {
         PortOwner::Process { pid, name } => {
-            let found =
-                format!("it has no UDP port: {wanted}, which it is to have, is taken by process {pid} ({name})");
+            let found = format!("it has no UDP port: the configured {wanted} is taken by process {pid} ({name})");
             Finding::fail(wg, found, format!("end that, then {}; or set another port", listen_again(wg, wanted)))
         }
         PortOwner::Nobody | PortOwner::Kernel => Finding::fail(wg, "it has no UDP port", SETUP),

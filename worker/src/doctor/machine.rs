@@ -107,14 +107,14 @@ pub(super) fn managers(managers: &Managers) -> Vec<Finding> {
             Finding::fail(interface, found, format!("`systemctl disable --now wg-quick@{interface}`"))
         } else {
             let found = format!("there is a config of wg-quick for it ({file})");
-            Finding::warn(interface, found, "move it away, lest somebody start it")
+            Finding::warn(interface, found, "move it away, so that it cannot be started")
         });
     }
     if managers.network_manager_runs {
         for interface in &managers.network_manager_manages {
             findings.push(Finding::warn(
                 interface,
-                "NetworkManager runs and is not told to leave it alone",
+                "NetworkManager runs and is not configured to ignore it",
                 "[keyfile] unmanaged-devices=interface-name:wg-*;interface-name:vx-* in a file in /etc/NetworkManager/conf.d",
             ));
         }

@@ -159,7 +159,7 @@ fn each_is_found(begin: fn() -> Facts, table: &[(Level, Spoil, &str, &str)]) {
 }
 
 #[test]
-fn a_gateway_on_which_all_is_well_has_only_ok_lines_and_one_whose_worker_does_not_run_says_so() {
+fn a_gateway_on_which_all_is_well_has_only_ok_lines_and_a_stopped_worker_is_a_finding() {
     let all = findings(&well());
     assert!(worst(&all) == Level::Ok && all.len() > 15, "{all:?}");
     let problems = problems(&stopped());
@@ -297,14 +297,14 @@ fn each_trouble_of_interfaces_is_named_with_what_to_do() {
                     wg(facts).device = Ok(Some(WireguardDevice { public_key: Some(key(1)), port: 0 }));
                     facts.domains[0].port_owner = process("openvpn");
                 },
-                "it has no UDP port: 51820, which it is to have, is taken by process 7 (openvpn)",
+                "it has no UDP port: the configured 51820 is taken by process 7 (openvpn)",
                 "wg set wg-welt listen-port 51820",
             ),
             (
                 Level::Warn,
                 |facts| wg(facts).device = Ok(Some(WireguardDevice { public_key: Some(key(1)), port: 40011 })),
                 "its UDP port is 40011, and 51820 in the config",
-                "routers are told 40011",
+                "routers get port 40011",
             ),
             (
                 Level::Warn,
@@ -324,7 +324,7 @@ fn each_trouble_of_interfaces_is_named_with_what_to_do() {
             (
                 Level::Fail,
                 |facts| facts.domains[0].port_owner = PortOwner::Nobody,
-                "nobody listens on its UDP port 51820",
+                "nothing listens on its UDP port 51820",
                 "wg set wg-welt listen-port 51820",
             ),
         ],
@@ -394,7 +394,7 @@ fn each_trouble_of_a_vxlan_and_of_kinds_is_named_with_what_to_do() {
             (
                 Level::Warn,
                 |facts| (wg(facts).link.kind, wg(facts).is_socket_inaccessible) = (LinkKind::Tun, true),
-                "it is a TUN device: whether a WireGuard is behind it is not seen without rights",
+                "it is a TUN device: only root sees whether it belongs to a userspace WireGuard",
                 "run this as root",
             ),
             (
@@ -427,7 +427,7 @@ fn each_trouble_of_a_vxlan_and_of_kinds_is_named_with_what_to_do() {
 }
 
 #[test]
-fn a_domain_that_the_running_worker_cannot_use_is_named_unless_its_interfaces_say_why() {
+fn a_domain_that_the_running_worker_cannot_use_is_named_unless_its_interfaces_have_the_cause() {
     let mut facts = well();
     let down = [("ffmuc_welt".to_owned(), Some("denied".to_owned()))].into();
     facts.running = Some(RunningWorker { domains_down: down, ..running() });
@@ -441,7 +441,7 @@ fn a_domain_that_the_running_worker_cannot_use_is_named_unless_its_interfaces_sa
 }
 
 #[test]
-fn a_missing_wireguard_interface_is_told_together_with_who_has_its_port() {
+fn a_missing_wireguard_interface_is_named_together_with_the_process_at_its_port() {
     let mut facts = well();
     facts.domains[0].wireguard = Ok(None);
     facts.domains[0].port_owner = PortOwner::Nobody;
@@ -455,7 +455,7 @@ fn a_missing_wireguard_interface_is_told_together_with_who_has_its_port() {
     };
     assert_eq!(missing(&facts), ["it is missing"]);
     facts.domains[0].port_owner = process("openvpn");
-    assert_eq!(missing(&facts)[1], "UDP port 51820, which it is to have, is taken by process 7 (openvpn)");
+    assert_eq!(missing(&facts)[1], "its configured UDP port 51820 is taken by process 7 (openvpn)");
 }
 
 #[test]
@@ -651,7 +651,7 @@ fn each_trouble_of_files_is_named_with_what_to_do() {
                 "two workers on one machine",
                 "end one",
             ),
-            (Level::Warn, |facts| facts.state.holder = Err("denied".into()), "cannot be told: denied", "as root"),
+            (Level::Warn, |facts| facts.state.holder = Err("denied".into()), "cannot be determined: denied", "as root"),
             (
                 Level::Fail,
                 |facts| facts.lists[0].access = FileAccess::Creatable,

@@ -7,7 +7,7 @@ use wgkex_common::BrokerName;
 use super::source::{LeaseSource, Offer};
 
 /// Brokers that are remembered at most.
-const BROKERS_MAX: usize = 1024;
+const OFFERS_MAX: usize = 1024;
 
 /// The brokers that have leases of this worker's servers.
 #[derive(Debug, Default)]
@@ -20,7 +20,7 @@ pub(super) struct Brokers {
 impl Brokers {
     /// A broker offers leases.
     pub fn on_online(&mut self, name: BrokerName, offer: Offer) {
-        if self.offers.len() < BROKERS_MAX {
+        if self.offers.len() < OFFERS_MAX {
             self.offers.insert(name, offer);
         }
     }

@@ -17,13 +17,13 @@ pub const FILE: StateFile = StateFile::json("worker.leases.json", LAYOUT);
 
 /// The content of the file: the state of all servers, by name.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct KeptLeases {
-    pub servers: BTreeMap<String, KeptServer>,
+pub struct StoredLeases {
+    pub servers: BTreeMap<String, StoredServer>,
 }
 
 /// The stored state of a server.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct KeptServer {
+pub struct StoredServer {
     pub version: Option<LeaseVersion>,
     pub leases: BTreeMap<PublicKey, LeasedAddresses>,
     /// Keys without a lease whose peers wgkex made and that may still exist.
@@ -38,16 +38,16 @@ pub fn path(state_dir: &Path) -> PathBuf {
 }
 
 /// Loads the file; empty if there is none. A corrupt file is renamed.
-pub fn load(file: &Path) -> Result<KeptLeases, StorageError> {
+pub fn load(file: &Path) -> Result<StoredLeases, StorageError> {
     Ok(json_file::load(file, LAYOUT)?.unwrap_or_default())
 }
 
 /// Reads the file without a change of it: a corrupt one is an error.
-pub fn read(file: &Path) -> Result<KeptLeases, StorageError> {
+pub fn read(file: &Path) -> Result<StoredLeases, StorageError> {
     Ok(json_file::read(file, LAYOUT)?.unwrap_or_default())
 }
 
 /// Writes the file, and returns when it is on the disk.
-pub fn save(file: &Path, kept: &KeptLeases) -> Result<(), StorageError> {
-    json_file::save(file, LAYOUT, kept)
+pub fn save(file: &Path, stored: &StoredLeases) -> Result<(), StorageError> {
+    json_file::save(file, LAYOUT, stored)
 }

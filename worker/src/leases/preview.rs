@@ -27,11 +27,11 @@ pub async fn preview(
     config: &Config,
     kernel: &mut impl Kernel,
 ) -> Result<BTreeMap<String, Result<ServerPreview, String>>, StorageError> {
-    let mut kept = file::read(&file::path(&config.state_dir))?.servers;
+    let mut stored = file::read(&file::path(&config.state_dir))?.servers;
     let mut previews = BTreeMap::new();
     for (name, source) in sources(config) {
-        let kept = kept.remove(&name).unwrap_or_default();
-        let mut state = ServerState::new(name.clone(), source, kept, Instant::now());
+        let stored = stored.remove(&name).unwrap_or_default();
+        let mut state = ServerState::new(name.clone(), source, stored, Instant::now());
         let interface = state.interface.clone();
         let device = kernel.read(&interface).await.map_err(|error| error.to_string());
         let preview = device.map(|device| {

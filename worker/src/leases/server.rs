@@ -9,7 +9,7 @@ use wgkex_common::config::Config;
 use wgkex_common::wire::lease::{HUB, LeaseMessage};
 use wgkex_kernel::{Device, Interface};
 
-use super::file::KeptServer;
+use super::file::StoredServer;
 use super::plan::{LeasePlan, WantedLeases, plan};
 use super::source::{Announced, LeaseSource};
 use super::table::{LeaseProgress, LeaseTable};
@@ -22,7 +22,7 @@ const FULL_INTERVAL: Duration = Duration::from_secs(3600);
 const MISSING_CHANGE_WAIT: Duration = Duration::from_secs(1);
 /// After this time without a message of the coordinator of tenants another one is accepted: it publishes its version
 /// every 10 s.
-const SILENCE_TIMEOUT: Duration = Duration::from_secs(15);
+const COORDINATOR_SILENCE_TIMEOUT: Duration = Duration::from_secs(15);
 /// The shortest time between two checks of the forwarding; shorter than [`PEERS_CHECK_INTERVAL`], so that each regular check
 /// includes it.
 const FORWARDING_CHECK_INTERVAL: Duration = Duration::from_secs(30);
@@ -57,8 +57,8 @@ pub(super) fn sources(config: &Config) -> Vec<(String, LeaseSource)> {
 }
 
 impl ServerState {
-    pub fn new(name: String, source: LeaseSource, kept: KeptServer, now: Instant) -> Self {
-        let KeptServer { version, leases, removed, foreign } = kept;
+    pub fn new(name: String, source: LeaseSource, stored: StoredServer, now: Instant) -> Self {
+        let StoredServer { version, leases, removed, foreign } = stored;
         let made = leases.keys().filter(|key| !foreign.contains(key)).chain(&removed).copied().collect();
         Self {
             name,
@@ -79,9 +79,9 @@ impl ServerState {
     }
 
     /// The state to be stored.
-    pub fn kept(&self) -> KeptServer {
+    pub fn stored(&self) -> StoredServer {
         let leases = self.table.leases();
-        KeptServer {
+        StoredServer {
             version: self.table.version(),
             leases: leases.clone(),
             removed: self.made.iter().filter(|key| !leases.contains_key(key)).copied().collect(),
@@ -125,7 +125,8 @@ impl ServerState {
     /// publish to a hub. The first one is followed until its messages stop.
     fn is_of_other_coordinator(&self, message: &LeaseMessage, now: Instant) -> bool {
         let is_other = self.table.version().is_some_and(|known| known.id != message.version.id);
-        let is_heard = self.last_received.is_some_and(|then| now.saturating_duration_since(then) < SILENCE_TIMEOUT);
+        let is_heard =
+            self.last_received.is_some_and(|then| now.saturating_duration_since(then) < COORDINATOR_SILENCE_TIMEOUT);
         matches!(self.source, LeaseSource::Tenants(_)) && is_other && is_heard
     }
 
@@ -206,7 +207,7 @@ mod tests {
             endpoint: None,
             networks,
         };
-        ServerState::new(HUB.into(), LeaseSource::Tenants(hub), KeptServer::default(), now)
+        ServerState::new(HUB.into(), LeaseSource::Tenants(hub), StoredServer::default(), now)
     }
 
     fn all(id: i64, n: u32) -> LeaseMessage {
@@ -221,7 +222,7 @@ mod tests {
 
     /// Two coordinators would remove each other's peers, again and again.
     #[test]
-    fn of_two_brokers_that_publish_to_a_hub_one_counts_as_long_as_it_is_heard() {
+    fn of_two_brokers_that_publish_to_a_hub_one_counts_as_long_as_it_publishes() {
         let start = Instant::now();
         let mut state = hub(start);
         state.on_message(all(1, 1), start);

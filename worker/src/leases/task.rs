@@ -21,7 +21,7 @@ use wgkex_kernel::{Device, Kernel, forwarding};
 
 use super::Metrics;
 use super::brokers::Brokers;
-use super::file::{self, KeptLeases, KeptServer};
+use super::file::{self, StoredLeases, StoredServer};
 use super::server::{ServerState, sources};
 use super::server_status::ServerStatus;
 use super::source::{Announced, LeaseSource, Offer};
@@ -89,7 +89,7 @@ pub struct LeaseTask<K> {
     file: PathBuf,
     writes: Writes,
     /// The stored state of servers that are not in the config now.
-    others: BTreeMap<String, KeptServer>,
+    others: BTreeMap<String, StoredServer>,
     health: Health,
     states: watch::Sender<BTreeMap<String, ServerStatus>>,
     heartbeat: Heartbeat,
@@ -102,8 +102,8 @@ impl<K: Kernel> LeaseTask<K> {
         let file = file::path(&config.state_dir);
         let (mut others, now) = (file::load(&file)?.servers, Instant::now());
         let servers = sources(config).into_iter().map(|(name, source)| {
-            let kept = others.remove(&name).unwrap_or_default();
-            ServerState::new(name, source, kept, now)
+            let stored = others.remove(&name).unwrap_or_default();
+            ServerState::new(name, source, stored, now)
         });
         let servers: Vec<_> = servers.collect();
         let state = |server: &ServerState| {
@@ -360,10 +360,10 @@ impl<K: Kernel> LeaseTask<K> {
         if !self.servers.iter().any(ServerState::is_unsaved) {
             return;
         }
-        let servers = self.servers.iter().map(|server| (server.name.clone(), server.kept()));
+        let servers = self.servers.iter().map(|server| (server.name.clone(), server.stored()));
         let servers = servers.chain(self.others.clone()).collect();
         let file = self.file.clone();
-        match self.writes.run(move || file::save(&file, &KeptLeases { servers })).await {
+        match self.writes.run(move || file::save(&file, &StoredLeases { servers })).await {
             Ok(Ok(())) => {
                 self.servers.iter_mut().for_each(ServerState::saved);
                 self.health.succeeded();

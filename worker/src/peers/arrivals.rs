@@ -66,7 +66,7 @@ impl KnownPeers {
         let mut admitted = Admitted::default();
         let mut deferred = Vec::new();
         for key in dedup_keep_last(keys) {
-            let peer = match self.admissible(&key, own, reserved, self.is_established_router(&key)) {
+            let peer = match self.admissible(&key, own, reserved, self.is_admitted_and_established(&key)) {
                 Ok(peer) => peer,
                 Err(reason) => {
                     admitted.refused.push((key, reason));
@@ -112,12 +112,12 @@ impl KnownPeers {
         key: &PublicKey,
         own: Option<PublicKey>,
         reserved: &Reserved,
-        is_established_router: bool,
+        is_admitted_and_established: bool,
     ) -> Result<DesiredPeer, RejectReason> {
         if Some(*key) == own {
             return Err(RejectReason::OwnKey);
         }
-        if (reserved.is_reserved(key) && !is_established_router) || reserved.lists(key) {
+        if (reserved.is_reserved(key) && !is_admitted_and_established) || reserved.lists(key) {
             return Err(RejectReason::Reserved);
         }
         let peer = self.profile.desired(key).ok_or(RejectReason::Denied)?;
@@ -182,7 +182,7 @@ impl KnownPeers {
         let mut room = self.capacity();
         let mut steps = Vec::new();
         for key in self.pending.oldest_first() {
-            match self.admissible(&key, own, reserved, self.is_established_router(&key)) {
+            match self.admissible(&key, own, reserved, self.is_admitted_and_established(&key)) {
                 Err(_) => self.forget_pending(&key),
                 Ok(peer) if self.lacks_slot(&key) && room.take(self.counts_as_established(&key)) => {
                     self.pending.take_slot(&key);
@@ -306,15 +306,15 @@ impl KnownPeers {
         self.table.update(key, note) || self.pending.note_handshake_elsewhere(key, shaken)
     }
 
-    /// Whether the key belongs to a router that had a handshake: then another gateway cannot reserve it by publishing
-    /// it.
-    pub(super) fn is_established_router(&self, key: &PublicKey) -> bool {
+    /// Whether a broker sent the key since the start, and it had a handshake: then another gateway cannot reserve it by
+    /// publishing it.
+    pub(super) fn is_admitted_and_established(&self, key: &PublicKey) -> bool {
         let is_pending = |key| {
             self.pending
                 .get(key)
                 .is_some_and(|pending| pending.admitted_since_start && pending.handshake_elsewhere.is_some())
         };
-        self.table.known(key).is_some_and(PeerEntry::is_established_router) || is_pending(key)
+        self.table.known(key).is_some_and(PeerEntry::is_admitted_and_established) || is_pending(key)
     }
 
     /// Whether the pending `key` has neither a peer nor a slot for one.

@@ -7,7 +7,7 @@ use wgkex_common::PublicKey;
 use super::compact_instant::CompactInstant;
 
 /// How often a key that the kernel refuses is tried: some minutes, with the growing pauses of the schedule.
-pub(super) const TRIES_MAX: u8 = 8;
+pub(super) const INSTALL_TRIES_MAX: u8 = 8;
 
 /// Pending keys. One may have a peer, too. The number of reserved slots is counted.
 #[derive(Debug, Default)]
@@ -137,7 +137,7 @@ impl Pending {
     pub(super) fn count_refusal(&mut self, key: &PublicKey) -> bool {
         let Some(pending) = self.keys.get_mut(key) else { return false };
         pending.tries += 1;
-        pending.tries >= TRIES_MAX
+        pending.tries >= INSTALL_TRIES_MAX
     }
 
     /// The counters, computed again.

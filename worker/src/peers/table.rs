@@ -260,7 +260,7 @@ impl PeerEntry {
     }
 
     /// Whether it had a handshake, here or elsewhere, and its key came from a broker.
-    pub(super) fn is_established_router(&self) -> bool {
+    pub(super) fn is_admitted_and_established(&self) -> bool {
         self.admitted_since_start && self.is_established()
     }
 

@@ -8,7 +8,7 @@ use wgkex_common::wire::message::Age;
 use wgkex_kernel::memory::MemoryKernel;
 use wgkex_kernel::{Interface, Kernel as _, host};
 
-use super::pending::TRIES_MAX;
+use super::pending::INSTALL_TRIES_MAX;
 use super::*;
 use crate::plan::changes;
 use crate::profiles::mesh::{self, Mesh};
@@ -248,7 +248,7 @@ fn peers_of_an_interface_that_returns_have_their_grace_again() {
 }
 
 #[test]
-fn a_vanished_peer_that_somebody_else_puts_back_has_its_past() {
+fn a_vanished_peer_that_another_program_puts_back_has_its_past() {
     let mut world = World::with(&[key(1)]);
     world.handshake(key(1));
     world.read();
@@ -443,7 +443,7 @@ fn an_established_key_cannot_be_reserved_by_worker_data() {
 }
 
 #[test]
-fn an_address_that_somebody_gave_to_another_peer_is_not_taken() {
+fn an_address_that_another_program_gave_to_another_peer_is_not_taken() {
     let mut world = World::with(&[key(1), key(2)]);
     world.memory.alter(&domain(), |device| {
         device.peers.get_mut(&key(1)).unwrap().allowed_ips.push(host(key(3).link_local()));
@@ -793,7 +793,7 @@ fn each_change_is_reported_once() {
     world.read();
     assert_eq!(changed(&mut world), [(key(1), None)], "somebody else's is not ours to restore");
     world.known.removed(&key(2));
-    (0..TRIES_MAX).for_each(|_| world.known.refused(&key(2)));
+    (0..INSTALL_TRIES_MAX).for_each(|_| world.known.refused(&key(2)));
     assert_eq!(changed(&mut world), [(key(2), None)]);
 }
 
@@ -811,7 +811,7 @@ fn a_flood_of_waiting_keys_crowds_out_the_oldest() {
 fn a_key_that_the_kernel_keeps_refusing_is_given_up() {
     let mut known = KnownPeers::new(Arc::new(Mesh), Policy::default());
     known.mark_pending(key(1), Instant::now());
-    (1..TRIES_MAX).for_each(|_| known.refused(&key(1)));
+    (1..INSTALL_TRIES_MAX).for_each(|_| known.refused(&key(1)));
     assert!(known.is_pending(&key(1)));
     known.refused(&key(1));
     assert!(!known.is_pending(&key(1)));
@@ -1065,7 +1065,7 @@ impl World {
             Happening::Vanish(numbers) => self.vanish(&keys(&numbers)),
             Happening::PutBack => self.restore(),
             Happening::Handshake(n) => self.handshake(one_of(n)),
-            Happening::Refuse(n) => (0..TRIES_MAX).for_each(|_| self.known.refused(&one_of(n))),
+            Happening::Refuse(n) => (0..INSTALL_TRIES_MAX).for_each(|_| self.known.refused(&one_of(n))),
             Happening::Remove(n) => self.remove(&[one_of(n)].into()),
             Happening::Disown(n) => self.known.mark_foreign(&one_of(n)),
             Happening::Deny(n) => {

@@ -48,7 +48,7 @@ fn a_repair_sets_only_missing_objects() {
 }
 
 #[test]
-fn a_repair_skips_peers_that_somebody_else_altered() {
+fn a_repair_skips_peers_that_another_program_altered() {
     let mut device = device(&[key(1), key(2)]);
     peer(&mut device, 1).allowed_ips.push("10.0.0.0/8".parse().unwrap());
     peer(&mut device, 2).allowed_ips = ["fe80::1/128".parse().unwrap()].into();

@@ -132,7 +132,7 @@ impl<K: Kernel> Driver<'_, K> {
             info!(%domain, "tables can be read again");
         }
         if vanished > 0 {
-            warn!(%domain, peers = vanished, "peers vanished that nobody revoked; they are put back");
+            warn!(%domain, peers = vanished, "peers vanished without a revocation; they are put back");
         }
         yield_now().await;
         let report = self.deny(device, denied).await;

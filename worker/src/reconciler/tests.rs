@@ -330,13 +330,13 @@ async fn a_flood_never_makes_more_peers_without_a_handshake_than_are_allowed_and
         gateway.enqueue(1_000 + part * 1_000..2_000 + part * 1_000);
         let asked = Instant::now();
         gateway.enqueue([part]);
-        while !hear(&mut said, gateway.confirmed().await).contains(&key(part)) {}
+        while !record(&mut said, gateway.confirmed().await).contains(&key(part)) {}
         assert!(asked.elapsed() < Duration::from_secs(1), "{:?}", asked.elapsed());
         assert!(gateway.device().peers.len() <= 1_100, "{}", gateway.device().peers.len());
     }
     assert!(gateway.all_stand(0..100));
     while let Ok(Some(applied)) = timeout(MINUTE, gateway.said.applied.recv()).await {
-        hear(&mut said, applied);
+        record(&mut said, applied);
     }
     assert!(gateway.all_stand(0..100) && gateway.device().peers.len() <= 1_100);
     assert!(said.iter().eq(gateway.device().peers.keys()), "whoever was told that it stands was told when it went");
@@ -356,7 +356,7 @@ async fn at_the_bound_room_is_made_in_portions_and_not_by_a_read_for_each_key() 
     for n in 10_000..11_000 {
         let asked = Instant::now();
         gateway.enqueue([n]);
-        while !hear(&mut said, gateway.confirmed().await).contains(&key(n)) {}
+        while !record(&mut said, gateway.confirmed().await).contains(&key(n)) {}
         waited += usize::from(!asked.elapsed().is_zero());
         assert!(gateway.device().peers.len() <= 1_610, "{}", gateway.device().peers.len());
         sleep(Duration::from_millis(1)).await;
@@ -392,7 +392,7 @@ async fn a_peer_that_shakes_hands_during_a_slow_eviction_stays() {
 }
 
 /// Updates the set of installed keys by a report, and returns those newly installed.
-fn hear(standing: &mut BTreeSet<PublicKey>, Applied { installed, failed, .. }: Applied) -> BTreeSet<PublicKey> {
+fn record(standing: &mut BTreeSet<PublicKey>, Applied { installed, failed, .. }: Applied) -> BTreeSet<PublicKey> {
     standing.retain(|key| !failed.contains_key(key));
     standing.extend(&installed);
     installed.into_iter().collect()

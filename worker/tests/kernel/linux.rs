@@ -121,7 +121,7 @@ impl Lab for Linux {
 
     fn kernel(&self) -> Netlink {
         // On a busy machine a slow process must not count as a hanging one.
-        Netlink::open().unwrap().with_patience(4 * SOON)
+        Netlink::open().unwrap().with_timeout(4 * SOON)
     }
 
     fn domain(&self, name: &str) -> Domain {

@@ -428,7 +428,7 @@ async fn a_process_that_hangs_holds_up_no_other_domain(lab: &Linux) {
     let (hanging, well) = (lab.domain("k"), lab.domain("l"));
     lab.make(&hanging);
     lab.make(&well);
-    let mut kernel = lab.kernel().with_patience(A_WHILE);
+    let mut kernel = lab.kernel().with_timeout(A_WHILE);
     lab.freeze(&hanging, true);
     let silent = KernelError::Interface { interface: hanging.wireguard(), state: "not answering" };
     assert_eq!(kernel.read(&Interface::from(&hanging)).await, Err(silent.clone()));

@@ -196,8 +196,8 @@ fn an_answer_is_given_again_while_it_is_fresh_and_only_so_many_are_kept() {
     assert_eq!(table.cached(&id(0, 2), soon).unwrap().worker, None);
     assert_eq!(table.cached(&id(1, 1), soon), None);
     assert_eq!(table.cached(&id(0, 1), now + ANSWER_TTL), None);
-    (0..ANSWERS_MAX + 10).for_each(|n| table.cache(&id(0, n), None, now));
-    assert_eq!((table.answers.len(), table.keys.len()), (ANSWERS_MAX, ANSWERS_MAX));
+    (0..CACHED_ANSWERS_MAX + 10).for_each(|n| table.cache(&id(0, n), None, now));
+    assert_eq!((table.answers.len(), table.keys.len()), (CACHED_ANSWERS_MAX, CACHED_ANSWERS_MAX));
     table.cache(&id(1, 0), None, now + ANSWER_TTL);
     assert_eq!((table.answers.len(), table.keys.len()), (1, 1));
 }

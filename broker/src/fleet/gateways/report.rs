@@ -133,7 +133,7 @@ impl Gateways {
         });
         let offline = self.weights.keys().filter_map(|name| {
             let why = match self.by_name.get(name) {
-                None => "nothing was heard of it".to_owned(),
+                None => "it has published nothing".to_owned(),
                 Some(gateway) => gateway.offline(now)?.to_string(),
             };
             let text = format!("gateway {}, which the config names, is offline: {why}", name.as_str());

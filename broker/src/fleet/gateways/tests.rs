@@ -642,7 +642,7 @@ fn connected_peers_are_those_that_are_counted_and_assigned_ones_stand_apart() {
 
 /// Failed before: the version was shown as an original's, and no reason was shown.
 #[test]
-fn an_offline_gateway_keeps_its_version_and_says_since_when_and_why() {
+fn an_offline_gateway_keeps_its_version_and_has_time_and_reason() {
     let mut gateways = gateways(&[]);
     let offline = |gateways: &Gateways, after: u64| {
         let now = Instant::now() + Duration::from_secs(after);
@@ -765,7 +765,7 @@ fn the_standings_agree_with_the_choice() {
     assert_eq!(Some(best.name.clone()), gateways.best("ff_a"));
     assert_eq!((best.name.as_str(), best.target, best.distance), ("b", 4.0, -1.0));
     let texts: Vec<_> = standings.iter().filter_map(|standing| standing.unfit.as_deref()).collect();
-    assert_eq!(texts, ["the interface is missing there (-1)", "offline: it has not said that it is online"]);
+    assert_eq!(texts, ["the interface is missing there (-1)", "offline: it has not published that it is online"]);
 }
 
 proptest! {

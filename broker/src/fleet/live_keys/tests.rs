@@ -109,10 +109,10 @@ fn a_key_is_traced_with_its_gateways_wherever_it_is_known() {
     live.on_handshake(&gw1, "ff_a", key(1), now);
     let claimed = live.trace(&key(1), now + SECOND).remove(0);
     assert_eq!((claimed.state, claimed.first, claimed.last), (KeyState::Claimed, None, SECOND));
-    assert_eq!(claimed.places.handshakes, Some(gw1.clone()));
+    assert_eq!(claimed.locations.handshakes, Some(gw1.clone()));
     live.on_request("ff_a", key(1), now);
     let traced = live.trace(&key(1), now).remove(0);
-    assert_eq!((traced.state, traced.places.handshakes), (KeyState::Established, Some(gw1.clone())));
+    assert_eq!((traced.state, traced.locations.handshakes), (KeyState::Established, Some(gw1.clone())));
     live.on_request("ff_a", key(2), now);
     live.on_outcome(&gw1, "ff_a", &key(2), true, now);
     live.on_outcome(&gw2, "ff_a", &key(2), true, now + SECOND);
@@ -121,12 +121,12 @@ fn a_key_is_traced_with_its_gateways_wherever_it_is_known() {
     assert_eq!(live.trace(&key(3), now), [], "an outcome makes no key live");
     let traced = live.trace(&key(2), now + 3 * SECOND).remove(0);
     assert_eq!((traced.state, traced.last_handshake, traced.last), (KeyState::Unestablished, None, 3 * SECOND));
-    assert_eq!((traced.places.confirmed, traced.places.handshakes), (vec![gw2.clone()], None));
+    assert_eq!((traced.locations.confirmed, traced.locations.handshakes), (vec![gw2.clone()], None));
     live.on_handshake(&gw2, "ff_a", key(2), now + HOUR);
     live.on_request("ff_a", key(2), now + 2 * HOUR);
     let traced = live.trace(&key(2), now + 2 * HOUR).remove(0);
     assert_eq!((traced.first, traced.last, traced.last_handshake), (Some(2 * HOUR), Duration::ZERO, Some(HOUR)));
-    assert_eq!((traced.places.confirmed, traced.places.handshakes), (vec![gw2.clone()], Some(gw2)));
+    assert_eq!((traced.locations.confirmed, traced.locations.handshakes), (vec![gw2.clone()], Some(gw2)));
 }
 
 #[test]
@@ -442,7 +442,7 @@ fn denied_keys_are_forgotten_and_come_by_no_way() {
 }
 
 #[test]
-fn a_routers_home_is_where_this_run_of_the_broker_sent_it_whatever_workers_report() {
+fn a_routers_current_gateway_is_where_this_run_of_the_broker_sent_it_whatever_workers_report() {
     let (mut live, now) = live(10);
     let [gateway, thief]: [WorkerName; 2] = ["gw", "thief"].map(|name| name.parse().unwrap());
     live.on_handshake(&thief, "ff_a", key(1), now);

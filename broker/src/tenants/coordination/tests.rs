@@ -276,7 +276,7 @@ fn members_learn_of_each_other_once_and_not_of_themselves() {
 }
 
 #[test]
-fn endpoints_are_shown_to_those_who_show_theirs() {
+fn endpoints_are_shown_to_members_that_show_theirs() {
     let mut rig = Rig::new("10.64.0.0/10", 20);
     let (mut a, mut b) = (rig.join(2), rig.join_in("t", 3, Form { endpoints: true, ..Form::default() }, 100));
     let _c = rig.join_in("t", 4, Form { endpoints: true, ..Form::default() }, 100);
@@ -320,7 +320,7 @@ fn a_member_that_has_closed_is_not_taken_for_a_slow_one() {
 }
 
 #[test]
-fn a_key_that_a_living_member_has_is_refused_and_nobody_learns_of_it() {
+fn a_key_that_a_living_member_has_is_refused_without_a_message_to_others() {
     for brokers in [1, 2] {
         let mut rig = Rig::of(brokers);
         let last = rig.brokers.len() - 1;
@@ -371,7 +371,7 @@ fn a_member_that_does_not_answer_gives_its_address_to_one_of_those_with_its_key(
 }
 
 #[test]
-fn who_takes_the_place_of_a_member_has_its_address_also_where_none_is_held() {
+fn the_successor_of_a_member_has_its_address_also_where_none_is_held() {
     let now = Instant::now();
     let mut broker = new_broker(0, "10.64.0.0/10", 20, Addresses::new(), now);
     broker.tenants.settings.grace = Duration::ZERO;
@@ -403,7 +403,7 @@ fn a_member_that_leaves_while_it_is_asked_makes_room_at_once() {
 }
 
 #[test]
-fn who_is_refused_takes_nothing() {
+fn a_refused_member_takes_nothing() {
     let mut rig = Rig::new("10.0.0.0/28", 28);
     let mut all: Vec<_> = (2..16).map(|number| rig.join(number)).collect();
     assert_eq!(all[13].received().len(), 1);
@@ -602,7 +602,7 @@ fn a_probe_reaches_a_member_whose_broker_registers_again() {
 }
 
 #[test]
-fn a_coordinator_that_says_nothing_is_passed_over() {
+fn a_silent_coordinator_is_passed_over() {
     let mut rig = Rig::of(1);
     let (silent, announced) = ("a".parse::<BrokerName>().unwrap(), ServiceAnnouncement { since: 0, rules: "r".into() });
     let election = rig.brokers[0].tenants.election();
@@ -751,7 +751,7 @@ fn a_broker_whose_registration_is_long_keeps_its_members() {
         rig.wait(Duration::from_secs(1));
     }
     assert_eq!(watcher.received(), Vec::<String>::new());
-    rig.wait(SILENCE_TIMEOUT);
+    rig.wait(FRAME_SILENCE_TIMEOUT);
     assert_eq!(watcher.received(), ["-10.64.0.2"], "it does not end");
 }
 

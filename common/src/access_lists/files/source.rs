@@ -230,10 +230,10 @@ impl ListSource {
         let must_speak = self.kind.allows() || !had.is_empty() || text.trim().is_empty();
         let listed = parse(&text)?;
         if listed.is_blank && must_speak {
-            return Err("says nothing, an empty list is written []".into());
+            return Err("has no content, an empty list is written []".into());
         }
         if let Some(domain) = listed.blank_domain.as_ref().filter(|_| listed.entries.is_empty()) {
-            return Err(format!("{domain}: says nothing, an empty list is written []"));
+            return Err(format!("{domain}: has no content, an empty list is written []"));
         }
         if (parse::may_be_cut_off(&text) || listed.blank_domain.is_some()) && lacks(&listed.entries, had) {
             return Err("lacks keys that it had, and its last line, or a domain, has no end: it may be cut off".into());

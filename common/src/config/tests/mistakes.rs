@@ -331,7 +331,7 @@ const MISTAKES: &[(&str, &[&str])] = &[
 ];
 
 #[test]
-fn each_mistake_is_one_line_that_says_what_is_allowed() {
+fn each_mistake_is_one_line_with_the_allowed_values() {
     for (yaml, expected) in MISTAKES {
         assert_eq!(mistakes(yaml), *expected, "{yaml}");
     }

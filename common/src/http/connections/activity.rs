@@ -32,7 +32,7 @@ pub struct ConnectionActivity {
 }
 
 /// The number of awaited bytes if no task waits.
-const NONE: u64 = u64::MAX;
+const NOTHING_AWAITED: u64 = u64::MAX;
 
 /// The connection is not upgraded.
 const HTTP: u8 = 0;
@@ -53,7 +53,7 @@ impl ConnectionActivity {
     pub fn new(began: Instant) -> Arc<Self> {
         let (idle, buffered) = (AtomicU64::new(since(began)), AtomicUsize::new(0));
         let (id, upgrade) = (OnceLock::new(), AtomicU8::new(HTTP));
-        let (sent, awaited) = (AtomicU64::new(0), AtomicU64::new(NONE));
+        let (sent, awaited) = (AtomicU64::new(0), AtomicU64::new(NOTHING_AWAITED));
         let [next, session] = [AtomicWaker::new(), AtomicWaker::new()];
         Arc::new(Self { began, idle, buffered, next, id, upgrade, sent, awaited, session })
     }
@@ -143,7 +143,7 @@ impl ConnectionActivity {
     pub fn poll_sent(&self, bytes: u64, cx: &Context<'_>) -> Poll<()> {
         self.session.register(cx.waker());
         let is_sent = self.sent() >= bytes;
-        self.awaited.store(if is_sent { NONE } else { bytes }, Ordering::Relaxed);
+        self.awaited.store(if is_sent { NOTHING_AWAITED } else { bytes }, Ordering::Relaxed);
         if is_sent { Poll::Ready(()) } else { Poll::Pending }
     }
 

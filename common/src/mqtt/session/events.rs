@@ -31,7 +31,7 @@ impl MqttSession {
                     self.echo.message(Instant::now());
                 }
                 match &self.joined_session {
-                    Some(joined_session) if joined_session.wants(&publish) => {
+                    Some(joined_session) if joined_session.matches(&publish) => {
                         joined_session.on_event(Event::Message(publish));
                     }
                     _ => on_event(Event::Message(publish)),
@@ -95,7 +95,7 @@ impl MqttSession {
             warn!(
                 server,
                 client = self.id,
-                "nothing comes back of what this program publishes to itself: may it do that?"
+                "this program does not receive what it publishes to itself: the server may not allow that"
             );
         }
         if self.echo_topic.as_ref().is_some_and(|(_, topic)| self.subscriptions.is_granted(topic)) {

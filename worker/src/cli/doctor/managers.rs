@@ -218,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn a_network_file_may_say_that_routes_of_others_stay() {
+    fn a_network_file_may_keep_routes_of_others() {
         for (text, keeps) in [
             ("[Network]\nKeepConfiguration=yes\n", true),
             ("[Network]\nKeepConfiguration=static\n", true),
@@ -245,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn networkd_keeps_what_others_made_only_if_it_is_told_so_twice() {
+    fn networkd_keeps_what_others_made_only_if_two_settings_require_it() {
         let both = "[Network]\nManageForeignRoutes=no\nManageForeignRoutingPolicyRules=false\n";
         for (conf, drop_in, keeps) in [
             ("", "", false),

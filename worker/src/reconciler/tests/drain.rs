@@ -156,7 +156,7 @@ async fn what_is_removed_comes_back_by_a_routers_request_only_and_stays_if_the_r
 }
 
 #[tokio::test(start_paused = true)]
-async fn peers_that_somebody_else_removed_are_put_back_also_past_the_deadline() {
+async fn peers_that_another_program_removed_are_put_back_also_past_the_deadline() {
     let draining = Draining::with(100, 0).await;
     draining.drain.send_replace(Some(over(1)));
     sleep(Duration::from_secs(1)).await;

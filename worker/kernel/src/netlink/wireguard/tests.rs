@@ -59,7 +59,7 @@ fn time(seconds: i64, nanos: i64) -> Vec<u8> {
     [seconds.to_ne_bytes(), nanos.to_ne_bytes()].concat()
 }
 
-fn told(attributes: &[u8]) -> Result<DeviceDump, DecodeError> {
+fn decode(attributes: &[u8]) -> Result<DeviceDump, DecodeError> {
     let mut dump = DeviceDump::default();
     let header = GenlHeader { cmd: 0, version: 1 };
     dump.add_answer(GenlMessage::from_parts(header, DumpMessage::parse_with_param(attributes, header)?));
@@ -79,13 +79,13 @@ fn device(key: &[u8], handshake: &[u8], address: &[u8], length: &[u8]) -> Vec<u8
 #[test]
 fn an_answer_is_read_and_one_with_a_value_of_another_size_is_an_error() {
     let address = Ipv6Addr::LOCALHOST;
-    let read = told(&device(&[7; 32], &time(9, 5), &address.octets(), &[128])).unwrap();
+    let read = decode(&device(&[7; 32], &time(9, 5), &address.octets(), &[128])).unwrap();
     let at = SystemTime::UNIX_EPOCH + Duration::new(9, 5);
     let peer = Peer { allowed_ips: networks(&["::1/128"]), last_handshake: Some(at), ..Peer::default() };
     assert_eq!(read.public_key.map(|key| *key.as_bytes()), Some([9; 32]));
     assert_eq!(read.listen_port, u16::from_ne_bytes([0x39, 0x30]));
     assert_eq!(read.peers, BTreeMap::from([(PublicKey::from_bytes([7; 32]).unwrap(), peer)]));
-    let v4 = told(&device(&[7; 32], &time(0, 0), &[10, 1, 2, 0], &[24])).unwrap();
+    let v4 = decode(&device(&[7; 32], &time(0, 0), &[10, 1, 2, 0], &[24])).unwrap();
     assert_eq!(v4.peers.into_values().next().unwrap().allowed_ips, networks(&["10.1.2.0/24"]));
 
     for (key, time, address, length) in [
@@ -95,11 +95,11 @@ fn an_answer_is_read_and_one_with_a_value_of_another_size_is_an_error() {
         (&[7; 32], &time(9, 5), &[0; 5], &[128]),
         (&[7; 32], &time(9, 5), &address.octets(), &[]),
     ] {
-        assert!(told(&device(key, time, address, length)).is_err(), "{key:?} {time:?} {address:?} {length:?}");
+        assert!(decode(&device(key, time, address, length)).is_err(), "{key:?} {time:?} {address:?} {length:?}");
     }
     let whole = device(&[7; 32], &time(9, 5), &address.octets(), &[128]);
     for end in 0..whole.len() {
-        drop(told(&whole[..end]));
+        drop(decode(&whole[..end]));
     }
 }
 
@@ -132,7 +132,7 @@ fn all_that_a_peer_is_to_have_is_in_the_message() {
     attributes.emit(&mut bytes);
     let PeerConfig { key, allowed_ips, keepalive, preshared } = config;
     let peer = Peer { allowed_ips, last_handshake: None, keepalive, preshared };
-    assert_eq!(told(&bytes).unwrap().peers, BTreeMap::from([(key, peer)]));
+    assert_eq!(decode(&bytes).unwrap().peers, BTreeMap::from([(key, peer)]));
 }
 
 #[test]
