@@ -82,8 +82,8 @@ impl Host {
             "--kill-child",
         ]);
         let first = Process::start(name, command.args(["sh", "-c", HOLD, name]));
-        let line = first.wait_for_log("host ");
-        let pid = line.trim_start_matches("host ").parse().expect("a process id");
+        let printed = first.wait_for_log("host ");
+        let pid = printed.trim_start_matches("host ").parse().expect("a process id");
         let host = Self { name: name.into(), pid, lane, _first: first };
         if lane == Lane::Kernel {
             host.run("ip link add probe type wireguard && ip link del probe");

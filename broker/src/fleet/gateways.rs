@@ -657,11 +657,11 @@ impl Gateways {
 
 /// The worker of which the message removes a retained state: a client does that when a gateway is gone.
 fn cleared_worker<'a>(topic: &'a Topic, payload: &[u8]) -> Option<&'a WorkerName> {
-    match topic {
-        Topic::WorkerStatus { worker } | Topic::ConnectedPeers { worker, .. } | Topic::WorkerHello { worker } => {
-            payload.is_empty().then_some(worker)
-        }
-        _ => None,
+    if let Topic::WorkerStatus { worker } | Topic::ConnectedPeers { worker, .. } | Topic::WorkerHello { worker } = topic
+    {
+        payload.is_empty().then_some(worker)
+    } else {
+        None
     }
 }
 

@@ -285,7 +285,7 @@ impl LiveKeys {
     /// This broker answered a request of the key's router with `worker`.
     pub fn on_given(&mut self, id: &KeyId, worker: &WorkerName, now: Instant) {
         self.update_locations(id.domain.name(), &id.key, |numbers, locations| {
-            numbers.on_answer(locations, worker, now)
+            numbers.on_answer(locations, worker, now);
         });
     }
 
@@ -366,7 +366,7 @@ impl LiveKeys {
             if let Some(HandshakeReport { worker, at }) = self.unrequested.take(&domain, &key) {
                 self.merge(domain.name(), key, KeyRecord { last: at, established: true }, SAME_REQUEST, now);
                 self.update_locations(domain.name(), &key, |numbers, locations| {
-                    numbers.on_handshake(locations, &worker)
+                    numbers.on_handshake(locations, &worker);
                 });
             }
             self.evict();

@@ -282,10 +282,10 @@ fn tenants_problems(TenantProblems { with_other_rules, hub }: &TenantProblems) -
         );
         Problem { kind: ProblemKind::TenantsApart, subject: broker.to_string(), text }
     });
-    apart.chain(hub.iter().map(|(worker, problem)| hub_problem(worker, problem))).collect()
+    apart.chain(hub.iter().map(|(worker, problem)| hub_problem(worker, *problem))).collect()
 }
 
-fn hub_problem(worker: &WorkerName, problem: &HubProblem) -> Problem {
+fn hub_problem(worker: &WorkerName, problem: HubProblem) -> Problem {
     let text = match problem {
         HubProblem::Missing => format!("worker {worker}, which tenants.hub names, has not announced a hub"),
         HubProblem::OtherNetworks => {

@@ -52,7 +52,7 @@ pub struct Users {
 /// while, and 19 MiB.
 struct Passwords {
     queue: Mutex<LoginQueue<Check>>,
-    wrong_passwords: Mutex<WrongPasswords>,
+    wrong: Mutex<WrongPasswords>,
     /// The key of the tags by which right passwords are remembered, so that only strangers wait for the slow hash.
     tags: hmac::Key,
 }
@@ -143,7 +143,7 @@ impl Users {
 
     fn none() -> anyhow::Result<Self> {
         let tags = hmac::Key::generate(HMAC_SHA256, &SystemRandom::new()).map_err(|_| anyhow!("{NO_RANDOM}"))?;
-        let passwords = Arc::new(Passwords { queue: Mutex::default(), wrong_passwords: Mutex::default(), tags });
+        let passwords = Arc::new(Passwords { queue: Mutex::default(), wrong: Mutex::default(), tags });
         let (wake, woken) = sync_channel(1);
         let (verifying, thread_end) = (passwords.clone(), CancellationToken::new());
         let (thread, end) = (thread::Builder::new().name("mqtt-passwords".into()), thread_end.clone().drop_guard());
@@ -238,7 +238,7 @@ impl Passwords {
                 if is_right {
                     *check.known.tag.lock() = Some(self.tag(&check.password));
                 } else {
-                    self.wrong_passwords.lock().was_wrong(check.client, check.number, Instant::now());
+                    self.wrong.lock().was_wrong(check.client, check.number, Instant::now());
                 }
                 check.answer(Ok(is_right));
             }
@@ -261,7 +261,7 @@ impl Passwords {
             Some(Ok(false))
         } else if self.remembers(known, password) {
             Some(Ok(true))
-        } else if self.wrong_passwords.lock().may_try(*client, *number, now) {
+        } else if self.wrong.lock().may_try(*client, *number, now) {
             None
         } else {
             Some(Err(Denied::TooOften))
@@ -383,9 +383,7 @@ mod tests {
             assert_eq!((&check.password[..], check.number), ("right", users.number("gw1")));
             *check.known.tag.lock() = Some(users.passwords.tag("right"));
             let client = from(1).client;
-            (0..15).for_each(|_| {
-                users.passwords.wrong_passwords.lock().was_wrong(client, users.number("b"), Instant::now())
-            });
+            (0..15).for_each(|_| users.passwords.wrong.lock().was_wrong(client, users.number("b"), Instant::now()));
             assert!(users.passwords.next().is_none());
             check.answer(Ok(true));
         };
@@ -409,9 +407,9 @@ mod tests {
         for (name, denied) in [("gw1", Denied::Wrong), ("none", Denied::NoUser)] {
             assert_eq!(admit(&users, Some(login(name, "wrong"))).await, Err(denied), "{name}");
             let (client, number, now) = (from(1).client, users.number(name), Instant::now());
-            assert!(users.passwords.wrong_passwords.lock().may_try(client, number, now));
+            assert!(users.passwords.wrong.lock().may_try(client, number, now));
             // More than are forgotten while the machine is busy with other tests.
-            (0..15).for_each(|_| users.passwords.wrong_passwords.lock().was_wrong(client, number, now));
+            (0..15).for_each(|_| users.passwords.wrong.lock().was_wrong(client, number, now));
             assert_eq!(admit(&users, Some(login(name, "right"))).await, Err(Denied::TooOften), "{name}");
         }
         assert!(admit(&users, Some(login("b", "right"))).await.is_ok(), "another user");

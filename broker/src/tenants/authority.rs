@@ -283,7 +283,7 @@ impl Authority {
         let adopted = self.tenants.adopt(tenant, id, client.clone(), address, now);
         match adopted {
             Err(JoinError::NoAddress | JoinError::NoNetwork) => {
-                self.end(&join_request.origin(), SessionEndReason::Conflict)
+                self.end(&join_request.origin(), SessionEndReason::Conflict);
             }
             adopted => self.admit(join_request, id, adopted, now),
         }

@@ -381,7 +381,7 @@ impl Coordination {
                     registration.sessions.push((join_request, address));
                 }
                 (FollowerState::Registering(registration), CoordinatorRequest::Held(held)) => {
-                    registration.held.push(held)
+                    registration.held.push(held);
                 }
                 (FollowerState::Registering(registration), CoordinatorRequest::Registered) => {
                     let registration = take(registration);

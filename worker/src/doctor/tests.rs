@@ -637,7 +637,7 @@ fn each_trouble_of_files_is_named_with_what_to_do() {
             (
                 Level::Warn,
                 |facts| {
-                    facts.state.holder = Ok(Some(LockHolder { pid: Some(8), program: Some("wgkex-worker".into()) }))
+                    facts.state.holder = Ok(Some(LockHolder { pid: Some(8), program: Some("wgkex-worker".into()) }));
                 },
                 "process 8 (wgkex-worker) has the state file, and no worker answers",
                 "log",

@@ -255,7 +255,7 @@ impl<K: Kernel> Driver<'_, K> {
             None => {}
             Some(KernelFailure::Lost(error)) => self.reports.set_lost(domain, &error),
             Some(KernelFailure::Changes { key, error, failed }) => {
-                warn!(%domain, ?key, %error, failed, "changes failed")
+                warn!(%domain, ?key, %error, failed, "changes failed");
             }
         }
         outcomes

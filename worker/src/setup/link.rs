@@ -42,9 +42,13 @@ impl WireguardLink<'_> {
         if wireguard::listens(self.name) {
             return Err(Error::Elsewhere(self.name.into(), wireguard::socket(self.name)));
         }
-        wireguard::start_userspace(self.name).await.map_err(|error| match error.kind() {
-            ErrorKind::NotFound => Error::NoWireguard(self.name.into()),
-            _ => refused_step(self.name, SetupStep::AddWireguard, error),
+        let started = wireguard::start_userspace(self.name).await;
+        started.map_err(|error| {
+            if error.kind() == ErrorKind::NotFound {
+                Error::NoWireguard(self.name.into())
+            } else {
+                refused_step(self.name, SetupStep::AddWireguard, error)
+            }
         })
     }
 
