@@ -207,7 +207,7 @@ async fn start(config: Config) -> anyhow::Result<(Broker, Services)> {
     if let Some(embedded) = embedded {
         start_mqtt_server(&mut services, embedded, broker.bus.connection_state());
     }
-    broker.start_storage(&mut services, store, list_service);
+    broker.start_storage(&mut services, store, list_service, holder.clone());
     if let Some(end) = database_end {
         services.background().spawn("the database", |_| async move { drop(end.await) });
     }
@@ -268,7 +268,13 @@ fn state_files(config: &Config) -> Vec<StateFile> {
 }
 
 impl Broker {
-    fn start_storage(&self, services: &mut Services, store: KeyStore, list_service: ListService) {
+    fn start_storage(
+        &self,
+        services: &mut Services,
+        store: KeyStore,
+        list_service: ListService,
+        holder: registry::holder::RegistryHolder,
+    ) {
         let state_kept = self.metrics.fleet.state_kept.clone();
         services
             .group(BROKER_TASKS_STOP_TIMEOUT, Some("the disk did not take the last state in time"))
@@ -279,7 +285,8 @@ impl Broker {
                     apply_lists(self.fleet.clone(), self.exchange.clone(), self.metrics.fleet.clone()),
                     stop,
                 )
-            });
+            })
+            .spawn("the registry's holder", |stop| holder.run(stop));
     }
 
     /// The two sessions, and the tasks that handle their messages.

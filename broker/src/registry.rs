@@ -1,8 +1,8 @@
 //! The registry: servers, their clients, and the addresses that these lease, as the system `wireguard_api` has them, over its
 //! REST interface.
 //!
-//! Tasks: those of [`push`], which publish leases to the gateways, and [`Registry::count`]; the thread of
-//! [`crate::database`] owns the tables. Previous stop of a request: the HTTP server's routes
+//! Tasks: those of [`push`], which publish leases to the gateways, [`Registry::count`], and [`RegistryHolder::run`]; the
+//! thread of [`crate::database`] owns the tables. Previous stop of a request: the HTTP server's routes
 //! ([`http::registry`](crate::http::registry)), which read it into checked values ([`model`]). [`store`] decides within
 //! a transaction, and [`crate::ipam`] which address is free.
 

@@ -3,6 +3,8 @@
 //! has no registry any more, also while that is offline and after a restart. `broker.registry.json` in `state_dir`
 //! records that, and since when this broker has servers: the broker with the earliest time is the first. With either
 //! database, that time is also the mark by which a database that has lost its tables is not taken for a new one.
+//!
+//! One task, [`RegistryHolder::run`], writes the file when another broker gets the registry, or gives it up.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -12,10 +14,11 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
-use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::sync::Notify;
 use tokio::time::sleep;
 use tracing::{error, info, warn};
 use wgkex_common::storage::versions::StateFile;
+use wgkex_common::storage::writes::Writes;
 use wgkex_common::storage::{StorageError, json_file};
 use wgkex_common::wire::message::ServiceAnnouncement;
 use wgkex_common::{BrokerName, Config};
@@ -51,8 +54,9 @@ struct SharedHolder {
     file: PathBuf,
     mark: HadRowsMark,
     state: Mutex<HolderState>,
-    /// Locked while the file is written.
-    writer: Mutex<()>,
+    writes: Writes,
+    /// Wakes the task that writes the file.
+    changed: Notify,
     /// The last write of the file failed.
     is_unsaved: AtomicBool,
 }
@@ -60,6 +64,8 @@ struct SharedHolder {
 #[derive(Debug)]
 struct HolderState {
     kept: StoredHolder,
+    /// No write has begun since `kept` changed.
+    is_changed: bool,
     started: u64,
     /// The time from which calls no longer wait for other brokers.
     decide_at: Instant,
@@ -105,6 +111,7 @@ impl RegistryHolder {
         let mark = HadRowsMark::new(file.clone(), kept.since.is_some());
         let state = HolderState {
             kept,
+            is_changed: false,
             started: election::since(),
             decide_at: Instant::now() + START_TIMEOUT,
             is_status_back: false,
@@ -118,7 +125,8 @@ impl RegistryHolder {
             file,
             mark,
             state,
-            writer: Mutex::default(),
+            writes: Writes::default(),
+            changed: Notify::new(),
             is_unsaved: AtomicBool::default(),
         }))))
     }
@@ -139,9 +147,27 @@ impl RegistryHolder {
     /// Records that there are servers. Returns when that is written to disk.
     pub async fn set_filled(&self) {
         let Some(shared) = &self.0 else { return };
-        shared.state.lock().kept.since.get_or_insert_with(election::since);
+        {
+            let mut state = shared.state.lock();
+            state.kept.since.get_or_insert_with(election::since);
+            state.is_changed = true;
+        }
         shared.mark.set();
-        let _ = shared.save().await;
+        shared.save().await;
+    }
+
+    /// Writes the file when another broker gets the registry, or gives it up, until `stop` returns; then until the last
+    /// change is written.
+    pub async fn run(self, stop: impl Future<Output = ()>) {
+        let Some(shared) = self.0 else { return stop.await };
+        tokio::select! {
+            () = stop => {}
+            () = shared.save_changes() => {}
+        }
+        if shared.state.lock().is_changed {
+            shared.save().await;
+        }
+        shared.writes.finished().await;
     }
 
     /// Whether workers get an answer here: there is a registry, which no other broker has instead, and whose tables are not gone.
@@ -206,20 +232,30 @@ impl RegistryHolder {
         } else if state.others.len() < BROKERS_MAX || state.others.contains_key(broker) {
             change(state.others.entry(broker.clone()).or_default());
             if state.update(&shared.own) {
-                drop(state);
-                drop(shared.save());
+                state.is_changed = true;
+                shared.changed.notify_one();
             }
         }
     }
 }
 
 impl SharedHolder {
+    async fn save_changes(self: &Arc<Self>) {
+        loop {
+            self.changed.notified().await;
+            self.save().await;
+        }
+    }
+
     /// Writes the file on another thread. The last write has the newest state.
-    fn save(self: &Arc<Self>) -> JoinHandle<()> {
+    async fn save(self: &Arc<Self>) {
         let shared = Arc::clone(self);
-        spawn_blocking(move || {
-            let _writer = shared.writer.lock();
-            let kept = shared.state.lock().kept.clone();
+        let write = move || {
+            let kept = {
+                let mut state = shared.state.lock();
+                state.is_changed = false;
+                state.kept.clone()
+            };
             let saved = json_file::save(&shared.file, LAYOUT, &kept);
             let was_unsaved = shared.is_unsaved.swap(saved.is_err(), Ordering::Relaxed);
             if let (Err(error), false) = (saved, was_unsaved) {
@@ -229,7 +265,8 @@ impl SharedHolder {
                     "which broker has the registry, and that there are servers, is not kept on disk"
                 );
             }
-        })
+        };
+        let _ = self.writes.run(write).await;
     }
 }
 
@@ -276,7 +313,12 @@ impl HolderState {
 
 #[cfg(test)]
 mod tests {
+    use std::future::{pending, ready};
     use std::path::Path;
+    use std::pin::pin;
+    use std::sync::mpsc::channel;
+
+    use tokio::time::timeout;
 
     use super::*;
 
@@ -310,11 +352,27 @@ mod tests {
     async fn a_hello_of_another_broker_does_not_wait_for_the_disk() {
         let dir = tempfile::tempdir().unwrap();
         let refused = holder(dir.path(), "");
-        let disk = refused.0.as_ref().unwrap().writer.lock();
         hear(&refused, "a", Some(1));
         assert_eq!((refused.other(), kept(dir.path())), (Some("a".parse().unwrap()), None));
-        drop(disk);
+        let writer = tokio::spawn(refused.run(pending()));
         wait_until_kept(dir.path(), |kept| kept.holder.is_some()).await;
+        writer.abort();
+    }
+
+    /// Failed before: nothing waited for the last write, which the end of the program could cut.
+    #[tokio::test]
+    async fn it_stops_when_the_last_change_is_on_disk() {
+        let dir = tempfile::tempdir().unwrap();
+        let refused = holder(dir.path(), "");
+        let ((end, ended), writes) = (channel::<()>(), refused.0.as_ref().unwrap().writes.clone());
+        let mut earlier = pin!(writes.run(move || ended.recv()));
+        assert!(timeout(Duration::from_millis(10), &mut earlier).await.is_err(), "a write is running");
+        hear(&refused, "a", Some(1));
+        let mut stopping = pin!(refused.run(ready(())));
+        assert!(timeout(Duration::from_millis(100), &mut stopping).await.is_err(), "it waits");
+        end.send(()).unwrap();
+        timeout(Duration::from_secs(10), stopping).await.expect("it stops");
+        assert!(kept(dir.path()).is_some_and(|kept| kept.holder.is_some()), "the change is on disk");
     }
 
     #[tokio::test]
@@ -352,12 +410,14 @@ mod tests {
             false,
         );
         assert_eq!(refused.other(), None, "it is not online");
+        let writer = tokio::spawn(refused.clone().run(pending()));
         hear(&refused, "a", Some(1));
         refused.on_status(&"a".parse().unwrap(), false);
         refused.on_hello(&"a".parse().unwrap(), None, true);
         assert_eq!((refused.other(), refused.announced()), (Some("a".parse().unwrap()), None));
         assert!(filled.is_serving() && !refused.is_serving() && !RegistryHolder::default().is_serving());
         wait_until_kept(second, |kept| kept.holder.is_some()).await;
+        writer.abort();
         let refused = holder(second, "");
         assert!(refused.other().is_some(), "also after a restart");
         refused.on_hello(&"a".parse().unwrap(), None, true);

@@ -691,9 +691,13 @@ pub fn new_id() -> i64 {
 #[cfg(test)]
 mod tests {
     use std::net::Ipv4Addr;
+    use std::path::Path;
     use std::time::{Duration, Instant};
 
+    use rusqlite::params;
     use serde_json::json;
+    use wgkex_common::storage::schema::Schema;
+    use wgkex_common::storage::sqlite;
 
     use super::*;
     use crate::database::{AccessMode, Database, HadRowsMark, Location};
@@ -754,5 +758,67 @@ mod tests {
     async fn an_address_costs_the_same_with_many_clients() {
         let (few, many) = (churn(500).await, churn(10_000).await);
         assert!(many < 5 * few, "{many:?} with many, {few:?} with few");
+    }
+
+    /// The tables as they were before [`ADD_RETURNED_NUMBERS`], with the clients `c2`, `c3` and `c5` at the numbers in
+    /// their names. `c4` was deleted, which made its number the next free one.
+    fn write_first_version(file: &Path) {
+        let connection = sqlite::open(file, Schema { migrations: &MIGRATIONS.0[..1] }).unwrap();
+        let network = "10.0.0.0/29";
+        let [first, last] = bounds(network.parse().unwrap());
+        let server =
+            params![key(u32::MAX).to_string(), network, first, last, SqlValue::from(0_u128), SqlValue::from(4_u128)];
+        connection
+            .execute("INSERT INTO servers VALUES (7, 's1', ?1, ?2, ?3, ?4, ?5, ?6, 'gw', 1, '::/0', 9, 'gw1')", server)
+            .unwrap();
+        for n in [2, 3, 5] {
+            let client = params![n - 1, format!("c{n}"), key(n).to_string(), SqlValue::from(u128::from(n))];
+            connection.execute("INSERT INTO peerings VALUES (?1, 7, ?2, ?3, ?4)", client).unwrap();
+        }
+        connection.execute("UPDATE last_peering SET id = 4", []).unwrap();
+    }
+
+    fn shown(transaction: &mut Transaction<'_>) -> Result<Vec<(String, i64, String, IpAddr)>, CallError> {
+        let mut shown = Vec::new();
+        for (client, peerings) in list_clients(transaction)? {
+            let name = client.parse().unwrap();
+            for (id, ShownPeering { public_key, server }) in peerings {
+                let lease = client_config(transaction, &name, &server.parse().unwrap(), None)?.subnet.lease;
+                shown.push((client.clone(), id, public_key, lease));
+            }
+        }
+        Ok(shown)
+    }
+
+    #[tokio::test]
+    async fn tables_of_the_first_version_keep_their_rows_and_addresses_that_are_given_back_are_leased_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("f");
+        write_first_version(&file);
+        let (database, _end) = Database::start(Location::File(file), MIGRATIONS, HadRowsMark::default()).unwrap();
+        run(&database, |tables| {
+            let address = |number| IpAddr::from(Ipv4Addr::new(10, 0, 0, number));
+            let client = |n: u8| (format!("c{n}"), i64::from(n) - 1, key(n.into()).to_string(), address(n));
+            assert_eq!(shown(tables)?, [2, 3, 5].map(client));
+            let server =
+                ShownServer { endpoint_address: "gw".into(), endpoint_port: 1, public_key: key(u32::MAX).to_string() };
+            assert_eq!(list_servers(tables)?, [("s1".to_owned(), server)].into());
+            assert_eq!(counts(tables)?, RegistryCounts { servers: 1, leases: 3 });
+
+            assert_eq!([add(tables, 6)?, add(tables, 7)?], [4, 6].map(address), "those that are free");
+            assert!(matches!(add(tables, 8), Err(CallError::Refused(CallRefusal::Exhausted))));
+            for name in ["c5", "c6", "c2"] {
+                let changes = delete_client(tables, &name.parse().unwrap(), SystemTime::now())?;
+                assert_eq!(changes.iter().map(|change| change.worker.as_str()).collect::<Vec<_>>(), ["gw1"]);
+            }
+            assert_eq!([add(tables, 9)?, add(tables, 10)?, add(tables, 11)?], [2, 4, 5].map(address));
+            assert!(matches!(add(tables, 12), Err(CallError::Refused(CallRefusal::Exhausted))));
+            delete_client(tables, &"c3".parse().unwrap(), SystemTime::now())?;
+            delete_server(tables, &"s1".parse().unwrap())?;
+            assert_eq!(counts(tables)?, RegistryCounts { servers: 0, leases: 0 });
+            assert!(tables.first("SELECT number FROM returned_numbers", &[])?.is_none());
+            Ok(())
+        })
+        .await;
     }
 }

@@ -8,13 +8,12 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use super::acl::{FileOwner, PosixAcl};
+use caps::{CapSet, Capability};
 use nix::sys::statvfs::{FsFlags, statvfs};
 use nix::unistd::{Gid, Group, Uid, User, getgrouplist, getgroups};
 
 /// The directory of a unit's credentials, which exists only while it runs.
 const CREDENTIALS: &str = "/run/credentials/";
-/// The capability to bypass file modes (capabilities(7)), as a bit.
-const DAC_OVERRIDE: u64 = 1 << 1;
 
 /// The access of a user to a file or directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -97,10 +96,14 @@ impl Identity {
         Ok(Self { groups, ..identity })
     }
 
-    /// The identity of a process: its user, its group and supplementary groups, as the kernel reports them.
+    /// The identity of a process: its user, its group and supplementary groups, and whether it has the capability to
+    /// bypass file modes (capabilities(7)), as the kernel reports them.
     #[must_use]
     pub fn of_process(pid: u32) -> Option<Self> {
-        Self::in_status(&fs::read_to_string(format!("/proc/{pid}/status")).ok()?)
+        let identity = Self::in_status(&fs::read_to_string(format!("/proc/{pid}/status")).ok()?)?;
+        let process = Some(i32::try_from(pid).ok()?);
+        let found = caps::has_cap(process, CapSet::Effective, Capability::CAP_DAC_OVERRIDE);
+        Some(Self { bypasses_file_modes: found.unwrap_or(false), ..identity })
     }
 
     /// The identity in the text of `/proc/PID/status` (`proc_pid_status(5)`): the last of four numbers is for files.
@@ -111,10 +114,7 @@ impl Identity {
         };
         let (uid, group) = (*numbers("Uid:")?.last()?, *numbers("Gid:")?.last()?);
         let groups = numbers("Groups:")?.into_iter().chain([group]).collect();
-        let capabilities = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-        let capabilities = capabilities.and_then(|line| u64::from_str_radix(line.trim(), 16).ok()).unwrap_or(0);
-        let bypasses_file_modes = capabilities & DAC_OVERRIDE != 0;
-        Some(Self { name: user_name(uid), uid, groups, is_named: true, bypasses_file_modes })
+        Some(Self { name: user_name(uid), uid, groups, is_named: true, bypasses_file_modes: false })
     }
 
     /// Whether it is another user than the caller.
@@ -275,12 +275,12 @@ mod tests {
         assert_eq!(Identity::in_status("Name:\tx\n"), None);
         let dir = tempfile::tempdir().unwrap();
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o700)).unwrap();
-        let may = |status: &str| {
-            find(dir.path(), Ok(&Identity::in_status(status).unwrap()), Need::Write) == FileAccess::Granted
-        };
-        assert!(!may(status) && may(&format!("{status}CapEff:\t0000000000000002\n")), "with CAP_DAC_OVERRIDE");
+        let may = |user: &Identity| find(dir.path(), Ok(user), Need::Write) == FileAccess::Granted;
+        assert!(!may(&found) && may(&Identity { bypasses_file_modes: true, ..found }), "with CAP_DAC_OVERRIDE");
         let own = Identity::of_process(std::process::id()).unwrap();
         assert!(!own.is_another() && own.name == Identity::own().name);
+        let has_capability = caps::has_cap(None, CapSet::Effective, Capability::CAP_DAC_OVERRIDE).unwrap();
+        assert_eq!(own.bypasses_file_modes, has_capability);
     }
 
     #[test]
