@@ -13,14 +13,15 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::runtime::Builder;
-use wgkex_common::Config;
+use wgkex_common::{Config, Domain, PublicKey};
 use wgkex_kernel::memory::MemoryKernel;
 use wgkex_tests::admin::{Operator, printed};
 use wgkex_tests::gateway::{Host, Lane};
 use wgkex_tests::http::Http;
+use wgkex_tests::in_memory::InMemory;
 use wgkex_tests::probe::{Role, message};
 use wgkex_tests::process::binary;
-use wgkex_tests::scripted::{self, Worker, WorkerBehaviour, hello, peers_of};
+use wgkex_tests::scripted::{self, Worker, WorkerBehaviour, hello, key_for, peers_of};
 use wgkex_tests::stack::{Bus, DOMAIN, Plan, Stack, free_address};
 use wgkex_tests::{host_name, key, wait_until};
 
@@ -282,19 +283,31 @@ fn a_newer_layout_stops_the_start_of_a_worker() {
     }
 }
 
-/// `data/state-510c797` is the state of the broker of that commit after a kill: two live keys, a revoked one, a
-/// retained message and the will of a connected client. All of it is still in the logs of the databases.
+/// Copies `data/state-510c797` into `dir`: the state of the programs of that commit after a kill. It has two live keys, a
+/// revoked one, a retained message and the will of a connected client of the broker, and the same keys of a worker. All of
+/// it is still in the logs of the databases.
+fn copy_old_state(dir: &Path) {
+    fs::create_dir(dir).unwrap();
+    let old = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/state-510c797");
+    for (file, bytes) in content(&old) {
+        fs::write(dir.join(file.file_name().unwrap()), bytes).unwrap();
+    }
+}
+
+fn has_damaged_files(dir: &Path) -> bool {
+    content(dir).keys().any(|path| path.to_string_lossy().contains("damaged"))
+}
+
+const OLD_KEYS: [&str; 2] =
+    ["TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=", "BwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwc="];
+const OLD_REVOKED_KEY: &str = "CQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQk=";
+
 #[test]
 fn the_state_of_an_older_version_is_taken_over() {
     let (operator, admin) = Operator::new();
     // The time since the kill counts, up to 30 days.
     let mut stack = Stack::prepare(Plan::new(Bus::Embedded).config(&admin).config("live_keys: {ttl: 7776000}"));
-    fs::create_dir(stack.state_dir()).unwrap();
-    let old = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/state-510c797");
-    for (file, bytes) in content(&old) {
-        fs::write(stack.state_dir().join(file.file_name().unwrap()), bytes).unwrap();
-    }
-    let live = ["TszFS3oFRdhsJP3K0VOlklGMGYZy+oFCtlaghXJqW2g=", "BwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwc="];
+    copy_old_state(&stack.state_dir());
     // The second start reads the state that the first one has converted.
     for client in ["first", "second"] {
         stack.start_broker();
@@ -307,13 +320,41 @@ fn the_state_of_an_older_version_is_taken_over() {
         witness.publish(message(format!("wgkex/worker/{client}/questions"), question.to_string(), 1, false));
         let page: Value = serde_json::from_slice(&witness.next_on(&pages).payload).unwrap();
         let keys: BTreeSet<_> = page["keys"].as_object().unwrap().keys().map(String::as_str).collect();
-        assert_eq!(keys, BTreeSet::from(live));
+        assert_eq!(keys, BTreeSet::from(OLD_KEYS));
         let listed = operator.call("GET", "/v1/keys", &Value::Null).json();
-        assert!(listed.to_string().contains("CQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQk="), "{listed}");
+        assert!(listed.to_string().contains(OLD_REVOKED_KEY), "{listed}");
         assert!(stack.stop_broker().success());
         drop(witness);
     }
-    assert!(!content(&stack.state_dir()).keys().any(|path| path.to_string_lossy().contains("damaged")));
+    assert!(!has_damaged_files(&stack.state_dir()));
+}
+
+#[test]
+fn the_state_of_an_older_worker_is_taken_over() {
+    let mut stack = Stack::prepare(Plan::new(Bus::Mosquitto));
+    stack.start_mosquitto();
+    let dir = stack.dir().join("gw1");
+    copy_old_state(&dir);
+    let outcomes = stack.probe(Role::new("witness", &["wgkex/worker/gw1/applied"]));
+    let domain = Domain::new(DOMAIN, &["ffx_".into()]).unwrap();
+    let mut kept: BTreeSet<String> = OLD_KEYS.map(str::to_owned).into();
+    // The second start reads the state that the first one has converted.
+    for n in [1, 2] {
+        let worker = InMemory::start(&stack, "gw1");
+        let peers = || worker.kernel.device(&domain).unwrap().peers.keys().map(PublicKey::to_string).collect();
+        wait_until("the peers are restored", || (kept == peers()).then_some(()));
+        for (key, expected) in [
+            (OLD_REVOKED_KEY, json!({ "domain": DOMAIN, "installed": [], "failed": { OLD_REVOKED_KEY: "denied" } })),
+            (&key(n), json!({ "domain": DOMAIN, "installed": [key(n)], "failed": {} })),
+        ] {
+            outcomes.publish(key_for(DOMAIN, key));
+            let outcome: Value = serde_json::from_slice(&outcomes.next_on("wgkex/worker/gw1/applied").payload).unwrap();
+            assert_eq!(outcome, expected);
+        }
+        kept.insert(key(n));
+        assert_eq!(kept, peers());
+    }
+    assert!(!has_damaged_files(&dir));
 }
 
 /// Regression: each overwrote the one before.
