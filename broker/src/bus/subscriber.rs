@@ -148,8 +148,7 @@ impl Primary {
             let can_confirm = self.fleet.gateways().can_confirm(worker, &applied.domain);
             self.on_confirmation(worker, now);
             if can_confirm {
-                self.on_outcomes(worker, &applied, now);
-                self.in_flight.confirmed(worker, applied);
+                self.on_outcomes(worker, applied, now);
             }
         } else if let Topic::Handshakes { worker } = topic {
             let handshakes: Handshakes = json(&publish.payload)?;
@@ -174,13 +173,16 @@ impl Primary {
         confirms
     }
 
-    /// Records the outcomes of keys, which operators see.
-    fn on_outcomes(&self, worker: &WorkerName, Applied { domain, installed, failed }: &Applied, now: Instant) {
+    /// Records the outcomes of keys: where they are, which operators see, and for the requests that wait. The live keys are
+    /// locked for both: a key that is not acknowledged yet gets its outcomes from those in flight when it becomes live.
+    fn on_outcomes(&self, worker: &WorkerName, applied: Applied, now: Instant) {
+        let Applied { domain, installed, failed } = &applied;
         let outcomes = installed.iter().map(|key| (key, true)).chain(failed.keys().map(|key| (key, false)));
         let mut live = self.fleet.live();
         for (key, is_installed) in outcomes {
             live.on_outcome(worker, domain, key, is_installed, now);
         }
+        self.in_flight.confirmed(worker, applied);
     }
 
     /// A reported handshake does not make a key a router's if the reporting gateway claims the key as its own.
