@@ -424,10 +424,14 @@ impl Broker {
         services.spawn_service_manager(move || observed.not_ready_reason());
         let budget = self.config.confirm.budget;
         let plain = http::server(listeners.plain, None, app.clone(), budget)?;
+        let tls = listeners.tls.map(|(listener, certificate)| {
+            let server = http::server(listener, Some(certificate.server()?), app, budget)?;
+            anyhow::Ok((server, certificate))
+        });
+        let tls = tls.transpose()?;
         // Each ends when its requests are answered, at the latest when the budget of a request is spent.
         services.group(Duration::MAX, None).spawn("broker_listen", |stop| serve("broker_listen", plain, stop));
-        if let Some((listener, certificate)) = listeners.tls {
-            let server = http::server(listener, Some(certificate.server()?), app, budget)?;
+        if let Some((server, certificate)) = tls {
             services.spawn("broker_listen.tls", |stop| serve("broker_listen.tls", server, stop));
             let listen = self.config.https.as_ref().map(|https| https.listen.to_string());
             info!(https_listen = listen, "HTTPS listens");

@@ -152,6 +152,8 @@ impl RegistryHolder {
             state.kept.since.get_or_insert_with(election::since);
             state.is_changed = true;
         }
+        // Written also if the call ends before.
+        shared.changed.notify_one();
         shared.mark.set();
         shared.save().await;
     }
@@ -243,7 +245,9 @@ impl SharedHolder {
     async fn save_changes(self: &Arc<Self>) {
         loop {
             self.changed.notified().await;
-            self.save().await;
+            if self.state.lock().is_changed {
+                self.save().await;
+            }
         }
     }
 

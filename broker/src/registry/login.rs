@@ -32,7 +32,8 @@ impl Login {
     /// request without any does not count as a wrong one.
     pub fn check(&self, headers: &HeaderMap, client: impl FnOnce() -> Client) -> Result<(), LoginRefusal> {
         let credentials = credentials(headers).ok_or(LoginRefusal::Wrong)?;
-        let result = self.limit.check(client(), || Sha256::digest(credentials).ct_eq(&self.digest).into());
+        let digest = Sha256::digest(credentials).into();
+        let result = self.limit.check(client(), &digest, || digest.ct_eq(&self.digest).into());
         if let Err(LoginRefusal::TooManyWrong(_)) = result
             && let Some(refused) = self.limit.line()
         {

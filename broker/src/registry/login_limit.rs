@@ -31,9 +31,14 @@ pub struct LoginLimit<C: Clock = MonotonicClock> {
     wrong: ClientBuckets<C>,
     /// When each client sent the right password last.
     known: Mutex<BTreeMap<Client, C::Instant>>,
+    /// The wrong credentials that each client sent last.
+    last_wrong: Mutex<BTreeMap<Client, Digest>>,
     lines: SingleBucket<C>,
     unlogged: AtomicU64,
 }
+
+/// The digest of a user and a password.
+pub type Digest = [u8; 32];
 
 /// Why a login is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,19 +53,32 @@ impl<C: Clock + Clone> LoginLimit<C> {
     /// No password was sent yet.
     pub fn new(clock: C) -> Self {
         let (wrong, lines) = (ClientBuckets::new(WRONG, &clock), SingleBucket::new(LINES, &clock));
-        Self { clock, wrong, known: Mutex::default(), lines, unlogged: AtomicU64::new(0) }
+        Self { clock, wrong, known: Mutex::default(), last_wrong: Mutex::default(), lines, unlogged: AtomicU64::new(0) }
     }
 
-    /// Admits `client` if its password is right. Beyond the limit that is not checked, unless the client is known.
-    pub fn check(&self, client: Client, is_right: impl FnOnce() -> bool) -> Result<(), LoginRefusal> {
-        if !self.is_known(client) {
+    /// Admits `client` if its credentials, of which this is the digest, are right. Beyond the limit that is not checked,
+    /// unless the client is known. Wrong ones that a client repeats count once: an agent that still has the password of
+    /// yesterday locks out no other one behind its address. Clients that a trusted proxy does not name have no limit, as
+    /// each could lock out all.
+    pub fn check(
+        &self,
+        client: Client,
+        credentials: &Digest,
+        is_right: impl FnOnce() -> bool,
+    ) -> Result<(), LoginRefusal> {
+        let is_limited = client != Client::Unnamed;
+        if is_limited && !self.is_known(client) {
             self.wrong.peek(client).map_err(LoginRefusal::TooManyWrong)?;
         }
         if is_right() {
-            self.remember(client);
+            if is_limited {
+                self.remember(client);
+            }
             return Ok(());
         }
-        self.wrong.take(client).map_err(LoginRefusal::TooManyWrong)?;
+        if is_limited && !self.is_repeated(client, credentials) {
+            self.wrong.take(client).map_err(LoginRefusal::TooManyWrong)?;
+        }
         Err(LoginRefusal::Wrong)
     }
 
@@ -75,6 +93,19 @@ impl<C: Clock + Clone> LoginLimit<C> {
         self.wrong.evict_idle();
         let now = self.clock.now();
         self.known.lock().retain(|_, last| is_recent::<C>(*last, now));
+        let mut last_wrong = self.last_wrong.lock();
+        if last_wrong.len() >= KNOWN_MAX {
+            last_wrong.clear();
+        }
+    }
+
+    /// Whether the last wrong credentials of `client` were the same. Without room for another client they are not.
+    fn is_repeated(&self, client: Client, credentials: &Digest) -> bool {
+        let mut last_wrong = self.last_wrong.lock();
+        if last_wrong.len() >= KNOWN_MAX && !last_wrong.contains_key(&client) {
+            return false;
+        }
+        last_wrong.insert(client, *credentials).is_some_and(|last| last == *credentials)
     }
 
     fn is_known(&self, client: Client) -> bool {
@@ -117,8 +148,8 @@ mod tests {
     /// How many of a hundred wrong passwords are compared.
     fn compared(limit: &LoginLimit<FakeRelativeClock>, client: Client) -> usize {
         let mut compared = 0;
-        for _ in 0..100 {
-            let result = limit.check(client, || {
+        for n in 0..100 {
+            let result = limit.check(client, &[n; 32], || {
                 compared += 1;
                 false
             });
@@ -142,7 +173,7 @@ mod tests {
             (0, ipv6(1), 10),
             // Another address of the same /56.
             (0, ipv6(2), 0),
-            (0, Client::Unnamed, 10),
+            (0, Client::Unnamed, 100),
             // The operator of this machine.
             (0, IpAddr::from(Ipv4Addr::LOCALHOST).into(), 100),
         ] {
@@ -154,16 +185,16 @@ mod tests {
     #[test]
     fn the_right_password_is_answered_beyond_the_limit_where_it_was_right_before() {
         let (limit, clock) = limit();
-        let right = |n| limit.check(client(n), || true);
+        let right = |n| limit.check(client(n), &[0; 32], || true);
         for (n, is_known) in [(1, true), (2, false)] {
             if is_known {
                 assert_eq!(right(n), Ok(()));
             }
             compared(&limit, client(n));
-            assert_eq!(limit.check(client(n), || false), Err(LoginRefusal::TooManyWrong(5)), "a wrong one");
+            assert_eq!(limit.check(client(n), &[1; 32], || false), Err(LoginRefusal::TooManyWrong(5)), "a wrong one");
             assert_eq!(right(n), if is_known { Ok(()) } else { Err(LoginRefusal::TooManyWrong(5)) }, "{n}");
             clock.advance(SECOND * 2);
-            assert_eq!(limit.check(client(n), || false), Err(LoginRefusal::TooManyWrong(3)), "a wrong one");
+            assert_eq!(limit.check(client(n), &[2; 32], || false), Err(LoginRefusal::TooManyWrong(3)), "a wrong one");
             clock.advance(SECOND * 3);
             assert_eq!(right(n), Ok(()), "a newcomer's turn comes, too");
         }
@@ -178,17 +209,27 @@ mod tests {
         let known_max = u32::try_from(KNOWN_MAX).unwrap();
         for n in 0..=known_max {
             clock.advance(SECOND);
-            assert_eq!(limit.check(client(n), || true), Ok(()));
+            assert_eq!(limit.check(client(n), &[0; 32], || true), Ok(()));
         }
         assert_eq!(limit.known.lock().len(), KNOWN_MAX);
         assert!(!limit.is_known(client(0)) && limit.is_known(client(1)), "the oldest is forgotten");
-        let refused = (0..70_000).filter(|n| limit.check(client(100_000 + n), || false) != Err(LoginRefusal::Wrong));
+        let refused =
+            (0..70_000).filter(|n| limit.check(client(100_000 + n), &[1; 32], || false) != Err(LoginRefusal::Wrong));
         assert!(refused.count() > 4_000, "those without a bucket share one");
         assert!(limit.wrong.len() < 66_000);
-        assert_eq!(limit.check(client(1), || true), Ok(()), "a known client is not concerned");
+        assert_eq!(limit.check(client(1), &[0; 32], || true), Ok(()), "a known client is not concerned");
         clock.advance(KNOWN_FOR);
         limit.forget_old();
         assert_eq!((limit.known.lock().len(), limit.wrong.len()), (0, 0));
+    }
+
+    #[test]
+    fn an_agent_with_the_password_of_yesterday_locks_out_no_other_one_behind_its_address() {
+        let (limit, _) = limit();
+        for _ in 0..1_000 {
+            assert_eq!(limit.check(client(1), &[1; 32], || false), Err(LoginRefusal::Wrong));
+        }
+        assert_eq!(limit.check(client(1), &[0; 32], || true), Ok(()));
     }
 
     #[test]

@@ -15,6 +15,7 @@ use anyhow::Context as _;
 use caps::{CapSet, Capability};
 use clap::Args;
 use tokio::runtime::Builder;
+use ureq::http::StatusCode;
 use wgkex_common::config::{Listen, Setup};
 use wgkex_common::doctor::bus::{MqttFacts, Rights};
 use wgkex_common::doctor::files::{FileFacts, ListFacts, StateFacts};
@@ -67,7 +68,10 @@ impl Doctor {
         let (domains, servers) = interfaces.context("netlink")?;
         let is_kernels = |domain: &DomainFacts| matches!(&domain.wireguard, Ok(Some(wireguard)) if wireguard.link.kind == LinkKind::Wireguard);
         let answer = http_client::status(&config.worker_listen);
-        let is_other_version = matches!(answer, Err(StatusError::OtherHttpStatus(..) | StatusError::OtherContent(..)));
+        let is_other_version = matches!(
+            answer,
+            Err(StatusError::OtherHttpStatus(_, StatusCode::NOT_FOUND) | StatusError::OtherContent(..))
+        );
         let running = answer.ok().map(RunningWorker::from);
         let pid = running.as_ref().and_then(worker_process);
         let sources = Sources { named: self.user.as_deref(), pid, config: config.worker_user.as_deref() };
