@@ -145,11 +145,19 @@ mod tests {
         IpAddr::from(Ipv4Addr::from_bits(0x0a00_0000 + n)).into()
     }
 
+    /// A digest that no other call returns.
+    fn unused() -> Digest {
+        static USED: AtomicU64 = AtomicU64::new(0);
+        let mut digest = [7; 32];
+        digest[..8].copy_from_slice(&USED.fetch_add(1, Ordering::Relaxed).to_le_bytes());
+        digest
+    }
+
     /// How many of a hundred wrong passwords are compared.
     fn compared(limit: &LoginLimit<FakeRelativeClock>, client: Client) -> usize {
         let mut compared = 0;
-        for n in 0..100 {
-            let result = limit.check(client, &[n; 32], || {
+        for _ in 0..100 {
+            let result = limit.check(client, &unused(), || {
                 compared += 1;
                 false
             });

@@ -1,6 +1,7 @@
 //! Wrong passwords beyond the limit.
 
 use std::iter::repeat_with;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
 use wgkex_tests::http::Response;
@@ -8,8 +9,12 @@ use wgkex_tests::wait_until;
 
 use crate::registry_broker::{LOGIN, RegistryBroker, Store};
 
-/// `admin:s3creu`.
-const WRONG: &str = "Authorization: Basic YWRtaW46czNjcmV1";
+/// A wrong password, another one at each call.
+fn wrong() -> String {
+    static USED: AtomicU32 = AtomicU32::new(0);
+    // `admin:`, and three bytes.
+    format!("Authorization: Basic YWRtaW46{:04}", USED.fetch_add(1, Ordering::Relaxed))
+}
 const REFUSED: &str = "wgkex_broker_registry_refused_total{reason=\"guesses\"}";
 
 fn broker_behind_a_proxy() -> RegistryBroker {
@@ -41,7 +46,7 @@ fn wrong_passwords_are_limited_by_address_and_lock_out_nobody_who_logged_in_from
     assert_eq!(registry.call_from(shared, LOGIN).status, 200);
     for address in [strangers, shared] {
         let begun = Instant::now();
-        let answers: Vec<_> = repeat_with(|| registry.call_from(address, WRONG)).take(30).collect();
+        let answers: Vec<_> = repeat_with(|| registry.call_from(address, &wrong())).take(30).collect();
         assert!(answers[..10].iter().all(|answer| answer.status == 401), "{answers:?}");
         let refused: Vec<_> = answers.iter().filter(|answer| answer.status == 429).collect();
         assert!(refused.len() as u64 >= 19 - begun.elapsed().as_secs() / 5, "{answers:?}");
@@ -54,12 +59,12 @@ fn wrong_passwords_are_limited_by_address_and_lock_out_nobody_who_logged_in_from
         assert_eq!(registry.call_from(shared, LOGIN).status, 200, "the right password while others guess");
     }
     wait_until("the limit has just been reached", || {
-        retry_seconds(&registry.call_from(strangers, WRONG)).filter(|seconds| *seconds == 5)
+        retry_seconds(&registry.call_from(strangers, &wrong())).filter(|seconds| *seconds == 5)
     });
     assert_eq!(registry.call_from(strangers, LOGIN).status, 429, "no answer tells which password is right");
     let none = registry.call_from(strangers, "Accept: */*");
     assert!(none.status == 401 && none.header("www-authenticate").is_some(), "{none:?}");
-    assert_eq!([WRONG, LOGIN].map(|login| registry.call_from(other, login).status), [401, 200]);
+    assert_eq!([wrong().as_str(), LOGIN].map(|login| registry.call_from(other, login).status), [401, 200]);
     assert!(registry.stack.metric(REFUSED).unwrap() >= 30.0);
     let log = registry.stack.broker().log();
     assert_eq!(log.matches("too many wrong passwords").count(), 1, "{log}");
