@@ -19,6 +19,7 @@ use std::io::{self, Write as _};
 use std::process::ExitCode;
 
 use anyhow::Context as _;
+use wgkex_common::cli::print_error;
 
 /// The exit codes of a command that makes something out of the config or of nothing.
 pub const MAKE_ENDS: &str = "Exits with 0, or with 1 if it cannot be made.";
@@ -39,10 +40,4 @@ pub fn print_or_complain(text: anyhow::Result<String>) -> ExitCode {
             ExitCode::FAILURE
         }
     }
-}
-
-/// Prints the error of a command.
-fn print_error(error: &anyhow::Error) {
-    // There is no other place for the error.
-    let _ = writeln!(io::stderr(), "error: {error:#}");
 }

@@ -3,6 +3,7 @@
 //! No task. Previous stop: `main` of each program, which parses the command line; next stop: the program's `cli` room, or its
 //! `run`.
 
+use std::fmt;
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -29,6 +30,12 @@ const USAGE: u8 = 64;
 #[must_use]
 pub fn run<A: Parser>(program: impl FnOnce(A) -> ExitCode) -> ExitCode {
     A::try_parse().map_or_else(|error| refused(&error), program)
+}
+
+/// Prints why a command fails, with the causes.
+pub fn print_error(error: &dyn fmt::Display) {
+    // An error of stderr cannot be reported anywhere.
+    let _ = writeln!(io::stderr(), "error: {error:#}");
 }
 
 /// Prints the error of a command line, or the requested help or version, and returns the exit code.

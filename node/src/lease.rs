@@ -1,6 +1,5 @@
 //! The command `lease`.
 
-use std::fmt;
 use std::io::{self, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -9,12 +8,19 @@ use anyhow::Context as _;
 use clap::Args;
 use clap::error::ErrorKind;
 use nix::unistd::gethostname;
-use wgkex_common::{PublicKey, cli};
+use wgkex_common::PublicKey;
+use wgkex_common::cli::{print_error, refused};
 use wgkex_kernel::key_file;
 
 use crate::files::{self, FileChange};
 use crate::registry::{AuthorizationHeader, RemoteRegistry};
 use crate::tunnel::{InterfaceName, Tunnel};
+
+/// A server, and the interface of the tunnel to it.
+struct LeasedServer<'a> {
+    name: &'a str,
+    interface: InterfaceName,
+}
 
 /// The command `lease`.
 #[derive(Debug, Args)]
@@ -59,33 +65,33 @@ impl Lease {
     /// Runs the command and prints the result for each server.
     #[must_use]
     pub fn run(&self) -> ExitCode {
-        let tunnels = match self.tunnels() {
-            Ok(tunnels) => tunnels,
+        let servers = match self.servers() {
+            Ok(servers) => servers,
             Err(problem) => {
-                return cli::refused(&clap::Error::raw(ErrorKind::ValueValidation, format!("{problem}\n")));
+                return refused(&clap::Error::raw(ErrorKind::ValueValidation, format!("{problem}\n")));
             }
         };
-        match self.lease(&tunnels) {
+        match self.lease(&servers) {
             Ok(true) => ExitCode::SUCCESS,
             Ok(false) => ExitCode::FAILURE,
             Err(error) => {
-                print_error(&format_args!("{error:#}"));
+                print_error(&error);
                 ExitCode::FAILURE
             }
         }
     }
 
     /// The servers, and the interface of each.
-    fn tunnels(&self) -> Result<Vec<(&str, InterfaceName)>, String> {
+    fn servers(&self) -> Result<Vec<LeasedServer<'_>>, String> {
         match (&self.interface, self.servers.as_slice()) {
             (None, servers) => servers.iter().map(String::as_str).map(of_same_name).collect(),
-            (Some(interface), [server]) => Ok(vec![(server, interface.clone())]),
+            (Some(interface), [name]) => Ok(vec![LeasedServer { name, interface: interface.clone() }]),
             (Some(_), _) => Err("--interface is for one server only".into()),
         }
     }
 
     /// False if the lease of at least one server failed.
-    fn lease(&self, tunnels: &[(&str, InterfaceName)]) -> anyhow::Result<bool> {
+    fn lease(&self, servers: &[LeasedServer<'_>]) -> anyhow::Result<bool> {
         let name = match &self.name {
             Some(name) => name.clone(),
             None => gethostname().context("the host name")?.to_string_lossy().into_owned(),
@@ -93,12 +99,12 @@ impl Lease {
         let login = AuthorizationHeader::read(&self.user, &self.password_file)?;
         let registry = RemoteRegistry::new(&self.registry, login, self.ca_file.as_deref())?;
         let mut are_all_done = true;
-        for (server, interface) in tunnels {
-            match self.one(&registry, &name, server, interface) {
-                Ok((file, written)) => writeln!(io::stdout(), "{server}: {} {written}", file.display())?,
+        for server in servers {
+            match self.one(&registry, &name, server) {
+                Ok((file, written)) => writeln!(io::stdout(), "{}: {} {written}", server.name, file.display())?,
                 Err(error) => {
                     are_all_done = false;
-                    print_error(&format_args!("{server}: {error:#}"));
+                    print_error(&format_args!("{}: {error:#}", server.name));
                 }
             }
         }
@@ -109,8 +115,7 @@ impl Lease {
         &self,
         registry: &RemoteRegistry,
         client: &str,
-        server: &str,
-        interface: &InterfaceName,
+        LeasedServer { name: server, interface }: &LeasedServer<'_>,
     ) -> anyhow::Result<(PathBuf, FileChange)> {
         let key = key_file::load_or_make(&self.key_dir.join(format!("{interface}.key")), None)?;
         let public_key = PublicKey::from_bytes(key.get_public().0)?;
@@ -124,14 +129,10 @@ impl Lease {
 }
 
 /// A server whose interface has the same name.
-fn of_same_name(server: &str) -> Result<(&str, InterfaceName), String> {
-    let interface = server.parse();
-    Ok((server, interface.map_err(|problem| format!("without --interface the name of server {server} {problem}"))?))
-}
-
-fn print_error(error: &dyn fmt::Display) {
-    // An error of stderr cannot be reported anywhere.
-    let _ = writeln!(io::stderr(), "error: {error}");
+fn of_same_name(name: &str) -> Result<LeasedServer<'_>, String> {
+    let interface = name.parse();
+    let interface = interface.map_err(|problem| format!("without --interface the name of server {name} {problem}"))?;
+    Ok(LeasedServer { name, interface })
 }
 
 #[cfg(test)]
@@ -150,8 +151,8 @@ mod tests {
     fn interfaces(arguments: &[&str]) -> Result<Vec<String>, String> {
         let all = [&["lease", "--registry", "http://b", "--password-file", "p"], arguments].concat();
         let lease = Program::try_parse_from(all).map_err(|error| error.to_string())?.lease;
-        let tunnels = lease.tunnels()?;
-        Ok(tunnels.iter().map(|(server, interface)| format!("{server}: {interface}")).collect())
+        let servers = lease.servers()?;
+        Ok(servers.iter().map(|server| format!("{}: {}", server.name, server.interface)).collect())
     }
 
     #[test]

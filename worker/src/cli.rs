@@ -13,6 +13,8 @@ pub mod status;
 
 use std::io::{self, Write as _};
 
+use wgkex_common::cli::print_error;
+
 /// The exit code of a command that finds a problem.
 const EXIT_PROBLEMS: u8 = 3;
 
@@ -20,10 +22,4 @@ fn print(text: &str) -> io::Result<()> {
     let mut out = io::stdout().lock();
     out.write_all(text.as_bytes())?;
     out.flush()
-}
-
-/// Prints why a command failed.
-fn print_error(error: &anyhow::Error) {
-    // An error of stderr cannot be reported anywhere.
-    let _ = writeln!(io::stderr(), "error: {error:#}");
 }

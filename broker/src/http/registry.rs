@@ -227,36 +227,35 @@ impl Registry {
         fields: &CallFields,
     ) -> Result<HttpResponse, CallRejection> {
         let status = match operation {
-            ChangeOperation::AddServer | ChangeOperation::AddClient => StatusCode::CREATED,
-            ChangeOperation::DeleteClient | ChangeOperation::DeleteServer | ChangeOperation::RemovePeer => {
-                StatusCode::OK
-            }
-        };
-        match operation {
             ChangeOperation::AddServer => {
                 let new = fields.new_server()?;
                 self.change(move |tables, _| {
                     store::add_server(tables, &new, store::new_id(), None).map(|()| Vec::new())
                 })
                 .await?;
+                StatusCode::CREATED
             }
             ChangeOperation::AddClient => {
                 let new = fields.new_client()?;
                 self.change(move |tables, now| store::add_client(tables, &new, now)).await?;
+                StatusCode::CREATED
             }
             ChangeOperation::DeleteClient => {
                 let name = fields.client_name()?;
                 self.change(move |tables, now| store::delete_client(tables, &name, now)).await?;
+                StatusCode::OK
             }
             ChangeOperation::DeleteServer => {
                 let name = fields.server_name()?;
                 self.change(move |tables, _| store::delete_server(tables, &name)).await?;
+                StatusCode::OK
             }
             ChangeOperation::RemovePeer => {
                 let (client, server) = (fields.client_name()?, fields.server_name()?);
                 self.change(move |tables, now| store::remove_peer(tables, &client, &server, now)).await?;
+                StatusCode::OK
             }
-        }
+        };
         Ok(HttpResponse::new(status))
     }
 

@@ -17,6 +17,12 @@ pub struct PublishedMessage {
 }
 
 impl PublishedMessage {
+    /// A message of a publisher that is to be retained.
+    #[cfg(test)]
+    pub fn to_retain(topic: &str, payload: &str) -> Self {
+        Self { topic: topic.into(), payload: payload.to_owned().into(), qos: QoS::AtLeastOnce, retain: true }
+    }
+
     /// How many bytes topic and payload have.
     pub fn size(&self) -> usize {
         self.topic.len() + self.payload.len()

@@ -282,15 +282,6 @@ mod tests {
 
     use super::*;
 
-    fn message(topic: &str, payload: &str) -> PublishedMessage {
-        PublishedMessage {
-            topic: topic.into(),
-            payload: payload.to_owned().into(),
-            qos: QoS::AtLeastOnce,
-            retain: true,
-        }
-    }
-
     fn all(retained: &RetainedMessages, filter: &str, max: usize) -> Vec<(String, String)> {
         let (mut found, mut after) = (Vec::new(), None);
         loop {
@@ -311,7 +302,7 @@ mod tests {
     fn the_last_message_of_a_topic_is_kept_and_an_empty_one_takes_it_away() {
         let mut retained = RetainedMessages::default();
         for (topic, payload) in [("a/b", "1"), ("a", "2"), ("ab", "3"), ("a/b", "4"), ("a/c", "5"), ("a/c", "")] {
-            retained.store(&message(topic, payload), None).unwrap();
+            retained.store(&PublishedMessage::to_retain(topic, payload), None).unwrap();
         }
         let text = |pairs: &[(&str, &str)]| -> Vec<_> { pairs.iter().map(|&(a, b)| (a.into(), b.into())).collect() };
         assert_eq!(all(&retained, "a/#", 1), text(&[("a", "2"), ("a/b", "4")]));
@@ -324,8 +315,8 @@ mod tests {
     fn thousands_are_found_in_parts() {
         let mut retained = RetainedMessages::default();
         for n in 0..5000 {
-            retained.store(&message(&format!("t/{n:04}/x"), "1"), None).unwrap();
-            retained.store(&message(&format!("t/{n:04}/y"), "1"), None).unwrap();
+            retained.store(&PublishedMessage::to_retain(&format!("t/{n:04}/x"), "1"), None).unwrap();
+            retained.store(&PublishedMessage::to_retain(&format!("t/{n:04}/y"), "1"), None).unwrap();
         }
         assert_eq!(all(&retained, "t/+/y", 100).len(), 5000);
         assert_eq!(all(&retained, "t/+/z", 100).len(), 0);
@@ -338,42 +329,43 @@ mod tests {
     fn beyond_the_bounds_new_topics_are_refused_and_retained_ones_may_change() {
         let mut retained = RetainedMessages::default();
         for n in 0..TOPICS_MAX {
-            retained.store(&message(&n.to_string(), "1"), None).unwrap();
+            retained.store(&PublishedMessage::to_retain(&n.to_string(), "1"), None).unwrap();
         }
-        assert_eq!(retained.store(&message("one more", "1"), None), Err(RetainedFull));
-        retained.store(&message("7", "2"), None).unwrap();
-        retained.store(&message("8", ""), None).unwrap();
-        retained.store(&message("one more", "1"), None).unwrap();
+        assert_eq!(retained.store(&PublishedMessage::to_retain("one more", "1"), None), Err(RetainedFull));
+        retained.store(&PublishedMessage::to_retain("7", "2"), None).unwrap();
+        retained.store(&PublishedMessage::to_retain("8", ""), None).unwrap();
+        retained.store(&PublishedMessage::to_retain("one more", "1"), None).unwrap();
         let large = "x".repeat(BYTES_MAX);
-        assert_eq!(retained.store(&message("7", &large), None), Err(RetainedFull));
+        assert_eq!(retained.store(&PublishedMessage::to_retain("7", &large), None), Err(RetainedFull));
         assert_eq!(all(&retained, "7", 1), [("7".into(), "2".into())]);
     }
 
     #[test]
     fn a_user_that_retains_all_it_may_keeps_no_other_user_out() {
         let mut retained = RetainedMessages::default();
-        let kept = (0..TOPICS_MAX).filter(|n| retained.store(&message(&format!("gw1/{n}"), "1"), Some("gw1")).is_ok());
+        let kept = (0..TOPICS_MAX)
+            .filter(|n| retained.store(&PublishedMessage::to_retain(&format!("gw1/{n}"), "1"), Some("gw1")).is_ok());
         assert_eq!(kept.count(), TOPICS_MAX / PER_USER_FRACTION);
-        retained.store(&message("gw2/status", "1"), Some("gw2")).unwrap();
-        retained.store(&message("gw1/0", "2"), Some("gw1")).unwrap();
-        retained.store(&message("gw1/1", ""), Some("gw1")).unwrap();
-        retained.store(&message("gw1/more", "1"), Some("gw1")).unwrap();
-        assert_eq!(retained.store(&message("gw1/one more", "1"), Some("gw1")), Err(RetainedFull));
-        retained.store(&message("gw1/2", "1"), Some("b1")).unwrap();
-        retained.store(&message("gw1/one more", "1"), Some("gw1")).unwrap();
+        retained.store(&PublishedMessage::to_retain("gw2/status", "1"), Some("gw2")).unwrap();
+        retained.store(&PublishedMessage::to_retain("gw1/0", "2"), Some("gw1")).unwrap();
+        retained.store(&PublishedMessage::to_retain("gw1/1", ""), Some("gw1")).unwrap();
+        retained.store(&PublishedMessage::to_retain("gw1/more", "1"), Some("gw1")).unwrap();
+        assert_eq!(retained.store(&PublishedMessage::to_retain("gw1/one more", "1"), Some("gw1")), Err(RetainedFull));
+        retained.store(&PublishedMessage::to_retain("gw1/2", "1"), Some("b1")).unwrap();
+        retained.store(&PublishedMessage::to_retain("gw1/one more", "1"), Some("gw1")).unwrap();
         let large = "x".repeat(BYTES_MAX / PER_USER_FRACTION);
-        assert_eq!(retained.store(&message("gw2/status", &large), Some("gw2")), Err(RetainedFull));
+        assert_eq!(retained.store(&PublishedMessage::to_retain("gw2/status", &large), Some("gw2")), Err(RetainedFull));
         assert_eq!(all(&retained, "gw2/status", 1), [("gw2/status".into(), "1".into())], "what was there stays");
     }
 
     #[test]
     fn a_will_found_at_the_start_is_due() {
         let mut before = RetainedMessages::default();
-        before.store(&message("gw1/status", "1"), None).unwrap();
-        before.store(&message("gw2/status", "1"), None).unwrap();
-        before.set_will("gw1", message("gw1/status", "0"));
-        before.set_will("gw2", message("gw2/status", "0"));
-        assert_eq!(before.clear_will("gw2"), Some(message("gw2/status", "0")));
+        before.store(&PublishedMessage::to_retain("gw1/status", "1"), None).unwrap();
+        before.store(&PublishedMessage::to_retain("gw2/status", "1"), None).unwrap();
+        before.set_will("gw1", PublishedMessage::to_retain("gw1/status", "0"));
+        before.set_will("gw2", PublishedMessage::to_retain("gw2/status", "0"));
+        assert_eq!(before.clear_will("gw2"), Some(PublishedMessage::to_retain("gw2/status", "0")));
         let Unwritten { messages, wills, .. } = before.take_unwritten();
         let messages = messages.into_iter().filter_map(|(topic, kept)| Some((topic, kept?)));
         let wills = wills.into_iter().filter_map(|(client, will)| Some((client, will?)));
@@ -389,8 +381,8 @@ mod tests {
     fn changes_that_cannot_be_written_are_bounded() {
         let mut retained = RetainedMessages::default();
         for n in 0..=CHANGES_MAX {
-            retained.store(&message(&n.to_string(), "1"), None).unwrap_or_default();
-            retained.store(&message(&n.to_string(), ""), None).unwrap();
+            retained.store(&PublishedMessage::to_retain(&n.to_string(), "1"), None).unwrap_or_default();
+            retained.store(&PublishedMessage::to_retain(&n.to_string(), ""), None).unwrap();
         }
         assert_eq!(retained.changes, RetainedChanges { needs_full_write: true, ..RetainedChanges::default() });
         assert!(retained.take_unwritten().needs_full_write && retained.take_unwritten().is_empty());
@@ -403,7 +395,7 @@ mod tests {
         ) {
             let (mut retained, mut written) = (RetainedMessages::default(), BTreeMap::new());
             for (topic, payload, writes, fails) in steps {
-                retained.store(&message(&topic, &payload), None).unwrap();
+                retained.store(&PublishedMessage::to_retain(&topic, &payload), None).unwrap();
                 if writes {
                     let unwritten = retained.take_unwritten();
                     if fails {

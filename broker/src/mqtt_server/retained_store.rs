@@ -156,15 +156,6 @@ mod tests {
     use super::*;
     use crate::mqtt_server::retained::{PER_USER_FRACTION, TOPICS_MAX};
 
-    fn message(topic: &str, payload: &str) -> PublishedMessage {
-        PublishedMessage {
-            topic: topic.into(),
-            payload: payload.to_owned().into(),
-            qos: QoS::AtLeastOnce,
-            retain: true,
-        }
-    }
-
     fn topics(retained: &RetainedMessages) -> Vec<(String, Bytes)> {
         let found = retained.find("#", None, (100, 1_000_000));
         found.messages.into_iter().map(|message| (message.topic, message.payload)).collect()
@@ -185,10 +176,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (file, mut retained) = File::open(dir.path()).unwrap();
         for (topic, payload) in [("a", "1"), ("b", "1"), ("c", "1")] {
-            retained.store(&message(topic, payload), None).unwrap();
+            retained.store(&PublishedMessage::to_retain(topic, payload), None).unwrap();
         }
-        retained.set_will("left", message("b", "0"));
-        retained.set_will("there", message("c", "0"));
+        retained.set_will("left", PublishedMessage::to_retain("b", "0"));
+        retained.set_will("there", PublishedMessage::to_retain("c", "0"));
         let _ = retained.clear_will("left");
         close(&dir, file, &mut retained);
         let expected = [("a", "1"), ("b", "1"), ("c", "0")].map(|(topic, payload)| (topic.into(), payload.into()));
@@ -204,15 +195,15 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (file, mut retained) = File::open(dir.path()).unwrap();
         for n in 0..TOPICS_MAX / PER_USER_FRACTION {
-            retained.store(&message(&n.to_string(), "1"), Some("gw1")).unwrap();
+            retained.store(&PublishedMessage::to_retain(&n.to_string(), "1"), Some("gw1")).unwrap();
         }
-        retained.set_will("gw1", message("0", "0"));
+        retained.set_will("gw1", PublishedMessage::to_retain("0", "0"));
         close(&dir, file, &mut retained);
         let (_file, mut retained) = File::open(dir.path()).unwrap();
-        retained.store(&message("another's", "1"), Some("gw2")).unwrap();
-        assert!(retained.store(&message("one more", "1"), Some("gw1")).is_err());
-        retained.store(&message("0", ""), Some("gw1")).unwrap();
-        retained.store(&message("one more", "1"), Some("gw1")).unwrap();
+        retained.store(&PublishedMessage::to_retain("another's", "1"), Some("gw2")).unwrap();
+        assert!(retained.store(&PublishedMessage::to_retain("one more", "1"), Some("gw1")).is_err());
+        retained.store(&PublishedMessage::to_retain("0", ""), Some("gw1")).unwrap();
+        retained.store(&PublishedMessage::to_retain("one more", "1"), Some("gw1")).unwrap();
     }
 
     #[test]
@@ -222,7 +213,7 @@ mod tests {
         fs::write(&path, "this is no database at all").unwrap();
         let (file, mut retained) = File::open(dir.path()).unwrap();
         assert!(topics(&retained).is_empty() && dir.path().join("mqtt-retained.sqlite.damaged").exists());
-        retained.store(&message("a", "1"), None).unwrap();
+        retained.store(&PublishedMessage::to_retain("a", "1"), None).unwrap();
         close(&dir, file, &mut retained);
         assert_eq!(topics(&File::open(dir.path()).unwrap().1).len(), 1);
     }
@@ -246,7 +237,7 @@ mod tests {
         Connection::open(dir.path().join("mqtt-retained.sqlite")).unwrap().execute_batch(first).unwrap();
         for topic in ["b", "c"] {
             let (file, mut retained) = File::open(dir.path()).unwrap();
-            retained.store(&message(topic, "1"), Some("gw1")).unwrap();
+            retained.store(&PublishedMessage::to_retain(topic, "1"), Some("gw1")).unwrap();
             close(&dir, file, &mut retained);
         }
         let kept = topics(&File::open(dir.path()).unwrap().1);

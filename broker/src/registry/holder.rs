@@ -166,9 +166,7 @@ impl RegistryHolder {
             () = stop => {}
             () = shared.save_changes() => {}
         }
-        if shared.state.lock().is_changed {
-            shared.save().await;
-        }
+        shared.save().await;
         shared.writes.finished().await;
     }
 
@@ -245,19 +243,19 @@ impl SharedHolder {
     async fn save_changes(self: &Arc<Self>) {
         loop {
             self.changed.notified().await;
-            if self.state.lock().is_changed {
-                self.save().await;
-            }
+            self.save().await;
         }
     }
 
-    /// Writes the file on another thread. The last write has the newest state.
+    /// Writes the file on another thread, unless an earlier write has the newest state.
     async fn save(self: &Arc<Self>) {
         let shared = Arc::clone(self);
         let write = move || {
             let kept = {
                 let mut state = shared.state.lock();
-                state.is_changed = false;
+                if !std::mem::take(&mut state.is_changed) {
+                    return;
+                }
                 state.kept.clone()
             };
             let saved = json_file::save(&shared.file, LAYOUT, &kept);

@@ -37,7 +37,7 @@ impl StatusCommand {
         let config = match Config::load(file) {
             Ok(config) => config,
             Err(error) => {
-                print_error(&error.into());
+                print_error(&anyhow::Error::from(error));
                 return ExitCode::FAILURE;
             }
         };
